@@ -1,0 +1,34 @@
+# Two commands: `make demo` runs the main job, `make test` passes the tests. Both first make .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# processes that the tests run in; each uses one thread for torch
+TEST_PROCESSES ?= 2
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: test demo lint bench clean
+
+test: lint
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -q
+
+demo: $(VENV)/ready
+	$(BIN)/python -m examples.demo --output-dir demo-output
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt cut-cross-entropy liger-kernel triton trl
+	$(BIN)/python -m benchmarks.run
+
+# torch alone first, pinned: without the pin pip would take the newest build and its CUDA packages
+$(VENV)/ready: pyproject.toml setup.py constraints.txt spo_kernels/_build.py $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output spo_kernels/*.so

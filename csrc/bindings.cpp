@@ -1,0 +1,64 @@
+// Python module `_C`: raw addresses in, nothing out. Python has checked what lies behind them.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu/tiles.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+template <typename T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void tile_stats(std::uintptr_t tile, int64_t rows, int64_t columns, std::uintptr_t bias, std::uintptr_t labels,
+                float scale, float softcap, std::uintptr_t max, std::uintptr_t sum, std::uintptr_t label_logit,
+                std::uintptr_t shifted_sum, std::uintptr_t square_sum, std::uintptr_t rescale, int threads) {
+  spo::tile_stats({at<float>(tile), rows, columns, at<int64_t>(labels), {at<float>(bias), scale, softcap}},
+                  {at<float>(max), at<float>(sum), at<float>(label_logit), at<float>(shifted_sum),
+                   at<float>(square_sum), at<float>(rescale)},
+                  threads);
+}
+
+void tile_grad(std::uintptr_t tile, int64_t rows, int64_t columns, std::uintptr_t bias, std::uintptr_t labels,
+               float scale, float softcap, std::uintptr_t lse, std::uintptr_t grad_logp, std::uintptr_t grad_lse,
+               std::uintptr_t grad_entropy, std::uintptr_t entropy, std::uintptr_t grad_log_sum_p2,
+               std::uintptr_t log_sum_p2, int threads) {
+  spo::tile_grad({at<float>(tile), rows, columns, at<int64_t>(labels), {at<float>(bias), scale, softcap}},
+                 {at<float>(lse), at<float>(grad_logp), at<float>(grad_lse), at<float>(grad_entropy),
+                  at<float>(entropy), at<float>(grad_log_sum_p2), at<float>(log_sum_p2)},
+                 threads);
+}
+
+const char* vector_width() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512f")) return "AVX-512";
+  if (__builtin_cpu_supports("avx2")) return "AVX2";
+#endif
+  return "baseline vectors";
+}
+
+#ifdef _OPENMP
+constexpr bool kOpenMP = true;
+#else
+constexpr bool kOpenMP = false;
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CPU tile kernels of spo_kernels";
+  module.attr("openmp") = kOpenMP;
+  module.def("vector_width", &vector_width, "The widest vectors that the kernels use on this machine.");
+  module.def("tile_stats", &tile_stats, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "rows"_a,
+             "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "max"_a, "sum"_a, "label_logit"_a,
+             "shifted_sum"_a, "square_sum"_a, "rescale"_a, "threads"_a);
+  module.def("tile_grad", &tile_grad, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "rows"_a,
+             "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "lse"_a, "grad_logp"_a, "grad_lse"_a,
+             "grad_entropy"_a, "entropy"_a, "grad_log_sum_p2"_a, "log_sum_p2"_a, "threads"_a);
+}

@@ -1,0 +1,166 @@
+#include "tiles.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "math.h"
+
+// One build serves every x86-64: the loader picks the clone for the widest vectors the machine has.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define SPO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SPO_CLONES
+#endif
+
+namespace spo {
+namespace {
+
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+
+SPO_INLINE void to_logits(float* x, int64_t n, const LogitTransform& f) {
+  const float scale = f.scale;
+  if (f.bias != nullptr) {
+    const float* bias = f.bias;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) x[i] = (x[i] + bias[i]) * scale;
+  } else if (scale != 1.0f) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) x[i] *= scale;
+  }
+  if (f.softcap != 0.0f) {
+    const float cap = f.softcap, inverse = 1.0f / f.softcap;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) x[i] = cap * fast_tanh(x[i] * inverse);
+  }
+}
+
+// d logit / d product, from the logit; inverse_cap is 1 / softcap, or 0 without one.
+SPO_INLINE float slope(float logit, float scale, float inverse_cap) {
+  const float ratio = logit * inverse_cap;
+  return scale * (1.0f - ratio * ratio);
+}
+
+SPO_INLINE float inverse_cap(const LogitTransform& f) { return f.softcap != 0.0f ? 1.0f / f.softcap : 0.0f; }
+
+template <bool kMoments, bool kRescale>
+SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row) {
+  const int64_t n = tile.columns;
+  float* x = tile.data + row * n;
+  to_logits(x, n, tile.transform);
+  const int64_t label = tile.labels[row];
+  const bool has_label = label >= 0 && label < n;
+  if (has_label) stats.label_logit[row] = x[label];
+
+  const float old_max = stats.max[row];
+  float new_max = old_max;
+#pragma omp simd reduction(max : new_max)
+  for (int64_t i = 0; i < n; ++i) new_max = x[i] > new_max ? x[i] : new_max;
+  // a row whose columns so far are all -inf would otherwise give exp(-inf + inf) = nan
+  const float base = new_max == kMinusInf ? 0.0f : new_max;
+  const float drop = old_max - base;
+  const float shrink = std::exp(drop);
+
+  const float scale = tile.transform.scale, inverse = inverse_cap(tile.transform);
+  float sum = 0.0f, shifted_sum = 0.0f, square_sum = 0.0f;
+#pragma omp simd reduction(+ : sum, shifted_sum, square_sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const float logit = x[i];
+    const float e = fast_exp(logit - base);
+    sum += e;
+    if (kMoments) {
+      // exp(-inf) * -inf counts as 0
+      shifted_sum += e == 0.0f ? 0.0f : e * (logit - base);
+      square_sum += e * e;
+    }
+    if (kRescale) x[i] = e * slope(logit, scale, inverse);
+  }
+
+  if (kMoments) {
+    const float carried = stats.sum[row] == 0.0f ? 0.0f : stats.sum[row] * drop;
+    stats.shifted_sum[row] = (stats.shifted_sum[row] + carried) * shrink + shifted_sum;
+    stats.square_sum[row] = stats.square_sum[row] * shrink * shrink + square_sum;
+  }
+  stats.sum[row] = stats.sum[row] * shrink + sum;
+  stats.max[row] = new_max;
+  if (kRescale) {
+    stats.rescale[row] = shrink;
+    if (has_label) x[label] = 0.0f;
+  }
+}
+
+SPO_CLONES void stats_rows(const Tile& tile, const TokenStats& stats, int64_t begin, int64_t end) {
+  const bool moments = stats.shifted_sum != nullptr, rescale = stats.rescale != nullptr;
+  for (int64_t row = begin; row < end; ++row) {
+    if (moments && rescale) {
+      stats_row<true, true>(tile, stats, row);
+    } else if (moments) {
+      stats_row<true, false>(tile, stats, row);
+    } else if (rescale) {
+      stats_row<false, true>(tile, stats, row);
+    } else {
+      stats_row<false, false>(tile, stats, row);
+    }
+  }
+}
+
+SPO_INLINE float value_or_zero(const float* values, int64_t row) { return values != nullptr ? values[row] : 0.0f; }
+
+template <bool kExtras>
+SPO_INLINE void grad_row(const Tile& tile, const TokenGrads& grads, int64_t row) {
+  const int64_t n = tile.columns;
+  float* x = tile.data + row * n;
+  to_logits(x, n, tile.transform);
+  const float scale = tile.transform.scale, inverse = inverse_cap(tile.transform);
+  const float lse = grads.lse[row];
+  const float g_logp = value_or_zero(grads.grad_logp, row);
+  const float g_entropy = value_or_zero(grads.grad_entropy, row), entropy = value_or_zero(grads.entropy, row);
+  const float g_squares = value_or_zero(grads.grad_log_sum_p2, row), squares = value_or_zero(grads.log_sum_p2, row);
+  const float weight = value_or_zero(grads.grad_lse, row) - g_logp - 2.0f * g_squares;
+  const int64_t label = tile.labels[row];
+  const bool has_label = label >= 0 && label < n;
+  const float at_label = has_label ? g_logp * slope(x[label], scale, inverse) : 0.0f;
+
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float logit = x[i];
+    const float log_p = logit - lse;
+    const float p = fast_exp(log_p);
+    float grad = p * weight;
+    if (kExtras) {
+      grad -= p == 0.0f ? 0.0f : g_entropy * p * (log_p + entropy);
+      grad += 2.0f * g_squares * fast_exp(2.0f * log_p - squares);
+    }
+    x[i] = grad * slope(logit, scale, inverse);
+  }
+  if (has_label) x[label] += at_label;
+}
+
+SPO_CLONES void grad_rows(const Tile& tile, const TokenGrads& grads, int64_t begin, int64_t end) {
+  const bool extras = grads.grad_entropy != nullptr || grads.grad_log_sum_p2 != nullptr;
+  for (int64_t row = begin; row < end; ++row) {
+    if (extras) {
+      grad_row<true>(tile, grads, row);
+    } else {
+      grad_row<false>(tile, grads, row);
+    }
+  }
+}
+
+template <typename Rows>
+void parallel_rows(int64_t rows, int threads, const Rows& run) {
+  constexpr int64_t kBlock = 16;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t begin = 0; begin < rows; begin += kBlock) run(begin, std::min(begin + kBlock, rows));
+}
+
+}  // namespace
+
+void tile_stats(const Tile& tile, const TokenStats& stats, int threads) {
+  parallel_rows(tile.rows, threads, [&](int64_t begin, int64_t end) { stats_rows(tile, stats, begin, end); });
+}
+
+void tile_grad(const Tile& tile, const TokenGrads& grads, int threads) {
+  parallel_rows(tile.rows, threads, [&](int64_t begin, int64_t end) { grad_rows(tile, grads, begin, end); });
+}
+
+}  // namespace spo

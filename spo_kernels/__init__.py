@@ -1,0 +1,16 @@
+"""Fused LM-head log-probabilities and preference losses for PyTorch; no full-vocabulary logits."""
+
+from spo_kernels._backend import BackendStatus, backend_info
+from spo_kernels._version import __version__
+from spo_kernels.logprob import linear_logprob
+from spo_kernels.loss import fused_spo_loss
+from spo_kernels.sequences import sequence_logps
+
+__all__ = [
+    "BackendStatus",
+    "__version__",
+    "backend_info",
+    "fused_spo_loss",
+    "linear_logprob",
+    "sequence_logps",
+]

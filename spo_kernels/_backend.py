@@ -1,0 +1,71 @@
+"""The one place that decides which tile backend runs: explicit argument, environment, availability."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from spo_kernels import _env, _native
+from spo_kernels.tiles import cpp_tiles, torch_tiles
+from spo_kernels.tiles.spec import TileBackend
+
+BACKENDS = ("torch", "cpp")
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can be used, and what it is or why it is missing."""
+
+    available: bool
+    detail: str
+
+
+def backend_info() -> dict[str, BackendStatus]:
+    """What each tile backend is, or why it cannot be used here."""
+    native, detail = _native.load()
+    return {
+        "torch": BackendStatus(True, "plain torch operations, any device and dtype"),
+        "cpp": BackendStatus(native is not None, detail),
+    }
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend for tensors of this device and dtype.
+
+    Raises:
+        ValueError: `requested` (or SPO_BACKEND) is no backend's name.
+        RuntimeError: it names a backend that is missing, or that cannot serve these tensors.
+    """
+    name = requested or _env.backend_name()
+    source = "backend" if requested else "SPO_BACKEND"
+    if name is None:
+        return "cpp" if _why_not("cpp", device, dtype) is None else "torch"
+    if name not in BACKENDS:
+        raise ValueError(f"{source} = {name!r} is not a backend; expected one of {', '.join(BACKENDS)}")
+    reason = _why_not(name, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"{source} = {name!r} cannot be used: {reason}")
+    return name
+
+
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if name == "torch":
+        return None
+    if device.type != "cpu":
+        return f"it runs on the CPU, and the tensors are on {device}"
+    if dtype == torch.float64:
+        return "it has no float64 tiles; use backend='torch'"
+    native, detail = _native.load()
+    return detail if native is None else None
+
+
+@cache
+def tile_backend(name: str) -> TileBackend:
+    """The backend of that name, which `choose_backend` has found usable."""
+    if name == "cpp":
+        native, detail = _native.load()
+        if native is None:
+            raise RuntimeError(detail)
+        return cpp_tiles.CppTiles(native)
+    return torch_tiles

@@ -1,0 +1,195 @@
+"""Walks tiles of the (token, vocabulary) plane: the only place that knows budgets and loop order.
+
+Tokens here are those that count: `rows[i]` is the row of `hidden` that predicts `labels[i]`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spo_kernels._products import accumulator_dtype, matmul, matmul_add, operand_dtype
+from spo_kernels.tiles.spec import LogitTransform, TileBackend, TokenGrads, TokenStats
+
+DEFAULT_WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+
+# below this many columns a product spends its time on reading the token tile again
+_MIN_COLUMNS = 512
+_MAX_ROWS = {"cpu": 2048, "cuda": 4096}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head and what turns its products into logits."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    transform: LogitTransform
+
+    def bias_slice(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
+        """Some of the bias, in the accumulator dtype."""
+        return None if self.bias is None else self.bias[start:stop].to(dtype)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The tokens that count: `rows` index hidden (None: all of it, in order), `labels` are their targets."""
+
+    rows: Tensor | None
+    labels: Tensor  # [n]
+
+    def take(self, hidden: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Hidden states of tokens start..stop in the dtype of the products."""
+        chosen = hidden[start:stop] if self.rows is None else hidden[self.rows[start:stop]]
+        return chosen.to(dtype)
+
+    def put(self, out: Tensor, start: int, stop: int, values: Tensor) -> None:
+        """Write per-token rows to where `take` reads them."""
+        if self.rows is None:
+            out[start:stop] = values
+        else:
+            out[self.rows[start:stop]] = values.to(out.dtype)
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Rows and columns of a tile, and the workspace that they need."""
+
+    rows: int
+    columns: int
+
+
+def plan_tiles(tokens: int, hidden: Tensor, head: Head, workspace_bytes: int | None) -> TileShape:
+    """The largest tile whose temporaries fit the byte budget.
+
+    Per cell: the float32 product, and its half-precision copy where products take half-precision operands.
+    Per row: the gathered token and its accumulated sum. Per column: the weight row and its accumulated gradient.
+    """
+    vocab, width = head.weight.shape
+    wide = accumulator_dtype(hidden.dtype).itemsize
+    narrow = operand_dtype(hidden).itemsize
+    cell = wide if narrow == wide else wide + narrow
+    row = column = width * (wide + narrow)
+    device = hidden.device.type
+    budget = workspace_bytes or DEFAULT_WORKSPACE_BYTES.get(device, DEFAULT_WORKSPACE_BYTES["cuda"])
+    if cell + row + column > budget:
+        raise ValueError(
+            f"workspace_bytes = {workspace_bytes} is too small: one token and one vocabulary column of "
+            f"hidden size {width} need {cell + row + column} bytes"
+        )
+
+    rows = max(1, min(tokens, _MAX_ROWS.get(device, _MAX_ROWS["cuda"])))
+    while rows > 1 and (budget - rows * row) // (rows * cell + column) < min(vocab, _MIN_COLUMNS):
+        rows = (rows + 1) // 2
+    columns = max(1, min(vocab, (budget - rows * row) // (rows * cell + column)))
+    if columns > 64 and columns < vocab:
+        columns -= columns % 64
+    return TileShape(rows, columns)
+
+
+def forward(
+    hidden: Tensor,
+    head: Head,
+    tokens: TokenRows,
+    backend: TileBackend,
+    tile_shape: TileShape,
+    *,
+    moments: bool,
+    logp_grad: Tensor | None,
+) -> TokenStats:
+    """Softmax statistics of every token: one product; with `logp_grad`, two.
+
+    `logp_grad` (hidden's shape) receives `u = d logp / d hidden`, from the running sum
+    `A = Σ_{v≠label} exp(logit_v - max) logit'_v W_v` that is rescaled whenever the maximum moves:
+    `u = logit'_label (1 - p_label) W_label - A / Σ exp`.
+    """
+    n = tokens.labels.numel()
+    vocab = head.weight.shape[0]
+    wide = accumulator_dtype(hidden.dtype)
+    buffer = hidden.new_empty(min(n, tile_shape.rows) * tile_shape.columns, dtype=wide)
+    stats = TokenStats.start(n, buffer, moments)
+    for row in range(0, n, tile_shape.rows):
+        end = min(row + tile_shape.rows, n)
+        states = tokens.take(hidden, row, end, operand_dtype(hidden))
+        part = stats.rows(row, end)
+        labels = tokens.labels[row:end]
+        total = rescale = None
+        if logp_grad is not None:
+            total = states.new_zeros(states.shape, dtype=wide)
+            rescale = states.new_empty(end - row, dtype=wide)
+        for col in range(0, vocab, tile_shape.columns):
+            stop = min(col + tile_shape.columns, vocab)
+            weight = head.weight[col:stop].to(states.dtype)
+            tile = buffer[: (end - row) * (stop - col)].view(end - row, stop - col)
+            matmul(states, weight.t(), out=tile)
+            backend.tile_stats(tile, head.bias_slice(col, stop, wide), labels - col, head.transform, part, rescale)
+            if total is not None and rescale is not None:
+                total.mul_(rescale[:, None])
+                matmul_add(tile, weight, out=total)
+        if total is not None and logp_grad is not None:
+            _finish_logp_grad_(total, head, labels, part, tile_shape)
+            tokens.put(logp_grad, row, end, total)
+    return stats
+
+
+def _finish_logp_grad_(total: Tensor, head: Head, labels: Tensor, stats: TokenStats, tile_shape: TileShape) -> None:
+    """Turn `A` into `u`, see `forward`; label rows are gathered in pieces no larger than a weight slice."""
+    scale, softcap = head.transform.scale, head.transform.softcap
+    total.div_(stats.sum[:, None]).neg_()
+    rest = -torch.expm1(stats.label_logit - stats.max - stats.sum.log())
+    coefficient = rest * scale
+    if softcap is not None:
+        coefficient = coefficient * (1.0 - (stats.label_logit / softcap).square())
+    for row in range(0, total.shape[0], tile_shape.columns):
+        piece = slice(row, row + tile_shape.columns)
+        total[piece].addcmul_(coefficient[piece, None], head.weight[labels[piece]].to(total.dtype))
+
+
+def backward(
+    hidden: Tensor,
+    head: Head,
+    tokens: TokenRows,
+    grads: TokenGrads,
+    backend: TileBackend,
+    tile_shape: TileShape,
+    *,
+    hidden_out: Tensor | None,
+    weight_out: Tensor | None,
+    bias_out: Tensor | None,
+) -> None:
+    """Gradients by recomputing logits, vocabulary slice by slice: one product, and one per matrix gradient.
+
+    A slice of the weight's gradient is finished before the next begins, so no `[V, H]` accumulator exists;
+    hidden's gradient is accumulated over slices in the accumulator dtype.
+    """
+    n = tokens.labels.numel()
+    vocab = head.weight.shape[0]
+    wide = accumulator_dtype(hidden.dtype)
+    buffer = hidden.new_empty(min(n, tile_shape.rows) * tile_shape.columns, dtype=wide)
+    hidden_sum = None if hidden_out is None else hidden.new_zeros((n, hidden.shape[1]), dtype=wide)
+    for col in range(0, vocab, tile_shape.columns):
+        stop = min(col + tile_shape.columns, vocab)
+        weight = head.weight[col:stop].to(operand_dtype(hidden))
+        bias = head.bias_slice(col, stop, wide)
+        weight_sum = None
+        if weight_out is not None:
+            direct = weight_out.dtype == wide
+            weight_sum = weight_out[col:stop] if direct else weight.new_empty(weight.shape, dtype=wide)
+            weight_sum.zero_()
+        for row in range(0, n, tile_shape.rows):
+            end = min(row + tile_shape.rows, n)
+            states = tokens.take(hidden, row, end, weight.dtype)
+            tile = buffer[: (end - row) * (stop - col)].view(end - row, stop - col)
+            matmul(states, weight.t(), out=tile)
+            piece = grads.rows(row, end)
+            backend.tile_grad(tile, bias, tokens.labels[row:end] - col, head.transform, piece)
+            if weight_sum is not None:
+                matmul_add(tile.t(), states, out=weight_sum)
+            if hidden_sum is not None:
+                matmul_add(tile, weight, out=hidden_sum[row:end])
+            if bias_out is not None:
+                bias_out[col:stop] += tile.sum(0)
+        if weight_out is not None and weight_sum is not None and weight_out.dtype != wide:
+            weight_out[col:stop] = weight_sum
+    if hidden_out is not None and hidden_sum is not None:
+        tokens.put(hidden_out, 0, n, hidden_sum)

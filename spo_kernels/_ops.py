@@ -1,0 +1,211 @@
+"""The primitive's forward and backward as `torch.library` ops, so that torch.compile treats each as one node.
+
+The schema belongs to Python; a tensor that was not asked for comes back empty (shape `[0]`).
+"""
+
+import torch
+from torch import Tensor
+
+from spo_kernels._backend import tile_backend
+from spo_kernels._checks import check_label_range
+from spo_kernels._driver import Head, TokenRows, backward, forward, plan_tiles
+from spo_kernels._products import accumulator_dtype
+from spo_kernels.tiles.spec import LogitTransform, TokenGrads
+
+_library = torch.library.Library("spo_kernels", "DEF")
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
+_OPTIONS = "float logit_scale, float? logit_softcap, int ignore_index, bool shift, int? workspace_bytes, str backend"
+_library.define(
+    f"linear_logprob_fwd({_HEAD}, {_OPTIONS}, bool moments, bool need_logp_grad)"
+    " -> (Tensor logp, Tensor lse, Tensor correct, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad)"
+)
+_library.define(
+    f"linear_logprob_bwd({_HEAD}, Tensor lse, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad,"
+    " Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_log_sum_p2,"
+    f" {_OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
+    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def logp_grad_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which d logp / d hidden waits for the backward.
+
+    float16 is widened: a confident token's unscaled gradient would fall below its smallest normal number.
+    """
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+def _counted_tokens(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor | None, TokenRows]:
+    """Positions in `labels` that count (None: all), and the tokens that predict them."""
+    counts = labels != ignore_index
+    if shift and labels.ndim:
+        counts = counts.clone()
+        counts[..., :1] = False
+    flat = labels.flatten()
+    if not shift and bool(counts.all()):
+        return None, TokenRows(None, flat)
+    positions = counts.flatten().nonzero()[:, 0]
+    return positions, TokenRows(positions - 1 if shift else positions, flat[positions])
+
+
+def _spread(values: Tensor, positions: Tensor | None, shape: torch.Size) -> Tensor:
+    """Per-token values back at their labels' places, zero elsewhere."""
+    if positions is None:
+        return values.view(shape)
+    out = values.new_zeros(shape)
+    out.view(-1)[positions] = values
+    return out
+
+
+@torch.no_grad()
+def linear_logprob_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    shift: bool,
+    workspace_bytes: int | None,
+    backend: str,
+    moments: bool,
+    need_logp_grad: bool,
+) -> tuple[Tensor, ...]:
+    """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`."""
+    check_label_range(labels, weight.shape[0], ignore_index)
+    states = hidden.reshape(-1, hidden.shape[-1])
+    head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
+    positions, tokens = _counted_tokens(labels, ignore_index, shift)
+    grad_dtype = logp_grad_dtype(hidden)
+    logp_grad = hidden.new_empty(0, dtype=grad_dtype)
+    if need_logp_grad:
+        allocate = torch.empty if positions is None else torch.zeros
+        logp_grad = allocate(hidden.shape, dtype=grad_dtype, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        stats = forward(
+            states,
+            head,
+            tokens,
+            tile_backend(backend),
+            plan_tiles(tokens.labels.numel(), states, head, workspace_bytes),
+            moments=moments,
+            logp_grad=logp_grad.view(-1, hidden.shape[-1]) if need_logp_grad else None,
+        )
+    log_sum = stats.sum.log()
+    lse = stats.max + log_sum
+    outputs = [stats.label_logit - lse, lse, stats.label_logit == stats.max]
+    if stats.shifted_sum is not None and stats.square_sum is not None:
+        outputs += [log_sum - stats.shifted_sum / stats.sum, stats.square_sum.log() - 2.0 * log_sum]
+    outputs = [_spread(values, positions, labels.shape) for values in outputs]
+    outputs += [lse.new_empty(0) for _ in range(5 - len(outputs))]
+    return (*outputs, logp_grad)
+
+
+@torch.no_grad()
+def linear_logprob_bwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    log_sum_p2: Tensor,
+    logp_grad: Tensor,
+    grad_logp: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_log_sum_p2: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    shift: bool,
+    workspace_bytes: int | None,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`."""
+    states = hidden.reshape(-1, hidden.shape[-1])
+    head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
+    positions, tokens = _counted_tokens(labels, ignore_index, shift)
+    grads = TokenGrads(
+        lse_value=lse,
+        logp=grad_logp,
+        lse=grad_lse,
+        entropy=grad_entropy,
+        entropy_value=entropy if grad_entropy is not None else None,
+        log_sum_p2=grad_log_sum_p2,
+        log_sum_p2_value=log_sum_p2 if grad_log_sum_p2 is not None else None,
+    ).map(lambda t: t.flatten() if positions is None else t.flatten()[positions])
+
+    grad_hidden, grad_weight, grad_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    hidden_out = bias_sum = None
+    if need_hidden:
+        allocate = torch.empty if positions is None else torch.zeros
+        grad_hidden = allocate(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        hidden_out = grad_hidden.view(-1, hidden.shape[-1])
+    if need_weight:
+        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if need_bias:
+        bias_sum = weight.new_zeros(weight.shape[0], dtype=accumulator_dtype(weight.dtype))
+
+    finished = grads.only_logp and hidden_out is not None
+    if finished and hidden_out is not None and grads.logp is not None:
+        _scale_rows(logp_grad.view(-1, hidden.shape[-1]), grads.logp, tokens, out=hidden_out)
+    if need_weight or need_bias or (need_hidden and not finished):
+        with torch.autocast(hidden.device.type, enabled=False):
+            backward(
+                states,
+                head,
+                tokens,
+                grads,
+                tile_backend(backend),
+                plan_tiles(tokens.labels.numel(), states, head, workspace_bytes),
+                hidden_out=None if finished else hidden_out,
+                weight_out=grad_weight if need_weight else None,
+                bias_out=bias_sum,
+            )
+    if bias_sum is not None:
+        grad_bias = bias_sum.to(weight.dtype)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _scale_rows(logp_grad: Tensor, coefficients: Tensor, tokens: TokenRows, out: Tensor) -> None:
+    """`out = coefficient * d logp / d hidden`, rounded once; 1024 rows at a time bound the float32 temporary."""
+    for start in range(0, coefficients.numel(), 1024):
+        stop = min(start + 1024, coefficients.numel())
+        rows = tokens.take(logp_grad, start, stop, logp_grad.dtype)
+        tokens.put(out, start, stop, rows * coefficients[start:stop, None])
+
+
+for _op in (linear_logprob_fwd, linear_logprob_bwd):
+    _library.impl(_op.__name__, _op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("spo_kernels::linear_logprob_fwd", lib=_library)
+def _fwd_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: object
+) -> tuple[Tensor, ...]:
+    moments, need_logp_grad = options[-2:]
+    wide = accumulator_dtype(hidden.dtype)
+    token = [torch.empty(labels.shape, dtype=wide, device=hidden.device) for _ in range(2)]
+    correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
+    moment_shape = labels.shape if moments else (0,)
+    moment = [torch.empty(moment_shape, dtype=wide, device=hidden.device) for _ in range(2)]
+    grad_shape = hidden.shape if need_logp_grad else (0,)
+    logp_grad = torch.empty(grad_shape, dtype=logp_grad_dtype(hidden), device=hidden.device)
+    return (*token, correct, *moment, logp_grad)
+
+
+@torch.library.register_fake("spo_kernels::linear_logprob_bwd", lib=_library)
+def _bwd_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = rest[-3:]
+    return (
+        torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
+        torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=hidden.device),
+        torch.empty(weight.shape[:1] if need_bias else (0,), dtype=weight.dtype, device=hidden.device),
+    )

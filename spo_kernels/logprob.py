@@ -1,0 +1,212 @@
+"""`linear_logprob`: token log-probabilities of an LM head, differentiable, without the `[N, V]` logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels._backend import choose_backend
+from spo_kernels._checks import check_float_dtypes, check_head_inputs, check_options
+from spo_kernels._ops import linear_logprob_bwd, linear_logprob_fwd  # noqa: F401  (registers the ops)
+
+OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2")
+
+_fwd = torch.ops.spo_kernels.linear_logprob_fwd.default
+_bwd = torch.ops.spo_kernels.linear_logprob_bwd.default
+
+
+@dataclass(frozen=True)
+class LogprobOptions:
+    """Everything about a call that is not a tensor."""
+
+    logit_scale: float
+    logit_softcap: float | None
+    ignore_index: int
+    shift: bool
+    workspace_bytes: int | None
+    backend: str
+    moments: bool
+    grad_outputs: tuple[str, ...]  # optional outputs that carry a gradient
+
+    def op_arguments(self) -> tuple[Any, ...]:
+        """In the order of the ops' schemas."""
+        return (
+            self.logit_scale,
+            self.logit_softcap,
+            self.ignore_index,
+            self.shift,
+            self.workspace_bytes,
+            self.backend,
+        )
+
+
+class LinearLogprobFunction(torch.autograd.Function):
+    """Forward: two products where hidden needs a gradient (it is finished there), else one.
+
+    Backward: two more where the weight needs a gradient (logits again, then dW); a gradient that flows into
+    lse, entropy or log_sum_p2 costs one more for dH.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        options: LogprobOptions,
+    ) -> tuple[Tensor, ...]:
+        """Returns logp, lse, correct, entropy, log_sum_p2."""
+        outputs = _fwd(
+            hidden,
+            weight,
+            bias,
+            labels,
+            *options.op_arguments(),
+            options.moments,
+            ctx.needs_input_grad[0],
+        )
+        *values, logp_grad = outputs
+        _, lse, correct, entropy, log_sum_p2 = values
+        recompute = bool(options.grad_outputs) or any(ctx.needs_input_grad[1:3])
+        # with a frozen head hidden need not outlive the forward: what is kept is its finished gradient
+        kept = hidden if recompute else logp_grad
+        ctx.save_for_backward(kept, weight, bias, labels, lse, entropy, log_sum_p2, logp_grad)
+        ctx.options = options
+        extras = zip(OUTPUTS, (lse, correct, entropy, log_sum_p2), strict=True)
+        ctx.mark_non_differentiable(*(value for name, value in extras if name not in options.grad_outputs))
+        ctx.set_materialize_grads(False)
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, weight and bias."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_logprob does not support double backward: its gradient cannot be differentiated "
+                "(create_graph=True was passed)"
+            )
+        grad_logp, *extras = upstream
+        # torch.compile passes zeros, not None, where nothing flows: they would cost a product
+        named = {k: g for k, g in zip(OUTPUTS, extras, strict=True) if k in ctx.options.grad_outputs}
+        grads = (grad_logp, named.get("lse"), named.get("entropy"), named.get("log_sum_p2"))
+        needs = ctx.needs_input_grad[:3]
+        if all(g is None for g in grads):
+            return None, None, None, None, None
+        result = _bwd(*ctx.saved_tensors, *grads, *ctx.options.op_arguments(), *needs)
+        return (*(g if need else None for g, need in zip(result, needs, strict=True)), None, None)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    outputs: Sequence[str] = (),
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Log-probabilities of labels under a linear head, without materialising the `[N, V]` logits.
+
+    Equivalent PyTorch, with `softcap(x) = logit_softcap * tanh(x / logit_softcap)`::
+
+        logits = softcap(logit_scale * (hidden @ weight.T + bias)).float()
+        logp = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+        logp = logp.masked_fill(labels == ignore_index, 0.0)
+
+    Differentiable in `hidden`, `weight` and `bias` for any upstream gradient. Cost in products of size
+    `[N, H] x [H, V]` over the N tokens that are not ignored: 1 without gradients, 2 with a frozen head,
+    4 with a trained one.
+
+    Args:
+        hidden: `[..., H]` last hidden states; float32, bfloat16, float16 or float64.
+        weight: `[V, H]`, same dtype. A weight that needs no gradient costs no product for it.
+        labels: `[...]` int64 target ids in [0, V), or `ignore_index`. Ignored tokens take part in no product.
+        bias: `[V]`, same dtype.
+        logit_scale: Multiplies the products (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        logit_softcap: Gemma's `final_logit_softcapping`; None for none.
+        ignore_index: Label of the positions that do not count.
+        shift: Position t of `hidden` predicts `labels[..., t + 1]`. The result is aligned with `labels`, so
+            its first position along the last dimension is 0.
+        outputs: Any of "lse" (log-sum-exp of the logits), "correct" (bool: the label has the largest logit;
+            ties count), "entropy" (nats) and "log_sum_p2" (log Σ_v p_v²), computed in the same pass. All but
+            "correct" are differentiable; a gradient that flows into them costs one more product.
+        workspace_bytes: Bound on temporaries beside inputs, gradients and per-token values. Default 32 MiB
+            on a CPU, 512 MiB on a GPU.
+        backend: "torch" or "cpp"; None takes SPO_BACKEND or else the best that is available.
+
+    Returns:
+        logp in float32 (float64 for float64 inputs), shaped like `labels`, 0 where ignored. With `outputs`:
+        `(logp, extras)`, where `extras` maps each name to a tensor shaped like `labels`.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape, device or value.
+        IndexError: A label is out of range.
+        RuntimeError: The backend asked for is missing; or a double backward.
+
+    The same inputs give the same bits run to run. Under `torch.autocast`, hidden, weight and bias are cast to
+    its dtype, as `F.linear` does.
+    """
+    logp, extras = token_logprobs(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index,
+        shift=shift,
+        outputs=outputs,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
+    return (logp, extras) if outputs else logp
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    shift: bool,
+    workspace_bytes: int | None,
+    backend: str | None,
+    outputs: Sequence[str] = (),
+    outputs_carry_grad: bool = True,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`linear_logprob` with one return type: logp and the outputs asked for, without gradient where not wanted."""
+    check_head_inputs(hidden, weight, bias, labels)
+    check_options(logit_scale, logit_softcap, ignore_index, workspace_bytes)
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if isinstance(outputs, str) or unknown:
+        raise ValueError(f"outputs = {outputs!r}: expected a sequence of names from {', '.join(OUTPUTS)}")
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_float_dtypes(hidden, weight, bias)
+    options = LogprobOptions(
+        logit_scale=float(logit_scale),
+        logit_softcap=None if logit_softcap is None else float(logit_softcap),
+        ignore_index=ignore_index,
+        shift=shift,
+        workspace_bytes=workspace_bytes,
+        backend=choose_backend(backend, hidden.device, hidden.dtype),
+        moments="entropy" in outputs or "log_sum_p2" in outputs,
+        grad_outputs=tuple(name for name in outputs if name != "correct") if outputs_carry_grad else (),
+    )
+    logp, *extras = LinearLogprobFunction.apply(hidden, weight, bias, labels, options)
+    named = dict(zip(OUTPUTS, extras, strict=True))
+    return logp, {name: named[name] for name in outputs}

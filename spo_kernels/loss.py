@@ -1,0 +1,190 @@
+"""`fused_spo_loss`: pairwise preference losses straight from hidden states."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels._checks import check_tensor
+from spo_kernels.logprob import token_logprobs
+from spo_kernels.losses import Objective, PairLogps, implicit_rewards, named_loss
+from spo_kernels.losses.pairs import check_choice
+from spo_kernels.sequences import check_cu_seqlens, count_tokens, counted_labels, sequence_logps, sum_sequences
+
+
+def fused_spo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    loss: str | Objective = "spo",
+    bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    spo_value: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    reduction: str = "mean",
+    token_metrics: bool = False,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Preference loss of B pairs and its metrics, without materialising logits; differentiable.
+
+    Equivalent PyTorch, padded::
+
+        logp = linear_logprob_ref(hidden, weight, labels, ...)       # full logits
+        chosen, rejected = logp.sum(-1).chunk(2)
+        losses = objective(PairLogps(chosen, rejected, *ref_logps.chunk(2), ...))
+        loss = losses.mean()
+
+    Args:
+        hidden: Policy's last hidden states, chosen rows first: `[2B, T, H]` padded, or packed `[N, H]` with
+            `cu_seqlens`.
+        weight: `[V, H]` policy head. Frozen (no gradient): 2 products; trained: 4; see `linear_logprob`.
+        labels: `[2B, T]` or `[N]` int64; `ignore_index` for prompt and padding.
+        loss: "dpo", "spo", or any objective: a callable from `PairLogps` to losses `[B]`.
+        bias: `[V]` policy head bias.
+        ref_logps: `[2B]` the reference's log-probabilities summed over each response, chosen first.
+        ref_hidden, ref_weight, ref_bias: Or the reference's hidden states (hidden's shape up to H) and head,
+            evaluated here without gradient. Neither is needed by reference-free objectives.
+        spo_value: `[B]` value of the lower-level SFT loss for `SPO(penalty="hinge", value="input")`.
+        cu_seqlens: `[2B + 1]` bounds of packed sequences: B chosen, then B rejected.
+        logit_scale, logit_softcap, ignore_index, shift, workspace_bytes, backend: As in `linear_logprob`;
+            with `shift`, each sequence's first label is not predicted.
+        reduction: Over pairs: "mean", "sum" or "none".
+        token_metrics: Also report `entropy` (nats) and `mean_token_accuracy` over counted policy tokens.
+
+    Returns:
+        The loss (0-d, or `[B]` for "none"; 0 for an empty batch), and detached 0-d metrics under TRL's names:
+        loss, rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen,
+        logps/rejected (means over pairs; nan for an empty batch).
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
+    """
+    objective = named_loss(loss) if isinstance(loss, str) else loss
+    if not callable(objective):
+        raise TypeError(f"loss must be a name or a callable objective, got {loss!r}")
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    pairs_count = _check_pairs(hidden, labels, cu_seqlens)
+    options: dict[str, Any] = {
+        "logit_scale": logit_scale,
+        "logit_softcap": logit_softcap,
+        "ignore_index": ignore_index,
+        "shift": shift,
+        "workspace_bytes": workspace_bytes,
+        "backend": backend,
+    }
+    labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
+    names = ("correct", "entropy") if token_metrics else ()
+    logp, extras = token_logprobs(hidden, weight, labels, bias=bias, outputs=names, outputs_carry_grad=False, **options)
+    sums = sum_sequences(logp, cu_seqlens)
+    reference = _reference_sums(sums, labels, ref_logps, ref_hidden, ref_weight, ref_bias, cu_seqlens, options)
+    lengths = count_tokens(labels, cu_seqlens, ignore_index)
+    if spo_value is not None:
+        _check_vector("spo_value", spo_value, pairs_count, sums.device)
+        spo_value = spo_value.detach().to(sums.dtype)
+
+    pairs = PairLogps(
+        chosen=sums[:pairs_count],
+        rejected=sums[pairs_count:],
+        ref_chosen=None if reference is None else reference[:pairs_count],
+        ref_rejected=None if reference is None else reference[pairs_count:],
+        chosen_lengths=lengths[:pairs_count],
+        rejected_lengths=lengths[pairs_count:],
+        sft_value=spo_value,
+    )
+    losses = objective(pairs)
+    if not isinstance(losses, Tensor) or losses.shape != (pairs_count,):
+        came = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"the objective must return one loss per pair, shape [{pairs_count}]; got {came}")
+    metrics = _metrics(objective, pairs, losses)
+    for name, key in (("entropy", "entropy"), ("correct", "mean_token_accuracy")):
+        if name in extras:
+            metrics[key] = extras[name].detach().float().sum() / lengths.sum()
+    if reduction == "none":
+        return losses, metrics
+    total = losses.sum()
+    return (total / max(pairs_count, 1) if reduction == "mean" else total), metrics
+
+
+def _check_pairs(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """The number of pairs B, from shapes alone."""
+    check_tensor("hidden", hidden)
+    check_tensor("labels", labels)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, hidden)
+        sequences = cu_seqlens.numel() - 1
+        if sequences % 2:
+            raise ValueError(
+                f"cu_seqlens must bound an even number of sequences (B chosen, B rejected), got {sequences}"
+            )
+        return sequences // 2
+    if hidden.ndim != 3:
+        raise ValueError(f"hidden must be [2B, T, H], or [N, H] with cu_seqlens; got {list(hidden.shape)}")
+    if hidden.shape[0] % 2:
+        raise ValueError(f"hidden must hold B chosen rows, then B rejected ones; got {hidden.shape[0]} rows")
+    return hidden.shape[0] // 2
+
+
+def _check_vector(name: str, value: Tensor, length: int, device: torch.device) -> None:
+    check_tensor(name, value)
+    if value.shape != (length,):
+        raise ValueError(f"{name} must have shape [{length}], got {list(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, but hidden is on {device}")
+
+
+def _reference_sums(
+    sums: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor | None:
+    """The reference's `[2B]` sequence sums, given or computed; None without a reference."""
+    if ref_logps is not None:
+        if ref_hidden is not None or ref_weight is not None:
+            raise ValueError("pass either ref_logps or ref_hidden with ref_weight, not both")
+        _check_vector("ref_logps", ref_logps, sums.numel(), sums.device)
+        return ref_logps.detach().to(sums.dtype)
+    if ref_hidden is None and ref_weight is None:
+        return None
+    if ref_hidden is None or ref_weight is None:
+        missing = "ref_weight" if ref_weight is None else "ref_hidden"
+        raise ValueError(f"ref_hidden and ref_weight go together; {missing} is missing")
+    check_tensor("ref_hidden", ref_hidden)
+    if ref_hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"ref_hidden must have the labels' leading shape {list(labels.shape)}, got {list(ref_hidden.shape[:-1])}"
+        )
+    with torch.no_grad():
+        return sequence_logps(ref_hidden, ref_weight, labels, bias=ref_bias, cu_seqlens=cu_seqlens, **options).to(
+            sums.dtype
+        )
+
+
+def _metrics(objective: Objective, pairs: PairLogps, losses: Tensor) -> dict[str, Tensor]:
+    """Means over pairs under TRL's names."""
+    chosen, rejected = implicit_rewards(objective, pairs)
+    values = {
+        "loss": losses,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "logps/chosen": pairs.chosen,
+        "logps/rejected": pairs.rejected,
+    }
+    return {name: value.detach().float().mean() for name, value in values.items()}

@@ -1,0 +1,32 @@
+"""Direct Preference Optimization (Rafailov et al., arXiv 2305.18290)."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from spo_kernels.losses.pairs import PairLogps, check_positive
+
+
+@dataclass(frozen=True)
+class DPO:
+    """`-log σ(β ((log πθ(y_w) - log πref(y_w)) - (log πθ(y_l) - log πref(y_l))))`, eq. 7 of the paper.
+
+    Attributes:
+        beta: β > 0, strength of the pull to the reference (per nat).
+        reference_free: Leave the reference out, as if it were uniform.
+    """
+
+    beta: float = 0.1
+    reference_free: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive("beta", self.beta)
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Losses `[B]`."""
+        margin = pairs.chosen - pairs.rejected
+        if not self.reference_free:
+            ref_chosen, ref_rejected = pairs.reference("DPO")
+            margin = margin - (ref_chosen - ref_rejected)
+        return -F.logsigmoid(self.beta * margin)

@@ -1,0 +1,77 @@
+"""What an objective sees of a batch of preference pairs."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Sequence quantities of B pairs; every tensor is `[B]`.
+
+    Attributes:
+        chosen, rejected: log πθ(y|x) in nats, summed over response tokens; differentiable.
+        ref_chosen, ref_rejected: The same under the reference, detached; None without a reference.
+        chosen_lengths, rejected_lengths: Response tokens that count, int64.
+        sft_value: Value of the lower-level SFT loss for each pair, detached; None where it was not given.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor | None
+    ref_rejected: Tensor | None
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    sft_value: Tensor | None = None
+
+    def reference(self, needed_by: str) -> tuple[Tensor, Tensor]:
+        """Reference log-probabilities of chosen and rejected.
+
+        Raises:
+            ValueError: The batch has no reference; the message names `needed_by`.
+        """
+        if self.ref_chosen is None or self.ref_rejected is None:
+            raise ValueError(
+                f"{needed_by} needs a reference: pass ref_logps, or ref_hidden with ref_weight; "
+                "or use an objective that needs none"
+            )
+        return self.ref_chosen, self.ref_rejected
+
+
+class Objective(Protocol):
+    """Any callable from `PairLogps` to one loss per pair.
+
+    An objective may also have `beta` (scales the logged rewards, 1 if absent).
+    """
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Losses `[B]`, before reduction over pairs."""
+        ...
+
+
+def implicit_rewards(objective: Objective, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    """`beta * (log πθ - log πref)` of chosen and rejected, as TRL logs them; `beta * log πθ` without a reference."""
+    beta = getattr(objective, "beta", 1.0)
+    chosen, rejected = pairs.chosen, pairs.rejected
+    if pairs.ref_chosen is not None and pairs.ref_rejected is not None:
+        chosen, rejected = chosen - pairs.ref_chosen, rejected - pairs.ref_rejected
+    return beta * chosen.detach(), beta * rejected.detach()
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a finite number above 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a finite number, 0 or above."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,75 @@
+"""Stable Preference Optimization (arXiv 2507.07723) as a wrapper around any pairwise objective.
+
+Reconstruction, not verified against the paper: its objective, penalty weight and inner step size were not
+available. From its abstract and public reading notes: bilevel, the upper level a preference loss, the lower
+level supervised fine-tuning whose optimal-value constraint becomes a penalty,
+
+    min_θ L_pref(θ) + λ [L_SFT(θ) - v],        L_SFT(θ) = -log πθ(y_w|x).
+
+With the value v detached its gradient vanishes, which is the `nll` penalty; `hinge` is active only while the
+SFT loss exceeds v by more than ε ("safe region").
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from spo_kernels.losses.dpo import DPO
+from spo_kernels.losses.pairs import Objective, PairLogps, check_choice, check_not_negative
+
+
+@dataclass(frozen=True)
+class SPO:
+    """`base + weight * NLL_w` ("nll") or `base + weight * max(0, NLL_w - v - ε)` ("hinge").
+
+    `NLL_w = -log πθ(y_w|x)` is the sequence's sum, or its mean over response tokens (0 for an empty response).
+
+    Attributes:
+        base: Any objective; the SFT penalty is added to its per-pair loss.
+        weight: λ >= 0. The default 1.0 is this library's, not the paper's.
+        penalty: "nll" or "hinge".
+        value: Where the hinge's v comes from: "reference" (the reference's own NLL of the chosen response) or
+            "input" (`spo_value` of the call, in the units of `normalization`).
+        epsilon: ε >= 0 in nats (per token with "mean").
+        normalization: "mean" (per response token) or "sum".
+    """
+
+    base: Objective = field(default_factory=DPO)
+    weight: float = 1.0
+    penalty: str = "nll"
+    value: str = "reference"
+    epsilon: float = 0.0
+    normalization: str = "mean"
+
+    def __post_init__(self) -> None:
+        if not callable(self.base):
+            raise TypeError(f"base must be an objective (a callable), got {self.base!r}")
+        check_not_negative("weight", self.weight)
+        check_choice("penalty", self.penalty, ("nll", "hinge"))
+        check_choice("value", self.value, ("reference", "input"))
+        check_not_negative("epsilon", self.epsilon)
+        check_choice("normalization", self.normalization, ("mean", "sum"))
+
+    @property
+    def beta(self) -> float:
+        """The base's β, which scales the logged rewards."""
+        return getattr(self.base, "beta", 1.0)
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Losses `[B]`."""
+        penalty = self._nll(pairs.chosen, pairs)
+        if self.penalty == "hinge":
+            penalty = (penalty - self._value(pairs) - self.epsilon).clamp_min(0.0)
+        return self.base(pairs) + self.weight * penalty
+
+    def _nll(self, logps: Tensor, pairs: PairLogps) -> Tensor:
+        if self.normalization == "sum":
+            return -logps
+        return -logps / pairs.chosen_lengths.clamp_min(1)
+
+    def _value(self, pairs: PairLogps) -> Tensor:
+        if self.value == "reference":
+            return self._nll(pairs.reference("SPO with value='reference'")[0], pairs)
+        if pairs.sft_value is None:
+            raise ValueError("SPO with value='input' needs spo_value, a tensor of one value per pair")
+        return pairs.sft_value

@@ -1,0 +1,115 @@
+"""From token log-probabilities to sequence sums, for padded and for packed batches."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from spo_kernels._checks import check_tensor
+from spo_kernels.logprob import token_logprobs
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
+    """`cu_seqlens` describes the rows of packed `hidden` completely."""
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
+    if cu_seqlens.device != hidden.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but hidden is on {hidden.device}")
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden must be packed, [N, H], where cu_seqlens is given; got {list(hidden.shape)}")
+    # its values are checked where looking costs no synchronisation and is no data-dependent branch
+    if cu_seqlens.is_cuda or torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != hidden.shape[0]:
+        raise ValueError(
+            f"cu_seqlens must start at 0 and end at N = {hidden.shape[0]}, got {bounds[0]} and {bounds[-1]}"
+        )
+    for i, (start, stop) in enumerate(pairwise(bounds)):
+        if stop < start:
+            raise ValueError(f"cu_seqlens must not decrease, got cu_seqlens[{i + 1}] = {stop} after {start}")
+
+
+def sum_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sums over the last dimension, or over the segments that `cu_seqlens` bounds. Deterministic."""
+    if cu_seqlens is None:
+        return values.sum(-1)
+    lengths = cu_seqlens.diff().long()
+    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
+
+
+def counted_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool) -> Tensor:
+    """Labels whose log-probability exists: with `shift`, the first of each sequence has no predecessor."""
+    if not shift:
+        return labels
+    if cu_seqlens is None:
+        first = torch.arange(labels.shape[-1], device=labels.device) == 0
+    else:
+        # a start equal to N belongs to an empty last sequence and lands in the spare place
+        first = labels.new_zeros(labels.numel() + 1, dtype=torch.bool)
+        first[cu_seqlens[:-1].long()] = True
+        first = first[:-1]
+    return labels.masked_fill(first, ignore_index)
+
+
+def count_tokens(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """Number of labels that count in each sequence, int64."""
+    counts = (labels != ignore_index).double()
+    return sum_sequences(counts, cu_seqlens).long()
+
+
+def sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probability of each sequence: `linear_logprob(...)` summed over the tokens that count.
+
+    Equivalent PyTorch, padded: `linear_logprob(hidden, weight, labels, ...).sum(-1)`.
+
+    Args:
+        hidden: `[S, T, H]` padded, or `[N, H]` packed with `cu_seqlens`.
+        weight, bias: `[V, H]` and `[V]`.
+        labels: `[S, T]` or `[N]` int64.
+        cu_seqlens: `[S + 1]` int32 or int64 bounds of the packed sequences, from 0 to N.
+        logit_scale, logit_softcap, ignore_index, shift, workspace_bytes, backend: As in `linear_logprob`; with
+            `shift`, packed sequences do not see each other.
+
+    Returns:
+        `[S]` float32 (float64 for float64 inputs), nats; differentiable.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: As in `linear_logprob`.
+    """
+    check_tensor("hidden", hidden)
+    check_tensor("labels", labels)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, hidden)
+    elif hidden.ndim != 3:
+        raise ValueError(f"hidden must be [S, T, H], or [N, H] with cu_seqlens; got {list(hidden.shape)}")
+    labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
+    logp, _ = token_logprobs(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index,
+        shift=shift,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
+    return sum_sequences(logp, cu_seqlens)

@@ -1,0 +1,84 @@
+"""The `cpp` tile backend: passes checked tensors to the C++ kernels of `csrc/cpu` as raw pointers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
+
+
+def _pointer(tensor: Tensor | None, length: int, dtype: torch.dtype = torch.float32) -> int:
+    """The address of a contiguous CPU vector of `length` elements; 0 for None."""
+    if tensor is None:
+        return 0
+    if tensor.dtype != dtype or tensor.shape != (length,) or not tensor.is_contiguous() or tensor.is_cuda:
+        raise ValueError(
+            f"expected a contiguous CPU {dtype} vector of {length} elements, "
+            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        )
+    return tensor.data_ptr()
+
+
+def _check_tile(tile: Tensor) -> tuple[int, int]:
+    if tile.dtype != torch.float32 or tile.ndim != 2 or not tile.is_contiguous() or tile.is_cuda:
+        raise ValueError(f"expected a contiguous CPU float32 matrix, got {tile.dtype} {list(tile.shape)}")
+    return tile.shape[0], tile.shape[1]
+
+
+class CppTiles:
+    """See `TileBackend` for the meaning of each argument."""
+
+    def __init__(self, native: Any) -> None:
+        self._native = native
+
+    def tile_stats(
+        self,
+        tile: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        transform: LogitTransform,
+        stats: TokenStats,
+        rescale: Tensor | None,
+    ) -> None:
+        """See `TileBackend.tile_stats`."""
+        rows, columns = _check_tile(tile)
+        self._native.tile_stats(
+            tile=tile.data_ptr(),
+            rows=rows,
+            columns=columns,
+            bias=_pointer(bias, columns),
+            labels=_pointer(labels, rows, torch.int64),
+            scale=transform.scale,
+            softcap=transform.softcap or 0.0,
+            max=_pointer(stats.max, rows),
+            sum=_pointer(stats.sum, rows),
+            label_logit=_pointer(stats.label_logit, rows),
+            shifted_sum=_pointer(stats.shifted_sum, rows),
+            square_sum=_pointer(stats.square_sum, rows),
+            rescale=_pointer(rescale, rows),
+            threads=torch.get_num_threads(),
+        )
+
+    def tile_grad(
+        self, tile: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, grads: TokenGrads
+    ) -> None:
+        """See `TileBackend.tile_grad`."""
+        rows, columns = _check_tile(tile)
+        self._native.tile_grad(
+            tile=tile.data_ptr(),
+            rows=rows,
+            columns=columns,
+            bias=_pointer(bias, columns),
+            labels=_pointer(labels, rows, torch.int64),
+            scale=transform.scale,
+            softcap=transform.softcap or 0.0,
+            lse=_pointer(grads.lse_value, rows),
+            grad_logp=_pointer(grads.logp, rows),
+            grad_lse=_pointer(grads.lse, rows),
+            grad_entropy=_pointer(grads.entropy, rows),
+            entropy=_pointer(grads.entropy_value, rows),
+            grad_log_sum_p2=_pointer(grads.log_sum_p2, rows),
+            log_sum_p2=_pointer(grads.log_sum_p2_value, rows),
+            threads=torch.get_num_threads(),
+        )

@@ -1,0 +1,122 @@
+"""What a tile backend is given and what it owes: the contract that every backend is tested against.
+
+A tile is a contiguous `[R, C]` matrix of products `hidden @ weight.T` for R tokens and C vocabulary
+columns, in float32 (float64 for float64 inputs). `logits = softcap(scale * (tile + bias))` with
+`softcap(x) = c * tanh(x / c)`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """From products to logits: `softcap(scale * (product + bias))`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Running softmax statistics of R tokens, merged tile by tile; each tensor is `[R]`.
+
+    With m the running maximum over the columns seen so far and `e_v = exp(logit_v - m)`:
+    `sum = Σ e_v`, `shifted_sum = Σ e_v (logit_v - m)`, `square_sum = Σ e_v²`. The last two are
+    None unless entropy or log Σ p² were asked for.
+    """
+
+    max: Tensor
+    sum: Tensor
+    label_logit: Tensor
+    shifted_sum: Tensor | None
+    square_sum: Tensor | None
+
+    @classmethod
+    def start(cls, tokens: int, like: Tensor, moments: bool) -> "TokenStats":
+        """Statistics of no column at all."""
+        zeros = [like.new_zeros(tokens) if moments else None for _ in range(2)]
+        return cls(
+            max=like.new_full((tokens,), -torch.inf),
+            sum=like.new_zeros(tokens),
+            label_logit=like.new_full((tokens,), -torch.inf),
+            shifted_sum=zeros[0],
+            square_sum=zeros[1],
+        )
+
+    def rows(self, start: int, stop: int) -> "TokenStats":
+        """A view of some of the tokens."""
+        shifted = None if self.shifted_sum is None else self.shifted_sum[start:stop]
+        square = None if self.square_sum is None else self.square_sum[start:stop]
+        return TokenStats(
+            max=self.max[start:stop],
+            sum=self.sum[start:stop],
+            label_logit=self.label_logit[start:stop],
+            shifted_sum=shifted,
+            square_sum=square,
+        )
+
+
+@dataclass(frozen=True)
+class TokenGrads:
+    """What the backward knows about each token: upstream gradients, and the statistics they need.
+
+    `logp`, `lse`, `entropy` and `log_sum_p2` are upstream gradients `[R]`, or None where nothing flows.
+    `entropy_value` and `log_sum_p2_value` accompany the gradients of the same name.
+    """
+
+    lse_value: Tensor
+    logp: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    entropy_value: Tensor | None = None
+    log_sum_p2: Tensor | None = None
+    log_sum_p2_value: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TokenGrads":
+        """The same record with every tensor replaced by `function(tensor)`."""
+        present = {name: function(value) for name, value in vars(self).items() if value is not None}
+        return replace(self, **present)
+
+    def rows(self, start: int, stop: int) -> "TokenGrads":
+        """A view of some of the tokens."""
+        return self.map(lambda values: values[start:stop])
+
+    @property
+    def only_logp(self) -> bool:
+        """Whether nothing flows into the optional outputs."""
+        return self.lse is None and self.entropy is None and self.log_sum_p2 is None
+
+
+class TileBackend(Protocol):
+    """The two passes over a tile. `labels` are relative to the tile's first column and may lie outside it."""
+
+    def tile_stats(
+        self,
+        tile: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        transform: LogitTransform,
+        stats: TokenStats,
+        rescale: Tensor | None,
+    ) -> None:
+        """Merge the tile into `stats`. With `rescale` (`[R]`), also prepare `Σ_v e_v d logit_v/d product_v W_v`:
+
+        the tile becomes `exp(logit - new max) * d logit / d product`, 0 at the label's column, and `rescale`
+        receives `exp(old max - new max)`, by which sums over earlier tiles are to be multiplied.
+        """
+        ...
+
+    def tile_grad(
+        self, tile: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, grads: TokenGrads
+    ) -> None:
+        """Replace the tile by d loss / d product.
+
+        With p the softmax: `d loss/d logit = logp (onehot - p) + lse p - entropy p (log p + H)
+        + 2 log_sum_p2 (p² / Σp² - p)`, then through softcap and scale.
+        """
+        ...

@@ -1,0 +1,106 @@
+"""The `torch` tile backend: plain tensor operations; runs anywhere and specifies the others."""
+
+import torch
+from torch import Tensor
+
+from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
+
+
+def _to_logits_(tile: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    if bias is not None:
+        tile += bias
+    if transform.scale != 1.0:
+        tile *= transform.scale
+    if transform.softcap is not None:
+        tile.div_(transform.softcap).tanh_().mul_(transform.softcap)
+    return tile
+
+
+def _slope(logits: Tensor, transform: LogitTransform) -> Tensor | float:
+    """d logit / d product, from the logit."""
+    if transform.softcap is None:
+        return transform.scale
+    return (logits / transform.softcap).square_().neg_().add_(1.0).mul_(transform.scale)
+
+
+def _add_at_labels_(tile: Tensor, labels: Tensor, value: Tensor) -> None:
+    """Add `value` (`[R]`) at each row's label, where the label lies inside the tile."""
+    inside = (labels >= 0) & (labels < tile.shape[1])
+    columns = labels.clamp(0, tile.shape[1] - 1)[:, None]
+    tile.scatter_add_(1, columns, value.masked_fill(~inside, 0.0)[:, None])
+
+
+def tile_stats(
+    tile: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    transform: LogitTransform,
+    stats: TokenStats,
+    rescale: Tensor | None,
+) -> None:
+    """See `TileBackend.tile_stats`."""
+    logits = _to_logits_(tile, bias, transform)
+    inside = (labels >= 0) & (labels < tile.shape[1])
+    columns = labels.clamp(0, tile.shape[1] - 1)[:, None]
+    label_logit = logits.gather(1, columns)[:, 0]
+    stats.label_logit.copy_(torch.where(inside, label_logit, stats.label_logit))
+
+    new_max = torch.maximum(stats.max, logits.amax(1))
+    # a row whose columns so far are all -inf would otherwise give exp(-inf + inf) = nan
+    finite_max = new_max.masked_fill(new_max == -torch.inf, 0.0)
+    drop = stats.max - finite_max
+    shrink = drop.exp()
+    slope = 1.0 if rescale is None else _slope(logits, transform)
+    shifted = logits.sub_(finite_max[:, None])
+
+    if stats.shifted_sum is not None and stats.square_sum is not None:
+        exponential = shifted.exp()
+        # exp(-inf) * -inf counts as 0
+        moment = shifted.mul_(exponential).masked_fill_(exponential == 0, 0.0)
+        carried = stats.sum * drop.masked_fill(stats.sum == 0, 0.0)
+        stats.shifted_sum.add_(carried).mul_(shrink).add_(moment.sum(1))
+        stats.square_sum.mul_(shrink.square()).add_(exponential.square().sum(1))
+        tile.copy_(exponential)
+    else:
+        shifted.exp_()
+    stats.sum.mul_(shrink).add_(tile.sum(1))
+    stats.max.copy_(new_max)
+    if rescale is not None:
+        rescale.copy_(shrink)
+        tile.mul_(slope)
+        tile.scatter_(1, columns, tile.gather(1, columns).masked_fill_(inside[:, None], 0.0))
+
+
+def tile_grad(tile: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, grads: TokenGrads) -> None:
+    """See `TileBackend.tile_grad`."""
+    logits = _to_logits_(tile, bias, transform)
+    slope = _slope(logits, transform)
+    log_p = logits.sub_(grads.lse_value[:, None])
+    if grads.only_logp:
+        assert grads.logp is not None
+        log_p.exp_().mul_(-grads.logp[:, None])
+    else:
+        tile.copy_(_mixed_grad(log_p, grads))
+    if grads.logp is not None:
+        _add_at_labels_(tile, labels, grads.logp)
+    tile.mul_(slope)
+
+
+def _mixed_grad(log_p: Tensor, grads: TokenGrads) -> Tensor:
+    """The part of d loss / d logit that is a function of the column's probability alone."""
+    p = log_p.exp()
+    weight = torch.zeros_like(grads.lse_value)
+    if grads.logp is not None:
+        weight -= grads.logp
+    if grads.lse is not None:
+        weight += grads.lse
+    if grads.log_sum_p2 is not None:
+        weight -= 2.0 * grads.log_sum_p2
+    grad = p * weight[:, None]
+    if grads.entropy is not None and grads.entropy_value is not None:
+        information = (log_p + grads.entropy_value[:, None]).masked_fill_(p == 0, 0.0)
+        grad -= grads.entropy[:, None] * p * information
+    if grads.log_sum_p2 is not None and grads.log_sum_p2_value is not None:
+        share = (2.0 * log_p - grads.log_sum_p2_value[:, None]).exp_()
+        grad += 2.0 * grads.log_sum_p2[:, None] * share
+    return grad
