@@ -17,7 +17,7 @@ from types import ModuleType
 SOURCES = ("csrc/bindings.cpp", "csrc/cpu/tiles.cpp")
 HEADERS = ("csrc/cpu/math.h", "csrc/cpu/tiles.h")
 # no errno and no traps: what lets the compiler vectorise selects and square roots; results stay IEEE
-FLAGS = ("-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0")
 
 
 class BuildError(RuntimeError):

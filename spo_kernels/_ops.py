@@ -17,10 +17,12 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 _OPTIONS = "float logit_scale, float? logit_softcap, int ignore_index, bool shift, int? workspace_bytes, str backend"
 _library.define(
     f"linear_logprob_fwd({_HEAD}, {_OPTIONS}, bool moments, bool need_logp_grad)"
-    " -> (Tensor logp, Tensor lse, Tensor correct, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad)"
+    " -> (Tensor logp, Tensor lse, Tensor correct, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad,"
+    " Tensor positions, Tensor count)"
 )
 _library.define(
     f"linear_logprob_bwd({_HEAD}, Tensor lse, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad,"
+    " Tensor positions, Tensor count,"
     " Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_log_sum_p2,"
     f" {_OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
@@ -35,17 +37,32 @@ def logp_grad_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
-def _counted_tokens(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor | None, TokenRows]:
-    """Positions in `labels` that count (None: all), and the tokens that predict them."""
+def _count_tokens(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
+    """Flat positions of the labels that count, padded with zeros to all of them, and their number in CPU memory.
+
+    The number is kept there so that the backward need not wait for the device to learn it again.
+    """
     counts = labels != ignore_index
     if shift and labels.ndim:
-        counts = counts.clone()
         counts[..., :1] = False
+    counted = counts.flatten().nonzero()[:, 0]
+    positions = counted.new_zeros(labels.numel())
+    positions[: counted.numel()] = counted
+    return positions, torch.tensor(counted.numel())
+
+
+def _token_rows(labels: Tensor, positions: Tensor | None, shift: bool) -> TokenRows:
+    """The tokens that predict the labels at `positions` (None: all of them)."""
     flat = labels.flatten()
-    if not shift and bool(counts.all()):
-        return None, TokenRows(None, flat)
-    positions = counts.flatten().nonzero()[:, 0]
-    return positions, TokenRows(positions - 1 if shift else positions, flat[positions])
+    if positions is None:
+        return TokenRows(None, flat)
+    return TokenRows(positions - 1 if shift else positions, flat[positions])
+
+
+def _counted(positions: Tensor, count: Tensor) -> Tensor | None:
+    """The positions that count; None where all do, so that nothing need be gathered."""
+    n = int(count)
+    return None if n == positions.numel() else positions[:n]
 
 
 def _spread(values: Tensor, positions: Tensor | None, shape: torch.Size) -> Tensor:
@@ -76,7 +93,9 @@ def linear_logprob_fwd(
     check_label_range(labels, weight.shape[0], ignore_index)
     states = hidden.reshape(-1, hidden.shape[-1])
     head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
-    positions, tokens = _counted_tokens(labels, ignore_index, shift)
+    padded_positions, count = _count_tokens(labels, ignore_index, shift)
+    positions = _counted(padded_positions, count)
+    tokens = _token_rows(labels, positions, shift)
     grad_dtype = logp_grad_dtype(hidden)
     logp_grad = hidden.new_empty(0, dtype=grad_dtype)
     if need_logp_grad:
@@ -99,7 +118,7 @@ def linear_logprob_fwd(
         outputs += [log_sum - stats.shifted_sum / stats.sum, stats.square_sum.log() - 2.0 * log_sum]
     outputs = [_spread(values, positions, labels.shape) for values in outputs]
     outputs += [lse.new_empty(0) for _ in range(5 - len(outputs))]
-    return (*outputs, logp_grad)
+    return (*outputs, logp_grad, padded_positions, count)
 
 
 @torch.no_grad()
@@ -112,6 +131,8 @@ def linear_logprob_bwd(
     entropy: Tensor,
     log_sum_p2: Tensor,
     logp_grad: Tensor,
+    padded_positions: Tensor,
+    count: Tensor,
     grad_logp: Tensor | None,
     grad_lse: Tensor | None,
     grad_entropy: Tensor | None,
@@ -129,7 +150,8 @@ def linear_logprob_bwd(
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`."""
     states = hidden.reshape(-1, hidden.shape[-1])
     head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
-    positions, tokens = _counted_tokens(labels, ignore_index, shift)
+    positions = _counted(padded_positions, count)
+    tokens = _token_rows(labels, positions, shift)
     grads = TokenGrads(
         lse_value=lse,
         logp=grad_logp,
@@ -196,7 +218,9 @@ def _fwd_fake(
     moment = [torch.empty(moment_shape, dtype=wide, device=hidden.device) for _ in range(2)]
     grad_shape = hidden.shape if need_logp_grad else (0,)
     logp_grad = torch.empty(grad_shape, dtype=logp_grad_dtype(hidden), device=hidden.device)
-    return (*token, correct, *moment, logp_grad)
+    positions = torch.empty(labels.numel(), dtype=torch.int64, device=hidden.device)
+    count = torch.empty((), dtype=torch.int64, device="cpu")
+    return (*token, correct, *moment, logp_grad, positions, count)
 
 
 @torch.library.register_fake("spo_kernels::linear_logprob_bwd", lib=_library)

@@ -68,12 +68,12 @@ class LinearLogprobFunction(torch.autograd.Function):
             options.moments,
             ctx.needs_input_grad[0],
         )
-        *values, logp_grad = outputs
+        *values, logp_grad, positions, count = outputs
         _, lse, correct, entropy, log_sum_p2 = values
         recompute = bool(options.grad_outputs) or any(ctx.needs_input_grad[1:3])
         # with a frozen head hidden need not outlive the forward: what is kept is its finished gradient
         kept = hidden if recompute else logp_grad
-        ctx.save_for_backward(kept, weight, bias, labels, lse, entropy, log_sum_p2, logp_grad)
+        ctx.save_for_backward(kept, weight, bias, labels, lse, entropy, log_sum_p2, logp_grad, positions, count)
         ctx.options = options
         extras = zip(OUTPUTS, (lse, correct, entropy, log_sum_p2), strict=True)
         ctx.mark_non_differentiable(*(value for name, value in extras if name not in options.grad_outputs))
