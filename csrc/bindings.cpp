@@ -1,9 +1,15 @@
 // Python module `_C`: raw addresses in, nothing out. Python has checked what lies behind them.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
 
+#include "cpu/product.h"
 #include "cpu/tiles.h"
 
 namespace py = pybind11;
@@ -35,6 +41,47 @@ void tile_grad(std::uintptr_t tile, int64_t rows, int64_t columns, std::uintptr_
                  threads);
 }
 
+// The products that this build has and this machine can run.
+std::map<std::string, spo::ProductFunction> usable_products() {
+  std::map<std::string, spo::ProductFunction> usable;
+#if defined(__x86_64__) && defined(__GNUC__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (avx2 && spo::product_avx2() != nullptr) usable["avx2"] = spo::product_avx2();
+  if (avx512 && spo::product_avx512() != nullptr) usable["avx512"] = spo::product_avx512();
+  if (bf16 && spo::product_avx512_bf16() != nullptr) usable["avx512_bf16"] = spo::product_avx512_bf16();
+#endif
+  return usable;
+}
+
+py::list product_names() {
+  py::list names;
+  for (const auto& entry : usable_products()) names.append(entry.first);
+  return names;
+}
+
+void product(const std::string& name, const std::array<std::int64_t, 4>& a, const std::array<std::int64_t, 4>& b,
+             std::uintptr_t c, int64_t c_stride, int64_t m, int64_t n, int64_t k, bool accumulate, int threads) {
+  static const auto usable = usable_products();
+  const auto found = usable.find(name);
+  if (found == usable.end()) throw std::invalid_argument("product '" + name + "' cannot run on this machine");
+  const auto operand = [](const std::array<std::int64_t, 4>& from) {
+    return spo::Operand{at<const void>(static_cast<std::uintptr_t>(from[0])), from[1], from[2],
+                        static_cast<spo::Scalar>(from[3])};
+  };
+  found->second(operand(a), operand(b), at<float>(c), c_stride, {m, n, k}, accumulate, threads);
+}
+
+bool made_by_amd() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 const char* vector_width() {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (__builtin_cpu_supports("avx512f")) return "AVX-512";
@@ -55,6 +102,11 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU tile kernels of spo_kernels";
   module.attr("openmp") = kOpenMP;
   module.def("vector_width", &vector_width, "The widest vectors that the kernels use on this machine.");
+  module.def("made_by_amd", &made_by_amd, "Whether AMD made this machine's processor.");
+  module.def("product_names", &product_names, "The products that this build has and this machine can run.");
+  module.def("product", &product, py::call_guard<py::gil_scoped_release>(), "name"_a, py::kw_only(), "a"_a, "b"_a,
+             "c"_a, "c_stride"_a, "m"_a, "n"_a, "k"_a, "accumulate"_a, "threads"_a,
+             "c (+)= a b; an operand is (address, row stride, column stride, scalar: 0 float, 1 bfloat16, 2 half).");
   module.def("tile_stats", &tile_stats, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "rows"_a,
              "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "max"_a, "sum"_a, "label_logit"_a,
              "shifted_sum"_a, "square_sum"_a, "rescale"_a, "threads"_a);

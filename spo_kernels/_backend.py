@@ -6,6 +6,7 @@ from functools import cache
 import torch
 
 from spo_kernels import _env, _native
+from spo_kernels._products import NativeProducts, Products, VendorProducts
 from spo_kernels.tiles import cpp_tiles, torch_tiles
 from spo_kernels.tiles.spec import TileBackend
 
@@ -60,12 +61,20 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return detail if native is None else None
 
 
+@dataclass(frozen=True)
+class Backend:
+    """Who multiplies, and who handles the tiles between the products."""
+
+    products: Products
+    tiles: TileBackend
+
+
 @cache
-def tile_backend(name: str) -> TileBackend:
+def load_backend(name: str) -> Backend:
     """The backend of that name, which `choose_backend` has found usable."""
-    if name == "cpp":
-        native, detail = _native.load()
-        if native is None:
-            raise RuntimeError(detail)
-        return cpp_tiles.CppTiles(native)
-    return torch_tiles
+    if name == "torch":
+        return Backend(VendorProducts(), torch_tiles)
+    native, detail = _native.load()
+    if native is None:
+        raise RuntimeError(detail)
+    return Backend(NativeProducts(native), cpp_tiles.CppTiles(native))

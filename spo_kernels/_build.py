@@ -14,8 +14,13 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-SOURCES = ("csrc/bindings.cpp", "csrc/cpu/tiles.cpp")
-HEADERS = ("csrc/cpu/math.h", "csrc/cpu/tiles.h")
+SOURCES = (
+    "csrc/bindings.cpp",
+    "csrc/cpu/product_avx2.cpp",
+    "csrc/cpu/product_avx512.cpp",
+    "csrc/cpu/tiles.cpp",
+)
+HEADERS = ("csrc/cpu/math.h", "csrc/cpu/product.h", "csrc/cpu/product_blocks.h", "csrc/cpu/tiles.h")
 # no errno and no traps: what lets the compiler vectorise selects and square roots; results stay IEEE
 FLAGS = ("-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0")
 

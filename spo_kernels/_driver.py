@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo_kernels._products import accumulator_dtype, matmul, matmul_add, operand_dtype
-from spo_kernels.tiles.spec import LogitTransform, TileBackend, TokenGrads, TokenStats
+from spo_kernels._backend import Backend
+from spo_kernels._products import Products, accumulator_dtype
+from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
 
 DEFAULT_WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
@@ -59,17 +60,19 @@ class TileShape:
     columns: int
 
 
-def plan_tiles(tokens: int, hidden: Tensor, head: Head, workspace_bytes: int | None) -> TileShape:
+def plan_tiles(tokens: int, hidden: Tensor, head: Head, products: Products, workspace_bytes: int | None) -> TileShape:
     """The largest tile whose temporaries fit the byte budget.
 
     Per cell: the float32 product, and its half-precision copy where products take half-precision operands.
-    Per row: the gathered token and its accumulated sum. Per column: the weight row and its accumulated gradient.
+    Per row: the gathered token, its accumulated sum and what the product packs. Per column: the weight row where
+    it is cast, and its accumulated gradient or a label's weight row.
     """
     vocab, width = head.weight.shape
     wide = accumulator_dtype(hidden.dtype).itemsize
-    narrow = operand_dtype(hidden).itemsize
+    narrow = products.operand_dtype(hidden).itemsize
     cell = wide if narrow == wide else wide + narrow
-    row = column = width * (wide + narrow)
+    row = width * (wide + narrow) + products.row_bytes
+    column = width * (wide + (narrow if narrow != head.weight.dtype.itemsize else 0))
     device = hidden.device.type
     budget = workspace_bytes or DEFAULT_WORKSPACE_BYTES.get(device, DEFAULT_WORKSPACE_BYTES["cuda"])
     if cell + row + column > budget:
@@ -91,7 +94,7 @@ def forward(
     hidden: Tensor,
     head: Head,
     tokens: TokenRows,
-    backend: TileBackend,
+    backend: Backend,
     tile_shape: TileShape,
     *,
     moments: bool,
@@ -110,7 +113,7 @@ def forward(
     stats = TokenStats.start(n, buffer, moments)
     for row in range(0, n, tile_shape.rows):
         end = min(row + tile_shape.rows, n)
-        states = tokens.take(hidden, row, end, operand_dtype(hidden))
+        states = tokens.take(hidden, row, end, backend.products.operand_dtype(hidden))
         part = stats.rows(row, end)
         labels = tokens.labels[row:end]
         total = rescale = None
@@ -121,11 +124,13 @@ def forward(
             stop = min(col + tile_shape.columns, vocab)
             weight = head.weight[col:stop].to(states.dtype)
             tile = buffer[: (end - row) * (stop - col)].view(end - row, stop - col)
-            matmul(states, weight.t(), out=tile)
-            backend.tile_stats(tile, head.bias_slice(col, stop, wide), labels - col, head.transform, part, rescale)
+            backend.products.matmul(states, weight.t(), out=tile)
+            backend.tiles.tile_stats(
+                tile, head.bias_slice(col, stop, wide), labels - col, head.transform, part, rescale
+            )
             if total is not None and rescale is not None:
                 total.mul_(rescale[:, None])
-                matmul_add(tile, weight, out=total)
+                backend.products.matmul(tile, weight, out=total, accumulate=True)
         if total is not None and logp_grad is not None:
             _finish_logp_grad_(total, head, labels, part, tile_shape)
             tokens.put(logp_grad, row, end, total)
@@ -150,7 +155,7 @@ def backward(
     head: Head,
     tokens: TokenRows,
     grads: TokenGrads,
-    backend: TileBackend,
+    backend: Backend,
     tile_shape: TileShape,
     *,
     hidden_out: Tensor | None,
@@ -169,7 +174,7 @@ def backward(
     hidden_sum = None if hidden_out is None else hidden.new_zeros((n, hidden.shape[1]), dtype=wide)
     for col in range(0, vocab, tile_shape.columns):
         stop = min(col + tile_shape.columns, vocab)
-        weight = head.weight[col:stop].to(operand_dtype(hidden))
+        weight = head.weight[col:stop].to(backend.products.operand_dtype(hidden))
         bias = head.bias_slice(col, stop, wide)
         weight_sum = None
         if weight_out is not None:
@@ -180,13 +185,13 @@ def backward(
             end = min(row + tile_shape.rows, n)
             states = tokens.take(hidden, row, end, weight.dtype)
             tile = buffer[: (end - row) * (stop - col)].view(end - row, stop - col)
-            matmul(states, weight.t(), out=tile)
+            backend.products.matmul(states, weight.t(), out=tile)
             piece = grads.rows(row, end)
-            backend.tile_grad(tile, bias, tokens.labels[row:end] - col, head.transform, piece)
+            backend.tiles.tile_grad(tile, bias, tokens.labels[row:end] - col, head.transform, piece)
             if weight_sum is not None:
-                matmul_add(tile.t(), states, out=weight_sum)
+                backend.products.matmul(tile.t(), states, out=weight_sum, accumulate=True)
             if hidden_sum is not None:
-                matmul_add(tile, weight, out=hidden_sum[row:end])
+                backend.products.matmul(tile, weight, out=hidden_sum[row:end], accumulate=True)
             if bias_out is not None:
                 bias_out[col:stop] += tile.sum(0)
         if weight_out is not None and weight_sum is not None and weight_out.dtype != wide:

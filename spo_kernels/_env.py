@@ -14,6 +14,14 @@ def backend_name() -> str | None:
     return os.environ.get("SPO_BACKEND") or None
 
 
+def cpu_product() -> str:
+    """Whose matrix products the cpp backend uses: auto, native or vendor."""
+    value = os.environ.get("SPO_CPU_PRODUCT") or "auto"
+    if value not in ("auto", "native", "vendor"):
+        raise ValueError(f"SPO_CPU_PRODUCT = {value!r}; expected auto, native or vendor")
+    return value
+
+
 def jit_disabled() -> bool:
     """Whether building the extension on first use is switched off."""
     return os.environ.get("SPO_DISABLE_JIT", "0") not in ("", "0")

@@ -6,7 +6,7 @@ The schema belongs to Python; a tensor that was not asked for comes back empty (
 import torch
 from torch import Tensor
 
-from spo_kernels._backend import tile_backend
+from spo_kernels._backend import load_backend
 from spo_kernels._checks import check_label_range
 from spo_kernels._driver import Head, TokenRows, backward, forward, plan_tiles
 from spo_kernels._products import accumulator_dtype
@@ -101,13 +101,14 @@ def linear_logprob_fwd(
     if need_logp_grad:
         allocate = torch.empty if positions is None else torch.zeros
         logp_grad = allocate(hidden.shape, dtype=grad_dtype, device=hidden.device)
+    chosen = load_backend(backend)
     with torch.autocast(hidden.device.type, enabled=False):
         stats = forward(
             states,
             head,
             tokens,
-            tile_backend(backend),
-            plan_tiles(tokens.labels.numel(), states, head, workspace_bytes),
+            chosen,
+            plan_tiles(tokens.labels.numel(), states, head, chosen.products, workspace_bytes),
             moments=moments,
             logp_grad=logp_grad.view(-1, hidden.shape[-1]) if need_logp_grad else None,
         )
@@ -177,14 +178,15 @@ def linear_logprob_bwd(
     if finished and hidden_out is not None and grads.logp is not None:
         _scale_rows(logp_grad.view(-1, hidden.shape[-1]), grads.logp, tokens, out=hidden_out)
     if need_weight or need_bias or (need_hidden and not finished):
+        chosen = load_backend(backend)
         with torch.autocast(hidden.device.type, enabled=False):
             backward(
                 states,
                 head,
                 tokens,
                 grads,
-                tile_backend(backend),
-                plan_tiles(tokens.labels.numel(), states, head, workspace_bytes),
+                chosen,
+                plan_tiles(tokens.labels.numel(), states, head, chosen.products, workspace_bytes),
                 hidden_out=None if finished else hidden_out,
                 weight_out=grad_weight if need_weight else None,
                 bias_out=bias_sum,

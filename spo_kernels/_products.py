@@ -1,7 +1,11 @@
-"""Matrix products with float32 results from any input dtype, by the vendor library through torch."""
+"""Matrix products with results in the accumulator dtype: float64 for float64 inputs, else float32."""
+
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from spo_kernels import _env
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -11,29 +15,96 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def operand_dtype(inputs: Tensor) -> torch.dtype:
-    """The dtype in which `inputs` enter a product.
+class Products(Protocol):
+    """Who multiplies."""
 
-    CUDA multiplies half precision into float32. The CPU library has no such product, and its half-precision
-    result would cost about 0.9 nat per 512-token sequence, so half-precision tiles are upcast there.
+    row_bytes: int  # temporaries per row of `a`, beyond operands and result
+
+    def operand_dtype(self, inputs: Tensor) -> torch.dtype:
+        """The dtype in which `inputs` enter a product."""
+        ...
+
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+        """`out = a @ b`, or `out += a @ b`; `a` may be in the accumulator dtype where `b` is half precision."""
+        ...
+
+
+class VendorProducts:
+    """The vendor library through torch, on any device.
+
+    CUDA multiplies half precision into float32. The CPU library has no such product, and a half-precision
+    result would cost about 0.9 nat per 512-token sequence, so half-precision operands are upcast there.
     """
-    if inputs.dtype in HALF_DTYPES and not inputs.is_cuda:
-        return torch.float32
-    return inputs.dtype
+
+    row_bytes = 0
+
+    def operand_dtype(self, inputs: Tensor) -> torch.dtype:
+        """See `Products`."""
+        return torch.float32 if inputs.dtype in HALF_DTYPES and not inputs.is_cuda else inputs.dtype
+
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+        """See `Products`."""
+        a = a.to(b.dtype)
+        if b.dtype != out.dtype and accumulate:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        elif b.dtype != out.dtype:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        elif accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a @ b` with `out` in the accumulator dtype."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+class NativeProducts(VendorProducts):
+    """The extension's own products on a CPU, for any strides and half precision in, float32 out.
 
+    Used where they are the faster ones. float32: on AMD, where the vendor library runs at about half the
+    machine's rate; not measured elsewhere. Half precision: wherever the vendor would need an upcast.
+    """
 
-def matmul_add(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out += a @ b` with `out` in the accumulator dtype; `a` is cast to `b`'s dtype."""
-    a = a.to(b.dtype)
-    if b.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    _SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # noqa: RUF012
+    row_bytes = 2048  # the panels of `a`: 512 floats or 1024 bfloat16 a row
+
+    def __init__(self, native: Any) -> None:
+        self._native = native
+        names = set(native.product_names())
+        choice = _env.cpu_product()
+        full = next((name for name in ("avx512", "avx2") if name in names), None)
+        self._half_name = None if choice == "vendor" else full
+        self._float_name = full if choice == "native" or (choice == "auto" and native.made_by_amd()) else None
+        has_bf16 = choice != "vendor" and "avx512_bf16" in names
+        self._bf16_name = "avx512_bf16" if has_bf16 else self._half_name
+
+    def _name(self, dtype: torch.dtype) -> str | None:
+        if dtype == torch.bfloat16:
+            return self._bf16_name
+        return self._half_name if dtype == torch.float16 else self._float_name
+
+    def operand_dtype(self, inputs: Tensor) -> torch.dtype:
+        """See `Products`."""
+        return inputs.dtype if self._name(inputs.dtype) else super().operand_dtype(inputs)
+
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+        """See `Products`."""
+        name = self._name(b.dtype)
+        if name is None:
+            super().matmul(a, b, out, accumulate=accumulate)
+            return
+        (m, k), n = a.shape, b.shape[1]
+        if b.shape[0] != k or out.shape != (m, n) or out.dtype != torch.float32 or out.stride(1) != 1:
+            raise ValueError(
+                f"out must be a float32 [{m}, {n}] matrix with unit column stride for operands "
+                f"{list(a.shape)} and {list(b.shape)}, got {out.dtype} {list(out.shape)}"
+            )
+        self._native.product(
+            name,
+            a=(a.data_ptr(), *a.stride(), self._SCALARS[a.dtype]),
+            b=(b.data_ptr(), *b.stride(), self._SCALARS[b.dtype]),
+            c=out.data_ptr(),
+            c_stride=out.stride(0),
+            m=m,
+            n=n,
+            k=k,
+            accumulate=accumulate,
+            threads=torch.get_num_threads(),
+        )

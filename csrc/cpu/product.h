@@ -1,0 +1,35 @@
+// Matrix products C (+)= A B with float results from float, bfloat16 or float16 operands.
+//
+// torch's CPU library has no half-precision product with float results, and on AMD its float product runs at
+// about half the machine's rate. Each result is summed over k in a fixed order by one thread, so results do not
+// depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace spo {
+
+enum class Scalar : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
+
+// An operand of any strides, counted in elements.
+struct Operand {
+  const void* data;
+  int64_t row_stride;
+  int64_t column_stride;
+  Scalar scalar;
+};
+
+struct ProductShape {
+  int64_t m, n, k;
+};
+
+using ProductFunction = void (*)(const Operand& a, const Operand& b, float* c, int64_t c_stride,
+                                 const ProductShape& shape, bool accumulate, int threads);
+
+// Null where the compiler could not build it; the caller asks the machine before using it.
+// The bfloat16 product rounds a float operand to bfloat16 while packing it.
+ProductFunction product_avx512();
+ProductFunction product_avx512_bf16();
+ProductFunction product_avx2();
+
+}  // namespace spo

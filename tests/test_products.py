@@ -1,0 +1,145 @@
+"""The extension's own matrix products against float64, for every instruction set that this machine has."""
+
+import pytest
+import torch
+
+from spo_kernels import _native
+from spo_kernels._products import NativeProducts, VendorProducts
+
+NATIVE, WHY_NOT = _native.load()
+NAMES = NATIVE.product_names() if NATIVE else []
+SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SHAPES = [(1, 1, 1), (5, 63, 2), (6, 64, 512), (7, 65, 513), (13, 130, 1025), (130, 17, 1), (97, 1, 700), (1, 200, 31)]
+
+pytestmark = pytest.mark.skipif(not NAMES, reason=f"no native products here: {WHY_NOT}")
+
+
+def multiply(name, a, b, out, accumulate=False, threads=2):
+    (m, k), n = a.shape, b.shape[1]
+    NATIVE.product(
+        name,
+        a=(a.data_ptr(), *a.stride(), SCALARS[a.dtype]),
+        b=(b.data_ptr(), *b.stride(), SCALARS[b.dtype]),
+        c=out.data_ptr(),
+        c_stride=out.stride(0),
+        m=m,
+        n=n,
+        k=k,
+        accumulate=accumulate,
+        threads=threads,
+    )
+
+
+def operand(rows, columns, dtype, layout):
+    """A matrix in row order, in column order, or as an unaligned piece of a wider one."""
+    if layout == "rows":
+        return torch.randn(rows, columns).to(dtype)
+    if layout == "columns":
+        return torch.randn(columns, rows).to(dtype).t()
+    return torch.randn(rows + 1, columns + 3).to(dtype)[1:, 1 : columns + 1]
+
+
+def exact(name, a, b):
+    """The float64 product of what the instruction set sees, and the sum of the terms' magnitudes."""
+    if name == "avx512_bf16":
+        a, b = a.bfloat16(), b.bfloat16()
+    return a.double() @ b.double(), a.double().abs() @ b.double().abs()
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "piece"])
+@pytest.mark.parametrize("dtype_b", list(SCALARS), ids=str)
+@pytest.mark.parametrize("dtype_a", list(SCALARS), ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_against_float64(name, dtype_a, dtype_b, layout):
+    for m, n, k in SHAPES:
+        a, b = operand(m, k, dtype_a, layout), operand(k, n, dtype_b, layout)
+        expected, magnitude = exact(name, a, b)
+        start = torch.randn(m, n)
+        for accumulate in (False, True):
+            out = start.clone()
+            multiply(name, a, b, out, accumulate)
+            error = (out.double() - expected - (start.double() if accumulate else 0)).abs()
+            # each of k additions rounds by at most 2^-24 of what is summed
+            bound = 2.0**-24 * (k + 2) * (magnitude + start.double().abs())
+            assert (error <= bound).all(), (m, n, k, accumulate, (error / bound).max().item())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_writes_only_its_result(name):
+    out = torch.full((9, 40), torch.nan)
+    multiply(name, torch.ones(7, 3), torch.ones(3, 37), out[1:8, 2:39])
+    inside = torch.zeros(9, 40, dtype=torch.bool)
+    inside[1:8, 2:39] = True
+    assert (out[inside] == 3).all() and out[~inside].isnan().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits_for_any_number_of_threads(name):
+    a, b = torch.randn(301, 1100), torch.randn(1100, 70)
+    results = []
+    for threads in (1, 2, 5):
+        out = torch.empty(301, 70)
+        multiply(name, a, b, out, threads=threads)
+        results.append(out)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_non_finite_values_come_through(name, value):
+    a, b = torch.ones(8, 5), torch.ones(5, 66)
+    a[3, 2] = value
+    out = torch.empty(8, 66)
+    multiply(name, a, b, out)
+    assert torch.equal(out[3], torch.full((66,), value)) or (value != value and out[3].isnan().all())
+    assert (out[torch.arange(8) != 3] == 5).all()
+
+
+def test_bfloat16_rounding_is_torchs():
+    if "avx512_bf16" not in NAMES:
+        pytest.skip("this machine has no bfloat16 dot product")
+    bits = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64).to(torch.int32)
+    values = bits.view(torch.float32)
+    # subnormal results are flushed by the instruction, so leave them out
+    values = values[(values.abs() > 1e-30) & values.isfinite()][:2048, None]
+    out = torch.empty(values.shape[0], 1)
+    multiply("avx512_bf16", values, torch.ones(1, 1), out)
+    assert torch.equal(out, values.bfloat16().float())
+
+
+def test_unknown_product_is_refused():
+    with pytest.raises(ValueError, match="'sse9' cannot run on this machine"):
+        multiply("sse9", torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1))
+
+
+def test_wrong_result_shape_is_refused_before_the_pointer_crosses(monkeypatch):
+    monkeypatch.setenv("SPO_CPU_PRODUCT", "native")
+    products = NativeProducts(NATIVE)
+    with pytest.raises(ValueError, match=r"out must be a float32 \[2, 4\] matrix"):
+        products.matmul(torch.ones(2, 3), torch.ones(3, 4), out=torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_choice_by_environment(monkeypatch, dtype):
+    monkeypatch.setenv("SPO_CPU_PRODUCT", "vendor")
+    assert NativeProducts(NATIVE).operand_dtype(torch.ones(1, dtype=dtype)) == torch.float32
+    monkeypatch.setenv("SPO_CPU_PRODUCT", "native")
+    assert NativeProducts(NATIVE).operand_dtype(torch.ones(1, dtype=dtype)) == dtype
+    monkeypatch.setenv("SPO_CPU_PRODUCT", "fastest")
+    with pytest.raises(ValueError, match="SPO_CPU_PRODUCT = 'fastest'"):
+        NativeProducts(NATIVE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_native_and_vendor_agree(monkeypatch, dtype):
+    monkeypatch.setenv("SPO_CPU_PRODUCT", "native")
+    a, b = torch.randn(33, 300), torch.randn(300, 129).to(dtype)
+    results = []
+    for products in (NativeProducts(NATIVE), VendorProducts()):
+        out = torch.zeros(33, 129)
+        right = b.to(products.operand_dtype(b))
+        products.matmul(a, right, out=out)
+        products.matmul(a, right, out=out, accumulate=True)
+        results.append(out)
+    tolerance = 0.3 if dtype == torch.bfloat16 else 1e-3
+    torch.testing.assert_close(*results, atol=tolerance, rtol=0)
