@@ -60,6 +60,11 @@ class TileShape:
     columns: int
 
 
+def workspace_budget(workspace_bytes: int | None, device: str) -> int:
+    """The bytes that a call may use for temporaries: what it says, or the device's default."""
+    return workspace_bytes or DEFAULT_WORKSPACE_BYTES.get(device, DEFAULT_WORKSPACE_BYTES["cuda"])
+
+
 def plan_tiles(tokens: int, hidden: Tensor, head: Head, products: Products, workspace_bytes: int | None) -> TileShape:
     """The largest tile whose temporaries fit the byte budget.
 
@@ -70,11 +75,11 @@ def plan_tiles(tokens: int, hidden: Tensor, head: Head, products: Products, work
     vocab, width = head.weight.shape
     wide = accumulator_dtype(hidden.dtype).itemsize
     narrow = products.operand_dtype(hidden).itemsize
-    cell = wide if narrow == wide else wide + narrow
+    cell = wide + products.copy_bytes(hidden)
     row = width * (wide + narrow) + products.row_bytes
     column = width * (wide + (narrow if narrow != head.weight.dtype.itemsize else 0))
     device = hidden.device.type
-    budget = workspace_bytes or DEFAULT_WORKSPACE_BYTES.get(device, DEFAULT_WORKSPACE_BYTES["cuda"])
+    budget = workspace_budget(workspace_bytes, device)
     if cell + row + column > budget:
         raise ValueError(
             f"workspace_bytes = {workspace_bytes} is too small: one token and one vocabulary column of "

@@ -24,6 +24,10 @@ class Products(Protocol):
         """The dtype in which `inputs` enter a product."""
         ...
 
+    def copy_bytes(self, inputs: Tensor) -> int:
+        """Bytes per cell of the copy that is made of a tile before it enters a product."""
+        ...
+
     def matmul(self, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         """`out = a @ b`, or `out += a @ b`; `a` may be in the accumulator dtype where `b` is half precision."""
         ...
@@ -41,6 +45,11 @@ class VendorProducts:
     def operand_dtype(self, inputs: Tensor) -> torch.dtype:
         """See `Products`."""
         return torch.float32 if inputs.dtype in HALF_DTYPES and not inputs.is_cuda else inputs.dtype
+
+    def copy_bytes(self, inputs: Tensor) -> int:
+        """See `Products`."""
+        dtype = self.operand_dtype(inputs)
+        return dtype.itemsize if dtype in HALF_DTYPES else 0
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         """See `Products`."""
@@ -83,6 +92,10 @@ class NativeProducts(VendorProducts):
     def operand_dtype(self, inputs: Tensor) -> torch.dtype:
         """See `Products`."""
         return inputs.dtype if self._name(inputs.dtype) else super().operand_dtype(inputs)
+
+    def copy_bytes(self, inputs: Tensor) -> int:
+        """None: a tile is rounded panel by panel."""
+        return 0
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         """See `Products`."""

@@ -154,7 +154,7 @@ def linear_logprob(
     The same inputs give the same bits run to run. Under `torch.autocast`, hidden, weight and bias are cast to
     its dtype, as `F.linear` does.
     """
-    logp, extras = token_logprobs(
+    logp, extras = prepare_call(
         hidden,
         weight,
         labels,
@@ -166,11 +166,28 @@ def linear_logprob(
         outputs=outputs,
         workspace_bytes=workspace_bytes,
         backend=backend,
-    )
-    return (logp, extras) if outputs else logp
+    ).run()
+    return (logp, {name: extras[name] for name in outputs}) if outputs else logp
 
 
-def token_logprobs(
+@dataclass(frozen=True)
+class LogprobCall:
+    """A checked call: tensors in the dtype that they are computed in, and options."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    options: LogprobOptions
+
+    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """logp, and all optional outputs (empty where they were not asked for)."""
+        tensors = (self.hidden, self.weight, self.bias, self.labels)
+        logp, *extras = LinearLogprobFunction.apply(*tensors, self.options)
+        return logp, dict(zip(OUTPUTS, extras, strict=True))
+
+
+def prepare_call(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -184,8 +201,8 @@ def token_logprobs(
     backend: str | None,
     outputs: Sequence[str] = (),
     outputs_carry_grad: bool = True,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`linear_logprob` with one return type: logp and the outputs asked for, without gradient where not wanted."""
+) -> LogprobCall:
+    """Check everything that `linear_logprob` is given, cast under autocast, and choose the backend."""
     check_head_inputs(hidden, weight, bias, labels)
     check_options(logit_scale, logit_softcap, ignore_index, workspace_bytes)
     unknown = [name for name in outputs if name not in OUTPUTS]
@@ -207,6 +224,4 @@ def token_logprobs(
         moments="entropy" in outputs or "log_sum_p2" in outputs,
         grad_outputs=tuple(name for name in outputs if name != "correct") if outputs_carry_grad else (),
     )
-    logp, *extras = LinearLogprobFunction.apply(hidden, weight, bias, labels, options)
-    named = dict(zip(OUTPUTS, extras, strict=True))
-    return logp, {name: named[name] for name in outputs}
+    return LogprobCall(hidden, weight, bias, labels, options)

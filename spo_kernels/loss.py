@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from spo_kernels._checks import check_tensor
-from spo_kernels.logprob import token_logprobs
+from spo_kernels._products import accumulator_dtype
+from spo_kernels._three_products import plan_path, three_products
+from spo_kernels.logprob import LogprobCall, prepare_call
 from spo_kernels.losses import Objective, PairLogps, implicit_rewards, named_loss
-from spo_kernels.losses.pairs import check_choice
+from spo_kernels.losses.pairs import PairInputs, check_choice, pair_losses
+from spo_kernels.paths import PATHS
 from spo_kernels.sequences import check_cu_seqlens, count_tokens, counted_labels, sequence_logps, sum_sequences
 
 
@@ -31,6 +34,7 @@ def fused_spo_loss(
     shift: bool = False,
     reduction: str = "mean",
     token_metrics: bool = False,
+    path: str | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -46,7 +50,7 @@ def fused_spo_loss(
     Args:
         hidden: Policy's last hidden states, chosen rows first: `[2B, T, H]` padded, or packed `[N, H]` with
             `cu_seqlens`.
-        weight: `[V, H]` policy head. Frozen (no gradient): 2 products; trained: 4; see `linear_logprob`.
+        weight: `[V, H]` policy head. Frozen (no gradient): 2 products; trained: 3 or 4, see `path`.
         labels: `[2B, T]` or `[N]` int64; `ignore_index` for prompt and padding.
         loss: "dpo", "spo", or any objective: a callable from `PairLogps` to losses `[B]`.
         bias: `[V]` policy head bias.
@@ -58,6 +62,8 @@ def fused_spo_loss(
         logit_scale, logit_softcap, ignore_index, shift, workspace_bytes, backend: As in `linear_logprob`;
             with `shift`, each sequence's first label is not predicted.
         reduction: Over pairs: "mean", "sum" or "none".
+        path: "packed" or "factorised" (three products), "two_pass" (four), or None for the cheapest that the
+            workspace allows; matters to a trained head only. See `spo_kernels/paths.py`.
         token_metrics: Also report `entropy` (nats) and `mean_token_accuracy` over counted policy tokens.
 
     Returns:
@@ -72,6 +78,8 @@ def fused_spo_loss(
     if not callable(objective):
         raise TypeError(f"loss must be a name or a callable objective, got {loss!r}")
     check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if path is not None:
+        check_choice("path", path, PATHS)
     pairs_count = _check_pairs(hidden, labels, cu_seqlens)
     options: dict[str, Any] = {
         "logit_scale": logit_scale,
@@ -83,35 +91,44 @@ def fused_spo_loss(
     }
     labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
     names = ("correct", "entropy") if token_metrics else ()
-    logp, extras = token_logprobs(hidden, weight, labels, bias=bias, outputs=names, outputs_carry_grad=False, **options)
-    sums = sum_sequences(logp, cu_seqlens)
-    reference = _reference_sums(sums, labels, ref_logps, ref_hidden, ref_weight, ref_bias, cu_seqlens, options)
-    lengths = count_tokens(labels, cu_seqlens, ignore_index)
-    if spo_value is not None:
-        _check_vector("spo_value", spo_value, pairs_count, sums.device)
-        spo_value = spo_value.detach().to(sums.dtype)
-
-    pairs = PairLogps(
-        chosen=sums[:pairs_count],
-        rejected=sums[pairs_count:],
-        ref_chosen=None if reference is None else reference[:pairs_count],
-        ref_rejected=None if reference is None else reference[pairs_count:],
-        chosen_lengths=lengths[:pairs_count],
-        rejected_lengths=lengths[pairs_count:],
-        sft_value=spo_value,
+    call = prepare_call(hidden, weight, labels, bias=bias, outputs=names, outputs_carry_grad=False, **options)
+    dtype = accumulator_dtype(call.hidden.dtype)
+    reference = _reference_sums(
+        pairs_count, dtype, labels, ref_logps, ref_hidden, ref_weight, ref_bias, cu_seqlens, options
     )
-    losses = objective(pairs)
-    if not isinstance(losses, Tensor) or losses.shape != (pairs_count,):
-        came = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"the objective must return one loss per pair, shape [{pairs_count}]; got {came}")
-    metrics = _metrics(objective, pairs, losses)
-    for name, key in (("entropy", "entropy"), ("correct", "mean_token_accuracy")):
-        if name in extras:
-            metrics[key] = extras[name].detach().float().sum() / lengths.sum()
-    if reduction == "none":
-        return losses, metrics
-    total = losses.sum()
-    return (total / max(pairs_count, 1) if reduction == "mean" else total), metrics
+    if spo_value is not None:
+        _check_vector("spo_value", spo_value, pairs_count, labels.device)
+        spo_value = spo_value.detach().to(dtype)
+    inputs = PairInputs(reference, count_tokens(labels, cu_seqlens, ignore_index), spo_value)
+    plan = plan_path(call, objective, inputs, path, per_pair=reduction == "none")
+    scale = 1.0 / max(pairs_count, 1) if reduction == "mean" else 1.0
+    if plan.path == "two_pass":
+        result, losses, sums, token_sums = _two_pass(call, objective, inputs, cu_seqlens, reduction, scale)
+    else:
+        result, losses, sums, token_sums = three_products(call, objective, inputs, plan, scale)
+    metrics = _metrics(objective, inputs.pairs(sums), losses)
+    if token_metrics:
+        metrics |= {name: total / inputs.lengths.sum() for name, total in token_sums.items()}
+    return result, metrics
+
+
+def _two_pass(
+    call: LogprobCall,
+    objective: Objective,
+    inputs: PairInputs,
+    cu_seqlens: Tensor | None,
+    reduction: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """The result, losses `[B]`, sequence sums `[2B]` and token metric sums, by autograd on log-probabilities."""
+    logp, extras = call.run()
+    sums = sum_sequences(logp, cu_seqlens)
+    losses = pair_losses(objective, inputs.pairs(sums))
+    token_sums = {
+        "entropy": extras["entropy"].detach().sum(),
+        "mean_token_accuracy": extras["correct"].float().sum(),
+    }
+    return (losses if reduction == "none" else losses.sum() * scale), losses, sums, token_sums
 
 
 def _check_pairs(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -144,7 +161,8 @@ def _check_vector(name: str, value: Tensor, length: int, device: torch.device) -
 
 
 def _reference_sums(
-    sums: Tensor,
+    pairs_count: int,
+    dtype: torch.dtype,
     labels: Tensor,
     ref_logps: Tensor | None,
     ref_hidden: Tensor | None,
@@ -157,8 +175,8 @@ def _reference_sums(
     if ref_logps is not None:
         if ref_hidden is not None or ref_weight is not None:
             raise ValueError("pass either ref_logps or ref_hidden with ref_weight, not both")
-        _check_vector("ref_logps", ref_logps, sums.numel(), sums.device)
-        return ref_logps.detach().to(sums.dtype)
+        _check_vector("ref_logps", ref_logps, 2 * pairs_count, labels.device)
+        return ref_logps.detach().to(dtype)
     if ref_hidden is None and ref_weight is None:
         return None
     if ref_hidden is None or ref_weight is None:
@@ -170,9 +188,8 @@ def _reference_sums(
             f"ref_hidden must have the labels' leading shape {list(labels.shape)}, got {list(ref_hidden.shape[:-1])}"
         )
     with torch.no_grad():
-        return sequence_logps(ref_hidden, ref_weight, labels, bias=ref_bias, cu_seqlens=cu_seqlens, **options).to(
-            sums.dtype
-        )
+        sums = sequence_logps(ref_hidden, ref_weight, labels, bias=ref_bias, cu_seqlens=cu_seqlens, **options)
+    return sums.to(dtype)
 
 
 def _metrics(objective: Objective, pairs: PairLogps, losses: Tensor) -> dict[str, Tensor]:

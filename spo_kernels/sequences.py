@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels._checks import check_tensor
-from spo_kernels.logprob import token_logprobs
+from spo_kernels.logprob import prepare_call
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
@@ -34,11 +34,19 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
 
 
 def sum_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Sums over the last dimension, or over the segments that `cu_seqlens` bounds. Deterministic."""
+    """Sums over the last dimension, or over the segments that `cu_seqlens` bounds. Deterministic.
+
+    Summed in float64: in float32, 512 log-probabilities in a row lose up to 0.004 nat.
+    """
     if cu_seqlens is None:
-        return values.sum(-1)
-    lengths = cu_seqlens.diff().long()
-    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
+        return values.sum(-1, dtype=torch.float64).to(values.dtype)
+    return sum_segments(values, cu_seqlens.diff().long())
+
+
+def sum_segments(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over consecutive segments of the given lengths, in float64 like `sum_sequences`."""
+    sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, initial=0.0, unsafe=True)
+    return sums.to(values.dtype)
 
 
 def counted_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool) -> Tensor:
@@ -100,7 +108,7 @@ def sequence_logps(
     elif hidden.ndim != 3:
         raise ValueError(f"hidden must be [S, T, H], or [N, H] with cu_seqlens; got {list(hidden.shape)}")
     labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
-    logp, _ = token_logprobs(
+    logp, _ = prepare_call(
         hidden,
         weight,
         labels,
@@ -111,5 +119,5 @@ def sequence_logps(
         shift=shift,
         workspace_bytes=workspace_bytes,
         backend=backend,
-    )
+    ).run()
     return sum_sequences(logp, cu_seqlens)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "math.h"
 
@@ -17,20 +18,25 @@ namespace {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
-SPO_INLINE void to_logits(float* x, int64_t n, const LogitTransform& f) {
+SPO_INLINE bool is_identity(const LogitTransform& f) {
+  return f.bias == nullptr && f.scale == 1.0f && f.softcap == 0.0f;
+}
+
+// `z` may be `x`.
+SPO_INLINE void to_logits(const float* x, float* z, int64_t n, const LogitTransform& f) {
   const float scale = f.scale;
   if (f.bias != nullptr) {
     const float* bias = f.bias;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) x[i] = (x[i] + bias[i]) * scale;
-  } else if (scale != 1.0f) {
+    for (int64_t i = 0; i < n; ++i) z[i] = (x[i] + bias[i]) * scale;
+  } else {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) x[i] *= scale;
+    for (int64_t i = 0; i < n; ++i) z[i] = x[i] * scale;
   }
   if (f.softcap != 0.0f) {
     const float cap = f.softcap, inverse = 1.0f / f.softcap;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) x[i] = cap * fast_tanh(x[i] * inverse);
+    for (int64_t i = 0; i < n; ++i) z[i] = cap * fast_tanh(z[i] * inverse);
   }
 }
 
@@ -43,18 +49,19 @@ SPO_INLINE float slope(float logit, float scale, float inverse_cap) {
 SPO_INLINE float inverse_cap(const LogitTransform& f) { return f.softcap != 0.0f ? 1.0f / f.softcap : 0.0f; }
 
 template <bool kMoments, bool kRescale>
-SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row) {
+SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row, float* scratch) {
   const int64_t n = tile.columns;
   float* x = tile.data + row * n;
-  to_logits(x, n, tile.transform);
+  const float* z = scratch != nullptr ? scratch : x;
+  if (scratch != nullptr) to_logits(x, scratch, n, tile.transform);
   const int64_t label = tile.labels[row];
   const bool has_label = label >= 0 && label < n;
-  if (has_label) stats.label_logit[row] = x[label];
+  if (has_label) stats.label_logit[row] = z[label];
 
   const float old_max = stats.max[row];
   float new_max = old_max;
 #pragma omp simd reduction(max : new_max)
-  for (int64_t i = 0; i < n; ++i) new_max = x[i] > new_max ? x[i] : new_max;
+  for (int64_t i = 0; i < n; ++i) new_max = z[i] > new_max ? z[i] : new_max;
   // a row whose columns so far are all -inf would otherwise give exp(-inf + inf) = nan
   const float base = new_max == kMinusInf ? 0.0f : new_max;
   const float drop = old_max - base;
@@ -64,7 +71,7 @@ SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row
   float sum = 0.0f, shifted_sum = 0.0f, square_sum = 0.0f;
 #pragma omp simd reduction(+ : sum, shifted_sum, square_sum)
   for (int64_t i = 0; i < n; ++i) {
-    const float logit = x[i];
+    const float logit = z[i];
     const float e = fast_exp(logit - base);
     sum += e;
     if (kMoments) {
@@ -88,17 +95,18 @@ SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row
   }
 }
 
-SPO_CLONES void stats_rows(const Tile& tile, const TokenStats& stats, int64_t begin, int64_t end) {
+// `scratch` holds a row's logits where they differ from its products, so that the tile is left as it is.
+SPO_CLONES void stats_rows(const Tile& tile, const TokenStats& stats, int64_t begin, int64_t end, float* scratch) {
   const bool moments = stats.shifted_sum != nullptr, rescale = stats.rescale != nullptr;
   for (int64_t row = begin; row < end; ++row) {
     if (moments && rescale) {
-      stats_row<true, true>(tile, stats, row);
+      stats_row<true, true>(tile, stats, row, scratch);
     } else if (moments) {
-      stats_row<true, false>(tile, stats, row);
+      stats_row<true, false>(tile, stats, row, scratch);
     } else if (rescale) {
-      stats_row<false, true>(tile, stats, row);
+      stats_row<false, true>(tile, stats, row, scratch);
     } else {
-      stats_row<false, false>(tile, stats, row);
+      stats_row<false, false>(tile, stats, row, scratch);
     }
   }
 }
@@ -109,7 +117,7 @@ template <bool kExtras>
 SPO_INLINE void grad_row(const Tile& tile, const TokenGrads& grads, int64_t row) {
   const int64_t n = tile.columns;
   float* x = tile.data + row * n;
-  to_logits(x, n, tile.transform);
+  if (!is_identity(tile.transform)) to_logits(x, x, n, tile.transform);
   const float scale = tile.transform.scale, inverse = inverse_cap(tile.transform);
   const float lse = grads.lse[row];
   const float g_logp = value_or_zero(grads.grad_logp, row);
@@ -156,7 +164,10 @@ void parallel_rows(int64_t rows, int threads, const Rows& run) {
 }  // namespace
 
 void tile_stats(const Tile& tile, const TokenStats& stats, int threads) {
-  parallel_rows(tile.rows, threads, [&](int64_t begin, int64_t end) { stats_rows(tile, stats, begin, end); });
+  parallel_rows(tile.rows, threads, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(is_identity(tile.transform) ? 0 : tile.columns);
+    stats_rows(tile, stats, begin, end, scratch.empty() ? nullptr : scratch.data());
+  });
 }
 
 void tile_grad(const Tile& tile, const TokenGrads& grads, int threads) {

@@ -44,7 +44,7 @@ struct TokenGrads {
   const float* log_sum_p2;
 };
 
-// Reads the tile once; writes it only where logits differ from products or `rescale` asks for it.
+// Reads the tile once; writes it only where `rescale` asks for it.
 void tile_stats(const Tile& tile, const TokenStats& stats, int threads);
 
 // Reads and writes the tile once: it becomes d loss / d product.

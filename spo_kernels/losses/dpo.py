@@ -1,11 +1,12 @@
 """Direct Preference Optimization (Rafailov et al., arXiv 2305.18290)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo_kernels.losses.pairs import PairLogps, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps, check_positive
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class DPO:
         reference_free: Leave the reference out, as if it were uniform.
     """
 
+    coupling: ClassVar[Coupling] = "margin"
     beta: float = 0.1
     reference_free: bool = False
 

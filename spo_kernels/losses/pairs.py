@@ -1,9 +1,13 @@
 """What an objective sees of a batch of preference pairs."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
+
+# What a pair's loss depends on, from the narrowest: only the difference of its two log-probabilities; a sum of one
+# term per response; both log-probabilities of the pair; other pairs of the batch.
+Coupling = Literal["margin", "sequence", "pair", "batch"]
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,56 @@ class PairLogps:
         return self.ref_chosen, self.ref_rejected
 
 
+@dataclass(frozen=True)
+class PairInputs:
+    """What is known of B pairs before the policy's log-probabilities: everything in `PairLogps` but those.
+
+    `reference` and `lengths` are `[2B]`, chosen first.
+    """
+
+    reference: Tensor | None
+    lengths: Tensor
+    sft_value: Tensor | None
+
+    def pairs(self, sums: Tensor, start: int = 0, stop: int | None = None) -> PairLogps:
+        """Pairs start..stop, whose log-probabilities `sums` are chosen first."""
+        total = self.lengths.numel() // 2
+        stop = total if stop is None else stop
+        chosen, rejected = slice(start, stop), slice(total + start, total + stop)
+        return PairLogps(
+            chosen=sums[: stop - start],
+            rejected=sums[stop - start :],
+            ref_chosen=None if self.reference is None else self.reference[chosen],
+            ref_rejected=None if self.reference is None else self.reference[rejected],
+            chosen_lengths=self.lengths[chosen],
+            rejected_lengths=self.lengths[rejected],
+            sft_value=None if self.sft_value is None else self.sft_value[chosen],
+        )
+
+
 class Objective(Protocol):
     """Any callable from `PairLogps` to one loss per pair.
 
-    An objective may also have `beta` (scales the logged rewards, 1 if absent).
+    An objective may also have `beta` (scales the logged rewards, 1 if absent) and `coupling`, which declares what
+    a pair's loss depends on ("batch" if absent) and lets a trained head cost three products instead of four.
     """
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`, before reduction over pairs."""
         ...
+
+
+def pair_losses(objective: Objective, pairs: PairLogps) -> Tensor:
+    """`objective(pairs)`, checked to be one loss per pair.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    losses = objective(pairs)
+    if not isinstance(losses, Tensor) or losses.shape != pairs.chosen.shape:
+        came = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"the objective must return one loss per pair, shape {list(pairs.chosen.shape)}; got {came}")
+    return losses
 
 
 def implicit_rewards(objective: Objective, pairs: PairLogps) -> tuple[Tensor, Tensor]:
@@ -57,6 +102,11 @@ def implicit_rewards(objective: Objective, pairs: PairLogps) -> tuple[Tensor, Te
     if pairs.ref_chosen is not None and pairs.ref_rejected is not None:
         chosen, rejected = chosen - pairs.ref_chosen, rejected - pairs.ref_rejected
     return beta * chosen.detach(), beta * rejected.detach()
+
+
+def coupling_of(objective: Objective) -> Coupling:
+    """What the objective declares; nothing declared counts as "batch"."""
+    return getattr(objective, "coupling", "batch")
 
 
 def check_positive(name: str, value: float) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from spo_kernels.losses.dpo import DPO
-from spo_kernels.losses.pairs import Objective, PairLogps, check_choice, check_not_negative
+from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, check_choice, check_not_negative, coupling_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,12 @@ class SPO:
     def beta(self) -> float:
         """The base's β, which scales the logged rewards."""
         return getattr(self.base, "beta", 1.0)
+
+    @property
+    def coupling(self) -> Coupling:
+        """The penalty adds a term of the chosen response to whatever the base depends on."""
+        base = coupling_of(self.base)
+        return "pair" if base == "margin" else base
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""

@@ -104,8 +104,9 @@ class TileBackend(Protocol):
         stats: TokenStats,
         rescale: Tensor | None,
     ) -> None:
-        """Merge the tile into `stats`. With `rescale` (`[R]`), also prepare `Σ_v e_v d logit_v/d product_v W_v`:
+        """Merge the tile into `stats`, and leave it as it is.
 
+        With `rescale` (`[R]`), also prepare `Σ_v e_v d logit_v/d product_v W_v`:
         the tile becomes `exp(logit - new max) * d logit / d product`, 0 at the label's column, and `rescale`
         receives `exp(old max - new max)`, by which sums over earlier tiles are to be multiplied.
         """

@@ -1,19 +1,30 @@
 """The `torch` tile backend: plain tensor operations; runs anywhere and specifies the others."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
 
+# rows are handled in pieces of this many elements (1 MiB of float32): temporaries stay small and in cache
+_PIECE = 1 << 18
 
-def _to_logits_(tile: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    if bias is not None:
-        tile += bias
+
+def _pieces(tile: Tensor) -> Iterator[slice]:
+    # a GPU wants few large launches, and its caching allocator reuses the temporaries
+    step = tile.shape[0] if tile.is_cuda else max(1, _PIECE // tile.shape[1])
+    for start in range(0, tile.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _logits(tile: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    logits = tile + bias if bias is not None else tile.clone()
     if transform.scale != 1.0:
-        tile *= transform.scale
+        logits *= transform.scale
     if transform.softcap is not None:
-        tile.div_(transform.softcap).tanh_().mul_(transform.softcap)
-    return tile
+        logits.div_(transform.softcap).tanh_().mul_(transform.softcap)
+    return logits
 
 
 def _slope(logits: Tensor, transform: LogitTransform) -> Tensor | float:
@@ -39,7 +50,20 @@ def tile_stats(
     rescale: Tensor | None,
 ) -> None:
     """See `TileBackend.tile_stats`."""
-    logits = _to_logits_(tile, bias, transform)
+    for rows in _pieces(tile):
+        part = None if rescale is None else rescale[rows]
+        _stats_piece(tile[rows], bias, labels[rows], transform, stats.rows(rows.start, rows.stop), part)
+
+
+def _stats_piece(
+    tile: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    transform: LogitTransform,
+    stats: TokenStats,
+    rescale: Tensor | None,
+) -> None:
+    logits = _logits(tile, bias, transform)
     inside = (labels >= 0) & (labels < tile.shape[1])
     columns = labels.clamp(0, tile.shape[1] - 1)[:, None]
     label_logit = logits.gather(1, columns)[:, 0]
@@ -52,38 +76,42 @@ def tile_stats(
     shrink = drop.exp()
     slope = 1.0 if rescale is None else _slope(logits, transform)
     shifted = logits.sub_(finite_max[:, None])
-
+    exponential = shifted.exp()
     if stats.shifted_sum is not None and stats.square_sum is not None:
-        exponential = shifted.exp()
         # exp(-inf) * -inf counts as 0
         moment = shifted.mul_(exponential).masked_fill_(exponential == 0, 0.0)
         carried = stats.sum * drop.masked_fill(stats.sum == 0, 0.0)
         stats.shifted_sum.add_(carried).mul_(shrink).add_(moment.sum(1))
         stats.square_sum.mul_(shrink.square()).add_(exponential.square().sum(1))
-        tile.copy_(exponential)
-    else:
-        shifted.exp_()
-    stats.sum.mul_(shrink).add_(tile.sum(1))
+    stats.sum.mul_(shrink).add_(exponential.sum(1))
     stats.max.copy_(new_max)
     if rescale is not None:
         rescale.copy_(shrink)
-        tile.mul_(slope)
-        tile.scatter_(1, columns, tile.gather(1, columns).masked_fill_(inside[:, None], 0.0))
+        weighted = exponential.mul_(slope)
+        weighted.scatter_(1, columns, weighted.gather(1, columns).masked_fill_(inside[:, None], 0.0))
+        tile.copy_(weighted)
 
 
 def tile_grad(tile: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, grads: TokenGrads) -> None:
     """See `TileBackend.tile_grad`."""
-    logits = _to_logits_(tile, bias, transform)
+    for rows in _pieces(tile):
+        _grad_piece(tile[rows], bias, labels[rows], transform, grads.rows(rows.start, rows.stop))
+
+
+def _grad_piece(
+    tile: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, grads: TokenGrads
+) -> None:
+    logits = _logits(tile, bias, transform)
     slope = _slope(logits, transform)
     log_p = logits.sub_(grads.lse_value[:, None])
     if grads.only_logp:
         assert grads.logp is not None
-        log_p.exp_().mul_(-grads.logp[:, None])
+        grad = log_p.exp_().mul_(-grads.logp[:, None])
     else:
-        tile.copy_(_mixed_grad(log_p, grads))
+        grad = _mixed_grad(log_p, grads)
     if grads.logp is not None:
-        _add_at_labels_(tile, labels, grads.logp)
-    tile.mul_(slope)
+        _add_at_labels_(grad, labels, grads.logp)
+    tile.copy_(grad.mul_(slope))
 
 
 def _mixed_grad(log_p: Tensor, grads: TokenGrads) -> Tensor:

@@ -1,0 +1,283 @@
+"""A pair loss and its gradients in three products, for a trained head; see `paths.py`."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels._backend import Backend, load_backend
+from spo_kernels._checks import check_label_range
+from spo_kernels._driver import Head, TokenRows, workspace_budget
+from spo_kernels._ops import logp_grad_dtype
+from spo_kernels._pairs import GradientSums, KeptTiles
+from spo_kernels._products import accumulator_dtype
+from spo_kernels.logprob import LogprobCall
+from spo_kernels.losses.pairs import Objective, PairInputs, coupling_of, pair_losses
+from spo_kernels.paths import PairProblem, PathPlan, choose_path
+from spo_kernels.sequences import sum_segments
+from spo_kernels.tiles.spec import LogitTransform, TokenStats
+
+
+def plan_path(
+    call: LogprobCall, objective: Objective, inputs: PairInputs, forced: str | None, *, per_pair: bool
+) -> PathPlan:
+    """The path of this call. Three products need a trained head and one loss: `per_pair` losses have many upstreams.
+
+    Raises:
+        ValueError: `forced` names a path that cannot be taken.
+    """
+    hidden, weight = call.hidden, call.weight
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (call.bias is not None and call.bias.requires_grad))
+    # the objective runs inside the forward there, where torch.compile cannot see it
+    traced = torch.compiler.is_compiling()
+    if not trained or per_pair or traced or inputs.lengths.numel() == 0:
+        return PathPlan("two_pass", 4)
+    products = load_backend(call.options.backend).products
+    wide, narrow = accumulator_dtype(hidden.dtype).itemsize, products.operand_dtype(hidden).itemsize
+    (vocab, width), direct = weight.shape, weight.dtype.itemsize == wide
+    chosen, rejected = inputs.lengths.view(2, -1)
+    problem = PairProblem(
+        coupling=coupling_of(objective),
+        pair_tokens=tuple((chosen + rejected).tolist()),
+        direct=direct,
+        vocab=vocab,
+        row_bytes=vocab * (wide + products.copy_bytes(hidden)) + width * (wide + narrow) + products.row_bytes,
+        column_bytes=width * ((0 if narrow == weight.dtype.itemsize else narrow) + (0 if direct else wide)),
+        accumulator_bytes=vocab * width * wide,
+        workspace_bytes=workspace_budget(call.options.workspace_bytes, hidden.device.type),
+    )
+    return choose_path(problem, forced)
+
+
+def three_products(
+    call: LogprobCall, objective: Objective, inputs: PairInputs, plan: PathPlan, scale: float
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """`scale * Σ losses`, losses `[B]`, sequence sums `[2B]`, and sums of the token metrics."""
+    options = call.options
+    check_label_range(call.labels, call.weight.shape[0], options.ignore_index)
+    positions = (call.labels.flatten() != options.ignore_index).nonzero()[:, 0]
+    pair_call = PairCall(
+        objective=objective,
+        inputs=inputs,
+        rows=positions - 1 if options.shift else positions,
+        labels=call.labels.flatten()[positions],
+        lengths=inputs.lengths.tolist(),
+        plan=plan,
+        transform=LogitTransform(options.logit_scale, options.logit_softcap),
+        backend=load_backend(options.backend),
+        loss_scale=scale,
+        moments=options.moments,
+    )
+    result, losses, sums = ThreeProductFunction.apply(call.hidden, call.weight, call.bias, pair_call)
+    return result, losses, sums, pair_call.token_sums
+
+
+@dataclass
+class PairCall:
+    """One call: what is not a differentiable tensor, and what the forward finds out."""
+
+    objective: Objective
+    inputs: PairInputs
+    rows: Tensor  # rows of hidden whose tokens count, sequence by sequence, chosen first
+    labels: Tensor  # their labels
+    lengths: list[int]  # [2B], tokens that count in each sequence
+    plan: PathPlan
+    transform: LogitTransform
+    backend: Backend
+    loss_scale: float  # 1/B for a mean over pairs
+    moments: bool
+
+    def __post_init__(self) -> None:
+        self.bounds = [0, *accumulate(self.lengths)]
+        self.pairs = len(self.lengths) // 2
+        self.token_sums: dict[str, Tensor] = {}
+
+    def select(self, start: int, stop: int) -> TokenRows:
+        """The tokens start..stop."""
+        return TokenRows(self.rows[start:stop], self.labels[start:stop])
+
+    def select_pairs(self, pairs: range) -> tuple[TokenRows, list[int]]:
+        """The tokens of consecutive pairs, chosen first, and how many each sequence has."""
+        sequences = [range(first + pairs.start, first + pairs.stop) for first in (0, self.pairs)]
+        parts = [slice(self.bounds[s.start], self.bounds[s.stop]) for s in sequences]
+        rows, labels = (torch.cat([values[part] for part in parts]) for values in (self.rows, self.labels))
+        return TokenRows(rows, labels), [self.lengths[i] for s in sequences for i in s]
+
+    def tiles(self, states: Tensor, head: Head, rows: int) -> KeptTiles:
+        """A tile of `rows` tokens."""
+        return KeptTiles(states, head, self.backend, rows, self.plan.columns, moments=self.moments)
+
+    def differentiate(self, sums: Tensor, pairs: range) -> tuple[Tensor, Tensor]:
+        """Losses of consecutive pairs, and the whole loss's derivatives by their log-probabilities, chosen first."""
+        with torch.enable_grad():
+            leaf = sums.detach().requires_grad_()
+            losses = pair_losses(self.objective, self.inputs.pairs(leaf, pairs.start, pairs.stop))
+            total = losses.sum() * self.loss_scale
+            slopes = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)
+        return losses.detach(), slopes[0]
+
+    def count_metrics(self, stats: TokenStats) -> None:
+        """Add a tile's tokens to the token metrics."""
+        if stats.shifted_sum is None:
+            return
+        found = {
+            "entropy": (stats.sum.log() - stats.shifted_sum / stats.sum).sum(),
+            "mean_token_accuracy": (stats.label_logit == stats.max).sum().float(),
+        }
+        for name, value in found.items():
+            self.token_sums[name] = self.token_sums.get(name, 0.0) + value
+
+
+class ThreeProductFunction(torch.autograd.Function):
+    """Loss and gradients together in the forward; the backward multiplies by the upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: PairCall
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the reduced loss, losses `[B]` and sequence sums `[2B]`; the last two carry no gradient."""
+        states = hidden.reshape(-1, hidden.shape[-1])
+        head = Head(weight, bias, call.transform)
+        wide = accumulator_dtype(hidden.dtype)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        # zero where no token counts; unscaled gradients wait in it, see logp_grad_dtype
+        grad_hidden = states.new_zeros(states.shape, dtype=logp_grad_dtype(hidden)) if need_hidden else None
+        grad = GradientSums(
+            weight=torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
+            bias=weight.new_zeros(weight.shape[0], dtype=wide) if need_bias else None,
+        )
+        run = _packed if call.plan.path == "packed" else _factorised
+        with torch.autocast(hidden.device.type, enabled=False):
+            losses, sums = run(states, head, call, grad, grad_hidden)
+        ctx.gradients = (
+            None if grad_hidden is None else grad_hidden.view(hidden.shape),
+            grad.weight,
+            grad.bias,
+        )
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.mark_non_differentiable(losses, sums)
+        return losses.sum() * call.loss_scale, losses, sums
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, multiplied in place."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("fused_spo_loss does not support double backward (create_graph=True was passed)")
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "fused_spo_loss: the gradients of a loss computed in three products are given out once; "
+                "to go backward through it again, pass path='two_pass'"
+            )
+        hidden, weight, bias = ctx.gradients
+        # held here they would be copied, not taken over, by the parameter's .grad
+        ctx.gradients = None
+        for grad in (hidden, weight, bias):
+            if grad is not None:
+                grad.mul_(upstream)
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (
+            None if hidden is None else hidden.to(hidden_dtype),
+            weight,
+            None if bias is None else bias.to(weight_dtype),
+            None,
+        )
+
+
+def _accumulator(call: PairCall, grad: GradientSums) -> GradientSums:
+    """Where the weight's gradient is summed: itself, or an accumulator beside it."""
+    if grad.weight is None or not call.plan.sum_apart:
+        return grad
+    return GradientSums(torch.zeros_like(grad.weight, dtype=accumulator_dtype(grad.weight.dtype)), grad.bias)
+
+
+def _packed(
+    states: Tensor, head: Head, call: PairCall, grad: GradientSums, grad_hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Group by group: logits, the pairs' coefficients, and gradients from the same tile."""
+    total = _accumulator(call, grad)
+    groups = [(pairs, *call.select_pairs(pairs)) for pairs in call.plan.groups]
+    largest = max((tokens.labels.numel() for _, tokens, _ in groups), default=0)
+    tiles = call.tiles(states, head, largest)
+    all_losses, all_sums = [], []
+    for number, (pairs, tokens, lengths) in enumerate(groups):
+        repeats = torch.tensor(lengths, device=states.device)
+
+        def coefficients(logp: Tensor, pairs: range = pairs, repeats: Tensor = repeats) -> Tensor:
+            sums = sum_segments(logp, repeats)
+            losses, slopes = call.differentiate(sums, pairs)
+            all_losses.append(losses)
+            all_sums.append(sums.view(2, -1))
+            return slopes.repeat_interleave(repeats)
+
+        call.count_metrics(tiles.run(tokens, coefficients, total, grad_hidden, accumulate=number > 0))
+    if grad.weight is not None and total.weight is not grad.weight and total.weight is not None:
+        grad.weight.copy_(total.weight)
+    return torch.cat(all_losses), torch.cat(all_sums, dim=1).flatten()
+
+
+def _factorised(
+    states: Tensor, head: Head, call: PairCall, grad: GradientSums, grad_hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Pair by pair: unscaled gradients from tiles of whole-vocabulary rows, scaled once both sums are known."""
+    total = _accumulator(call, grad)
+    first = total if call.pairs == 1 else _zeros_like(total)
+    margin = coupling_of(call.objective) == "margin"
+    second = first if margin else _zeros_like(total)
+    rows = max(1, min(call.plan.rows, max(call.lengths, default=0)))
+    tiles = call.tiles(states, head, rows)
+    losses, sums = [], states.new_zeros(2 * call.pairs, dtype=accumulator_dtype(states.dtype))
+    for pair in range(call.pairs):
+        chosen, rejected = pair, call.pairs + pair
+        sums[chosen] = _unscaled(tiles, call, chosen, 1.0, first, grad_hidden, fresh=True)
+        sign = -1.0 if margin else 1.0
+        sums[rejected] = _unscaled(tiles, call, rejected, sign, second, grad_hidden, fresh=not margin)
+        loss, slopes = call.differentiate(sums[[chosen, rejected]], range(pair, pair + 1))
+        losses.append(loss)
+        if grad_hidden is not None:
+            _scale_tokens_(grad_hidden, call, chosen, slopes[0])
+            _scale_tokens_(grad_hidden, call, rejected, slopes[1] * sign)
+        if first is total:
+            first.scale_(slopes[0])
+        else:
+            total.add_(first, slopes[0])
+        if not margin:
+            total.add_(second, slopes[1])
+    if grad.weight is not None and total.weight is not grad.weight and total.weight is not None:
+        grad.weight.copy_(total.weight)
+    return torch.cat(losses), sums
+
+
+def _unscaled(
+    tiles: KeptTiles,
+    call: PairCall,
+    sequence: int,
+    sign: float,
+    unscaled: GradientSums,
+    grad_hidden: Tensor | None,
+    *,
+    fresh: bool,
+) -> Tensor:
+    """The sequence's log-probability; `sign` times its gradient into (`fresh`) or onto `unscaled`."""
+    if fresh and call.lengths[sequence] == 0:
+        unscaled.zero_()
+    total = call.labels.new_zeros((), dtype=torch.float64)
+    for start in range(call.bounds[sequence], call.bounds[sequence + 1], tiles.rows):
+        tokens = call.select(start, min(start + tiles.rows, call.bounds[sequence + 1]))
+        stats = tiles.run(tokens, lambda logp: torch.full_like(logp, sign), unscaled, grad_hidden, accumulate=not fresh)
+        total += (stats.label_logit - stats.max - stats.sum.log()).sum()
+        call.count_metrics(stats)
+        fresh = False
+    return total
+
+
+def _zeros_like(sums: GradientSums) -> GradientSums:
+    return GradientSums(*(None if v is None else torch.zeros_like(v) for v in (sums.weight, sums.bias)))
+
+
+def _scale_tokens_(grad_hidden: Tensor, call: PairCall, sequence: int, factor: Tensor) -> None:
+    """Multiply the rows of one sequence's tokens; 1024 at a time bound the temporary."""
+    for start in range(call.bounds[sequence], call.bounds[sequence + 1], 1024):
+        rows = call.rows[start : min(start + 1024, call.bounds[sequence + 1])]
+        grad_hidden[rows] = (grad_hidden[rows] * factor).to(grad_hidden.dtype)

@@ -1,0 +1,225 @@
+"""Three products or four: every path gives the same numbers, costs what it says, and is chosen by a readable rule."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from spo_kernels import backend_info, fused_spo_loss
+from spo_kernels._products import NativeProducts, VendorProducts
+from spo_kernels.losses import DPO, SPO
+from spo_kernels.losses.pairs import PairInputs, PairLogps, coupling_of
+from spo_kernels.paths import MIN_ROWS, PairProblem, choose_path
+
+HIDDEN, VOCAB = 24, 97
+OBJECTIVES = {
+    "dpo": DPO(beta=0.1),
+    "dpo-reference-free": DPO(beta=0.3, reference_free=True),
+    "spo-nll": SPO(DPO(beta=0.1)),
+    "spo-hinge": SPO(DPO(beta=0.2), penalty="hinge", normalization="sum"),
+}
+# gradients of half precision are rounded where they are scaled and where they are handed over
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+KINDS = [
+    (torch.float64, "torch"),
+    (torch.float32, "torch"),
+    (torch.float32, "cpp"),
+    (torch.bfloat16, "cpp"),
+    (torch.float16, "torch"),
+]
+
+
+def batch(lengths, dtype, packed=False, bias=True):
+    """Pairs of the given response lengths with a two-token prompt, and everything that requires a gradient."""
+    torch.manual_seed(1)
+    sequences, width = len(lengths), max(lengths) + 2
+    labels = torch.full((sequences, width), -100)
+    for row, length in enumerate(lengths):
+        labels[row, 2 : 2 + length] = torch.randint(0, VOCAB, (length,))
+    leaves = [torch.randn(sequences, width, HIDDEN), torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB)]
+    hidden, weight, head_bias = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+    arguments = {"ref_logps": 3 * torch.randn(sequences), "shift": True, "logit_scale": 0.9, "token_metrics": True}
+    if bias:
+        arguments["bias"] = head_bias
+    states = hidden
+    if packed:
+        arguments["cu_seqlens"] = torch.arange(0, sequences * width + 1, width)
+        states, labels = hidden.view(-1, HIDDEN), labels.view(-1)
+    return (hidden, weight, *([head_bias] if bias else [])), (states, weight, labels), arguments
+
+
+def gradients(path, lengths, dtype, backend, workspace_bytes=1 << 20, upstream=1.7, **options):
+    leaves, tensors, arguments = batch(lengths, dtype, options.pop("packed", False), options.pop("bias", True))
+    loss, metrics = fused_spo_loss(
+        *tensors, path=path, backend=backend, workspace_bytes=workspace_bytes, **arguments, **options
+    )
+    (upstream * loss).backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves)], metrics
+
+
+def need(backend):
+    status = backend_info()[backend]
+    if not status.available:
+        pytest.skip(f"{backend}: {status.detail}")
+
+
+@pytest.mark.parametrize("lengths", [[5, 3, 7, 0], [9, 4], [0, 0, 3, 2], [6] * 8], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dtype, backend", KINDS, ids=str)
+def test_paths_agree(dtype, backend, objective, lengths):
+    need(backend)
+    for options in ({}, {"logit_softcap": 4.0, "packed": True}, {"bias": False, "reduction": "sum"}):
+        options["loss"] = OBJECTIVES[objective]
+        expected, expected_metrics = gradients("two_pass", lengths, dtype, backend, **options)
+        for path in ("packed", "factorised"):
+            found, metrics = gradients(path, lengths, dtype, backend, **options)
+            for name, reference, value in zip(("loss", "hidden", "weight", "bias"), expected, found, strict=False):
+                scale = reference.double().abs().max().clamp_min(1e-9)
+                error = (value.double() - reference.double()).abs().max() / scale
+                assert error <= TOLERANCE[dtype], (path, name, error.item())
+            for name, reference in expected_metrics.items():
+                torch.testing.assert_close(metrics[name], reference, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("path, rows", [("packed", 11), ("factorised", 4)])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_small_workspace_takes_several_tiles(objective, path, rows):
+    lengths = [5, 3, 4, 6, 2, 1]
+    accumulators = {"packed": 0, "factorised": 1 if objective.startswith("dpo") else 2}[path]
+    row_bytes = VOCAB * 8 + HIDDEN * 16
+    workspace = accumulators * VOCAB * HIDDEN * 8 + rows * row_bytes
+    options = {"loss": OBJECTIVES[objective], "workspace_bytes": workspace}
+    expected, _ = gradients("two_pass", lengths, torch.float64, "torch", loss=OBJECTIVES[objective])
+    found, _ = gradients(path, lengths, torch.float64, "torch", **options)
+    for reference, value in zip(expected, found, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("path, products", [("packed", 3), ("factorised", 3), ("two_pass", 4)])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_products_are_counted(monkeypatch, backend, path, products):
+    need(backend)
+    cells = []
+    for owner in (VendorProducts, NativeProducts):
+        original = owner.matmul
+
+        def counted(self, a, b, out, *, accumulate=False, original=original, owner=owner):
+            if type(self) is owner:
+                cells.append(a.shape[0] * a.shape[1] * b.shape[1])
+            original(self, a, b, out, accumulate=accumulate)
+
+        monkeypatch.setattr(owner, "matmul", counted)
+    lengths = [5, 3, 7, 2]
+    gradients(path, lengths, torch.float32, backend, loss="dpo")
+    assert sum(cells) == products * sum(lengths) * HIDDEN * VOCAB
+
+
+def test_upstream_and_accumulation():
+    lengths = [5, 3, 7, 2]
+    leaves, tensors, arguments = batch(lengths, torch.float64)
+    for path, upstream in (("packed", 2.0), ("factorised", -3.0)):
+        loss, _ = fused_spo_loss(*tensors, loss="dpo", path=path, **arguments)
+        (upstream * loss).backward()
+    expected, _ = gradients("two_pass", lengths, torch.float64, "torch", upstream=-1.0, loss="dpo")
+    for leaf, reference in zip(leaves, expected[1:], strict=True):
+        torch.testing.assert_close(leaf.grad, reference, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_given_out_once():
+    _, tensors, arguments = batch([3, 2], torch.float32)
+    loss, _ = fused_spo_loss(*tensors, path="packed", **arguments)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"given out once.*path='two_pass'"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("path", ["packed", "factorised"])
+def test_double_backward_is_refused(path):
+    _, tensors, arguments = batch([3, 2], torch.float32)
+    loss, _ = fused_spo_loss(*tensors, path=path, **arguments)
+    with pytest.raises(RuntimeError, match="does not support double backward"):
+        torch.autograd.grad(loss, tensors[1], create_graph=True)
+
+
+@pytest.mark.parametrize("path", ["packed", "factorised"])
+def test_autocast(path):
+    _, (hidden, weight, labels), arguments = batch([5, 3], torch.float32, bias=False)
+    results = []
+    for chosen in ("two_pass", path):
+        hidden.grad = weight.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, _ = fused_spo_loss(hidden, weight, labels, path=chosen, loss="dpo", **arguments)
+        loss.backward()
+        assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+        results.append((loss.detach(), hidden.grad, weight.grad))
+    for reference, value in zip(*results, strict=True):
+        torch.testing.assert_close(value, reference, rtol=0, atol=1.6e-2 * reference.abs().max().item())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_declared_coupling_is_right(name):
+    """Move one log-probability and see which coefficients move."""
+    objective, count = OBJECTIVES[name], 4
+    torch.manual_seed(0)
+    inputs = PairInputs(torch.randn(2 * count), torch.full((2 * count,), 7), None)
+    sums = torch.randn(2 * count, dtype=torch.float64, requires_grad=True)
+    hessian = torch.autograd.functional.hessian(lambda s: objective(inputs.pairs(s)).sum(), sums)
+    slopes = torch.autograd.functional.jacobian(lambda s: objective(inputs.pairs(s)).sum(), sums)
+    pair_of = torch.arange(2 * count) % count
+    across_pairs = hessian[pair_of[:, None] != pair_of[None, :]]
+    within_pairs = hessian[:count, count:].diagonal()
+    coupling = coupling_of(objective)
+    assert coupling in ("margin", "sequence", "pair")
+    assert (across_pairs == 0).all()
+    if coupling == "sequence":
+        assert (within_pairs == 0).all()
+    if coupling == "margin":
+        torch.testing.assert_close(slopes[:count], -slopes[count:])
+    else:
+        assert not torch.allclose(slopes[:count], -slopes[count:])
+
+
+def test_undeclared_objective_takes_two_passes():
+    def own(pairs: PairLogps):
+        return -(pairs.chosen - pairs.rejected)
+
+    _, tensors, arguments = batch([5, 3], torch.float32)
+    loss, _ = fused_spo_loss(*tensors, loss=own, **arguments)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    with pytest.raises(ValueError, match="path = 'packed' cannot be taken: its objective couples pairs"):
+        fused_spo_loss(*tensors, loss=own, path="packed", **arguments)
+    with pytest.raises(ValueError, match="path must be one of 'packed', 'factorised', 'two_pass', got 'fast'"):
+        fused_spo_loss(*tensors, path="fast", **arguments)
+
+
+PROBLEM = PairProblem(
+    coupling="margin",
+    pair_tokens=(1024, 1024),
+    direct=True,
+    vocab=32768,
+    row_bytes=32768 * 4,
+    column_bytes=0,
+    accumulator_bytes=32768 * 1024 * 4,
+    workspace_bytes=0,
+)
+
+
+@pytest.mark.parametrize(
+    "changes, path",
+    [
+        ({"workspace_bytes": 128 << 20}, "packed"),
+        ({"workspace_bytes": 127 << 20}, "two_pass"),  # a pair does not fit, nor rows beside an accumulator
+        ({"workspace_bytes": 127 << 20, "pair_tokens": (4096,)}, "factorised"),  # summed where it will stay
+        ({"workspace_bytes": 127 << 20, "pair_tokens": (4096,), "coupling": "pair"}, "two_pass"),
+        ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "coupling": "pair"}, "factorised"),
+        ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "coupling": "batch"}, "two_pass"),
+        ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "direct": False}, "factorised"),
+        ({"workspace_bytes": (MIN_ROWS - 1) << 17, "pair_tokens": (4096,)}, "two_pass"),  # tiles too flat to pay
+        ({"workspace_bytes": 64 << 17, "pair_tokens": (64,)}, "packed"),  # all there is in one tile
+        ({"workspace_bytes": 64 << 17, "pair_tokens": (64,) * 8}, "two_pass"),
+        ({"workspace_bytes": 1 << 30, "pair_tokens": (0, 0)}, "packed"),
+    ],
+)
+def test_choice(changes, path):
+    assert choose_path(dataclasses.replace(PROBLEM, **changes)).path == path
