@@ -1,12 +1,14 @@
 """The one place that decides which tile backend runs: explicit argument, environment, availability."""
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from spo_kernels import _env, _native
-from spo_kernels._products import NativeProducts, Products, VendorProducts
+from spo_kernels._products import NativeProducts, Products, VendorProducts, accumulator_dtype
 from spo_kernels.tiles import cpp_tiles, torch_tiles
 from spo_kernels.tiles.spec import TileBackend
 
@@ -30,7 +32,6 @@ def backend_info() -> dict[str, BackendStatus]:
     }
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend for tensors of this device and dtype.
 
@@ -50,6 +51,10 @@ def choose_backend(requested: str | None, device: torch.device, dtype: torch.dty
     return name
 
 
+# what torch.compiler.assume_constant_result sets; the decorator itself imports torch._dynamo, 0.5 s and more
+choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name == "torch":
         return None
@@ -67,6 +72,11 @@ class Backend:
 
     products: Products
     tiles: TileBackend
+
+    def cell_bytes(self, inputs: Tensor) -> int:
+        """Workspace of one cell of a tile: itself, what a pass needs beside it, and its copy for a product."""
+        wide = accumulator_dtype(inputs.dtype).itemsize
+        return math.ceil(wide * (1.0 + self.tiles.TEMPORARIES)) + self.products.copy_bytes(inputs)
 
 
 @cache

@@ -14,41 +14,52 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def check_head_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
-    """Types, shapes, dtypes and devices of the primitive's tensors."""
-    named = {"hidden": hidden, "weight": weight, "labels": labels}
+def check_head_inputs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, shift: bool = False, prefix: str = ""
+) -> None:
+    """Types, shapes, dtypes and devices of the primitive's tensors; `prefix` begins the names of the model's."""
+    named = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, "labels": labels}
     if bias is not None:
-        named["bias"] = bias
+        named[f"{prefix}bias"] = bias
     for name, value in named.items():
         check_tensor(name, value)
     if hidden.ndim < 1:
-        raise ValueError("hidden must have shape [..., H], got a 0-d tensor")
+        raise ValueError(f"{prefix}hidden must have shape [..., H], got a 0-d tensor")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"weight must have shape [V, H] with H = {hidden.shape[-1]} (hidden's last dimension), "
+            f"{prefix}weight must have shape [V, H] with H = {hidden.shape[-1]} ({prefix}hidden's last dimension), "
             f"got {list(weight.shape)}"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"weight must not be empty, got shape {list(weight.shape)}")
+        raise ValueError(f"{prefix}weight must not be empty, got shape {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+        raise ValueError(f"{prefix}bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}")
     if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels must have hidden's leading shape {list(hidden.shape[:-1])}, got {list(labels.shape)}")
+        leading = list(hidden.shape[:-1])
+        wrong, expected, came = ("labels", f"{prefix}hidden's leading shape {leading}", list(labels.shape))
+        if prefix:
+            wrong, expected, came = f"{prefix}hidden", f"the labels' leading shape {list(labels.shape)}", leading
+        raise ValueError(f"{wrong} must have {expected}, got {came}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if shift and labels.ndim == 0:
+        raise ValueError("labels must have a last dimension to shift along, got a 0-d tensor")
     for name, value in named.items():
-        if value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device}, but hidden is on {hidden.device}")
+        if value.device != labels.device:
+            raise ValueError(f"{name} is on {value.device}, but labels is on {labels.device}")
+    check_float_dtypes(hidden, weight, bias, prefix=prefix)
 
 
-def check_float_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """One floating dtype for hidden, weight and bias."""
-    if hidden.dtype not in FLOAT_DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-        raise TypeError(f"hidden must be one of {names}, got {hidden.dtype}")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(f"{name} is {value.dtype}, but hidden is {hidden.dtype}; cast one of them")
+def check_float_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
+    """One floating dtype for hidden, weight and bias; under autocast, which casts them, any."""
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if value.dtype not in FLOAT_DTYPES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+            raise TypeError(f"{prefix}{name} must be one of {names}, got {value.dtype}")
+        if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(f"{prefix}{name} is {value.dtype}, but {prefix}hidden is {hidden.dtype}; cast one of them")
 
 
 def check_options(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels._backend import Backend
-from spo_kernels._products import Products, accumulator_dtype
+from spo_kernels._products import accumulator_dtype
 from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
 
 DEFAULT_WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
@@ -29,7 +29,7 @@ class Head:
 
     def bias_slice(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
         """Some of the bias, in the accumulator dtype."""
-        return None if self.bias is None else self.bias[start:stop].to(dtype)
+        return None if self.bias is None else self.bias[start:stop].to(dtype).contiguous()
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,17 @@ def workspace_budget(workspace_bytes: int | None, device: str) -> int:
     return workspace_bytes or DEFAULT_WORKSPACE_BYTES.get(device, DEFAULT_WORKSPACE_BYTES["cuda"])
 
 
-def plan_tiles(tokens: int, hidden: Tensor, head: Head, products: Products, workspace_bytes: int | None) -> TileShape:
+def plan_tiles(tokens: int, hidden: Tensor, head: Head, backend: Backend, workspace_bytes: int | None) -> TileShape:
     """The largest tile whose temporaries fit the byte budget.
 
-    Per cell: the float32 product, and its half-precision copy where products take half-precision operands.
-    Per row: the gathered token, its accumulated sum and what the product packs. Per column: the weight row where
-    it is cast, and its accumulated gradient or a label's weight row.
+    Per cell: see `Backend.cell_bytes`. Per row: the gathered token, its accumulated sum and what the product packs.
+    Per column: the weight row where it is cast, and its accumulated gradient or a label's weight row.
     """
     vocab, width = head.weight.shape
     wide = accumulator_dtype(hidden.dtype).itemsize
-    narrow = products.operand_dtype(hidden).itemsize
-    cell = wide + products.copy_bytes(hidden)
-    row = width * (wide + narrow) + products.row_bytes
+    narrow = backend.products.operand_dtype(hidden).itemsize
+    cell = backend.cell_bytes(hidden)
+    row = width * (wide + narrow) + backend.products.row_bytes
     column = width * (wide + (narrow if narrow != head.weight.dtype.itemsize else 0))
     device = hidden.device.type
     budget = workspace_budget(workspace_bytes, device)

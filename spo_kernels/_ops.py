@@ -108,7 +108,7 @@ def linear_logprob_fwd(
             head,
             tokens,
             chosen,
-            plan_tiles(tokens.labels.numel(), states, head, chosen.products, workspace_bytes),
+            plan_tiles(tokens.labels.numel(), states, head, chosen, workspace_bytes),
             moments=moments,
             logp_grad=logp_grad.view(-1, hidden.shape[-1]) if need_logp_grad else None,
         )
@@ -161,7 +161,7 @@ def linear_logprob_bwd(
         entropy_value=entropy if grad_entropy is not None else None,
         log_sum_p2=grad_log_sum_p2,
         log_sum_p2_value=log_sum_p2 if grad_log_sum_p2 is not None else None,
-    ).map(lambda t: t.flatten() if positions is None else t.flatten()[positions])
+    ).map(lambda t: t.reshape(-1).contiguous() if positions is None else t.reshape(-1)[positions])
 
     grad_hidden, grad_weight, grad_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     hidden_out = bias_sum = None
@@ -186,7 +186,7 @@ def linear_logprob_bwd(
                 tokens,
                 grads,
                 chosen,
-                plan_tiles(tokens.labels.numel(), states, head, chosen.products, workspace_bytes),
+                plan_tiles(tokens.labels.numel(), states, head, chosen, workspace_bytes),
                 hidden_out=None if finished else hidden_out,
                 weight_out=grad_weight if need_weight else None,
                 bias_out=bias_sum,

@@ -34,8 +34,8 @@ def plan_path(
     traced = torch.compiler.is_compiling()
     if not trained or per_pair or traced or inputs.lengths.numel() == 0:
         return PathPlan("two_pass", 4)
-    products = load_backend(call.options.backend).products
-    wide, narrow = accumulator_dtype(hidden.dtype).itemsize, products.operand_dtype(hidden).itemsize
+    backend = load_backend(call.options.backend)
+    wide, narrow = accumulator_dtype(hidden.dtype).itemsize, backend.products.operand_dtype(hidden).itemsize
     (vocab, width), direct = weight.shape, weight.dtype.itemsize == wide
     chosen, rejected = inputs.lengths.view(2, -1)
     problem = PairProblem(
@@ -43,7 +43,7 @@ def plan_path(
         pair_tokens=tuple((chosen + rejected).tolist()),
         direct=direct,
         vocab=vocab,
-        row_bytes=vocab * (wide + products.copy_bytes(hidden)) + width * (wide + narrow) + products.row_bytes,
+        row_bytes=vocab * backend.cell_bytes(hidden) + width * (wide + narrow) + backend.products.row_bytes,
         column_bytes=width * ((0 if narrow == weight.dtype.itemsize else narrow) + (0 if direct else wide)),
         accumulator_bytes=vocab * width * wide,
         workspace_bytes=workspace_budget(call.options.workspace_bytes, hidden.device.type),
@@ -92,7 +92,8 @@ class PairCall:
     def __post_init__(self) -> None:
         self.bounds = [0, *accumulate(self.lengths)]
         self.pairs = len(self.lengths) // 2
-        self.token_sums: dict[str, Tensor] = {}
+        zero = self.labels.new_zeros((), dtype=torch.float32)
+        self.token_sums: dict[str, Tensor] = {"entropy": zero, "mean_token_accuracy": zero}
 
     def select(self, start: int, stop: int) -> TokenRows:
         """The tokens start..stop."""
@@ -118,16 +119,16 @@ class PairCall:
             slopes = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)
         return losses.detach(), slopes[0]
 
-    def count_metrics(self, stats: TokenStats) -> None:
-        """Add a tile's tokens to the token metrics."""
+    def count_metrics(self, stats: TokenStats, chosen: int) -> None:
+        """Add a tile's tokens to the token metrics; the first `chosen` of them belong to chosen responses."""
         if stats.shifted_sum is None:
             return
         found = {
             "entropy": (stats.sum.log() - stats.shifted_sum / stats.sum).sum(),
-            "mean_token_accuracy": (stats.label_logit == stats.max).sum().float(),
+            "mean_token_accuracy": (stats.label_logit == stats.max)[:chosen].sum().float(),
         }
         for name, value in found.items():
-            self.token_sums[name] = self.token_sums.get(name, 0.0) + value
+            self.token_sums[name] = self.token_sums[name] + value
 
 
 class ThreeProductFunction(torch.autograd.Function):
@@ -211,7 +212,8 @@ def _packed(
             all_sums.append(sums.view(2, -1))
             return slopes.repeat_interleave(repeats)
 
-        call.count_metrics(tiles.run(tokens, coefficients, total, grad_hidden, accumulate=number > 0))
+        stats = tiles.run(tokens, coefficients, total, grad_hidden, accumulate=number > 0)
+        call.count_metrics(stats, chosen=sum(lengths[: len(pairs)]))
     if grad.weight is not None and total.weight is not grad.weight and total.weight is not None:
         grad.weight.copy_(total.weight)
     return torch.cat(all_losses), torch.cat(all_sums, dim=1).flatten()
@@ -267,7 +269,7 @@ def _unscaled(
         tokens = call.select(start, min(start + tiles.rows, call.bounds[sequence + 1]))
         stats = tiles.run(tokens, lambda logp: torch.full_like(logp, sign), unscaled, grad_hidden, accumulate=not fresh)
         total += (stats.label_logit - stats.max - stats.sum.log()).sum()
-        call.count_metrics(stats)
+        call.count_metrics(stats, chosen=stats.max.numel() if sequence < call.pairs else 0)
         fresh = False
     return total
 

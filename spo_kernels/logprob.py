@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels._backend import choose_backend
-from spo_kernels._checks import check_float_dtypes, check_head_inputs, check_options
+from spo_kernels._checks import check_head_inputs, check_options
 from spo_kernels._ops import linear_logprob_bwd, linear_logprob_fwd  # noqa: F401  (registers the ops)
 
 OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2")
@@ -203,7 +203,7 @@ def prepare_call(
     outputs_carry_grad: bool = True,
 ) -> LogprobCall:
     """Check everything that `linear_logprob` is given, cast under autocast, and choose the backend."""
-    check_head_inputs(hidden, weight, bias, labels)
+    check_head_inputs(hidden, weight, bias, labels, shift=shift)
     check_options(logit_scale, logit_softcap, ignore_index, workspace_bytes)
     unknown = [name for name in outputs if name not in OUTPUTS]
     if isinstance(outputs, str) or unknown:
@@ -213,7 +213,6 @@ def prepare_call(
         dtype = torch.get_autocast_dtype(device_type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    check_float_dtypes(hidden, weight, bias)
     options = LogprobOptions(
         logit_scale=float(logit_scale),
         logit_softcap=None if logit_softcap is None else float(logit_softcap),

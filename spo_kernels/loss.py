@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels._checks import check_tensor
+from spo_kernels._checks import check_head_inputs, check_tensor
 from spo_kernels._products import accumulator_dtype
 from spo_kernels._three_products import plan_path, three_products
 from spo_kernels.logprob import LogprobCall, prepare_call
@@ -64,7 +64,8 @@ def fused_spo_loss(
         reduction: Over pairs: "mean", "sum" or "none".
         path: "packed" or "factorised" (three products), "two_pass" (four), or None for the cheapest that the
             workspace allows; matters to a trained head only. See `spo_kernels/paths.py`.
-        token_metrics: Also report `entropy` (nats) and `mean_token_accuracy` over counted policy tokens.
+        token_metrics: Also report `entropy` (nats, mean over all counted policy tokens) and
+            `mean_token_accuracy` (share of the chosen responses' tokens with the largest logit).
 
     Returns:
         The loss (0-d, or `[B]` for "none"; 0 for an empty batch), and detached 0-d metrics under TRL's names:
@@ -75,12 +76,13 @@ def fused_spo_loss(
         TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
     """
     objective = named_loss(loss) if isinstance(loss, str) else loss
-    if not callable(objective):
-        raise TypeError(f"loss must be a name or a callable objective, got {loss!r}")
+    if not callable(objective) or isinstance(objective, type):
+        raise TypeError(f"loss must be a name or an objective, such as DPO(beta=0.1), got {loss!r}")
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     if path is not None:
         check_choice("path", path, PATHS)
     pairs_count = _check_pairs(hidden, labels, cu_seqlens)
+    check_head_inputs(hidden, weight, bias, labels)
     options: dict[str, Any] = {
         "logit_scale": logit_scale,
         "logit_softcap": logit_softcap,
@@ -108,7 +110,10 @@ def fused_spo_loss(
         result, losses, sums, token_sums = three_products(call, objective, inputs, plan, scale)
     metrics = _metrics(objective, inputs.pairs(sums), losses)
     if token_metrics:
-        metrics |= {name: total / inputs.lengths.sum() for name, total in token_sums.items()}
+        # TRL's: entropy over all counted tokens, accuracy over those of the chosen responses
+        metrics["entropy"] = token_sums["entropy"].float() / inputs.lengths.sum().clamp_min(1)
+        chosen_tokens = inputs.lengths[:pairs_count].sum().clamp_min(1)
+        metrics["mean_token_accuracy"] = token_sums["mean_token_accuracy"] / chosen_tokens
     return result, metrics
 
 
@@ -124,10 +129,14 @@ def _two_pass(
     logp, extras = call.run()
     sums = sum_sequences(logp, cu_seqlens)
     losses = pair_losses(objective, inputs.pairs(sums))
-    token_sums = {
-        "entropy": extras["entropy"].detach().sum(),
-        "mean_token_accuracy": extras["correct"].float().sum(),
-    }
+    token_sums = (
+        {}
+        if not call.options.moments
+        else {
+            "entropy": extras["entropy"].detach().sum(),
+            "mean_token_accuracy": sum_sequences(extras["correct"].float(), cu_seqlens).chunk(2)[0].sum(),
+        }
+    )
     return (losses if reduction == "none" else losses.sum() * scale), losses, sums, token_sums
 
 
@@ -173,20 +182,16 @@ def _reference_sums(
 ) -> Tensor | None:
     """The reference's `[2B]` sequence sums, given or computed; None without a reference."""
     if ref_logps is not None:
-        if ref_hidden is not None or ref_weight is not None:
-            raise ValueError("pass either ref_logps or ref_hidden with ref_weight, not both")
+        if any(given is not None for given in (ref_hidden, ref_weight, ref_bias)):
+            raise ValueError("pass either ref_logps, or ref_hidden with ref_weight and ref_bias, not both")
         _check_vector("ref_logps", ref_logps, 2 * pairs_count, labels.device)
         return ref_logps.detach().to(dtype)
-    if ref_hidden is None and ref_weight is None:
+    if ref_hidden is None and ref_weight is None and ref_bias is None:
         return None
     if ref_hidden is None or ref_weight is None:
         missing = "ref_weight" if ref_weight is None else "ref_hidden"
         raise ValueError(f"ref_hidden and ref_weight go together; {missing} is missing")
-    check_tensor("ref_hidden", ref_hidden)
-    if ref_hidden.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"ref_hidden must have the labels' leading shape {list(labels.shape)}, got {list(ref_hidden.shape[:-1])}"
-        )
+    check_head_inputs(ref_hidden, ref_weight, ref_bias, labels, prefix="ref_")
     with torch.no_grad():
         sums = sequence_logps(ref_hidden, ref_weight, labels, bias=ref_bias, cu_seqlens=cu_seqlens, **options)
     return sums.to(dtype)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from spo_kernels._checks import check_tensor
+from spo_kernels._checks import check_head_inputs, check_tensor
 from spo_kernels.logprob import prepare_call
 
 
@@ -107,6 +107,7 @@ def sequence_logps(
         check_cu_seqlens(cu_seqlens, hidden)
     elif hidden.ndim != 3:
         raise ValueError(f"hidden must be [S, T, H], or [N, H] with cu_seqlens; got {list(hidden.shape)}")
+    check_head_inputs(hidden, weight, bias, labels)
     labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
     logp, _ = prepare_call(
         hidden,

@@ -10,6 +10,7 @@ NATIVE, WHY_NOT = _native.load()
 NAMES = NATIVE.product_names() if NATIVE else []
 SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SHAPES = [(1, 1, 1), (5, 63, 2), (6, 64, 512), (7, 65, 513), (13, 130, 1025), (130, 17, 1), (97, 1, 700), (1, 200, 31)]
+SHAPES += [(0, 5, 3), (5, 0, 3), (5, 3, 0)]
 
 pytestmark = pytest.mark.skipif(not NAMES, reason=f"no native products here: {WHY_NOT}")
 

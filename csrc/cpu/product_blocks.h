@@ -86,6 +86,12 @@ template <typename Kernel>
 void product(const Operand& a, const Operand& b, float* c, int64_t c_stride, const ProductShape& shape,
              bool accumulate, int threads) {
   using Packed = typename Kernel::Packed;
+  if (shape.m == 0 || shape.n == 0) return;
+  if (shape.k == 0) {
+    for (int64_t row = 0; row < shape.m && !accumulate; ++row)
+      std::memset(c + row * c_stride, 0, static_cast<size_t>(shape.n) * sizeof(float));
+    return;
+  }
   constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepth = Kernel::kDepth;
   const int64_t row_panels = (shape.m + kRows - 1) / kRows, column_panels = (shape.n + kColumns - 1) / kColumns;
   // fewer column panels than threads: cut the rows too, so that every thread has work

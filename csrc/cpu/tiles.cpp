@@ -40,9 +40,9 @@ SPO_INLINE void to_logits(const float* x, float* z, int64_t n, const LogitTransf
   }
 }
 
-// d logit / d product, from the logit; inverse_cap is 1 / softcap, or 0 without one.
+// d logit / d product, from the logit; inverse_cap is 1 / softcap, or 0 without one (then the logit may be -inf).
 SPO_INLINE float slope(float logit, float scale, float inverse_cap) {
-  const float ratio = logit * inverse_cap;
+  const float ratio = inverse_cap == 0.0f ? 0.0f : logit * inverse_cap;
   return scale * (1.0f - ratio * ratio);
 }
 
@@ -68,26 +68,37 @@ SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row
   const float shrink = std::exp(drop);
 
   const float scale = tile.transform.scale, inverse = inverse_cap(tile.transform);
-  float sum = 0.0f, shifted_sum = 0.0f, square_sum = 0.0f;
-#pragma omp simd reduction(+ : sum, shifted_sum, square_sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const float logit = z[i];
-    const float e = fast_exp(logit - base);
-    sum += e;
-    if (kMoments) {
-      // exp(-inf) * -inf counts as 0
-      shifted_sum += e == 0.0f ? 0.0f : e * (logit - base);
-      square_sum += e * e;
+  // a float that has grown by thousands of nearly equal terms rounds each of them the same way: short sums in
+  // float, their sum in double
+  double sum = 0.0, shifted_sum = 0.0, square_sum = 0.0;
+  constexpr int64_t kBlock = 256;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    float block = 0.0f, block_shifted = 0.0f, block_square = 0.0f;
+#pragma omp simd reduction(+ : block, block_shifted, block_square)
+    for (int64_t i = begin; i < end; ++i) {
+      const float logit = z[i];
+      const float e = fast_exp(logit - base);
+      block += e;
+      if (kMoments) {
+        // exp(-inf) * -inf counts as 0
+        block_shifted += e == 0.0f ? 0.0f : e * (logit - base);
+        block_square += e * e;
+      }
+      if (kRescale) x[i] = e * slope(logit, scale, inverse);
     }
-    if (kRescale) x[i] = e * slope(logit, scale, inverse);
+    sum += block;
+    shifted_sum += block_shifted;
+    square_sum += block_square;
   }
 
+  const double carried = stats.sum[row] == 0.0f ? 0.0 : static_cast<double>(stats.sum[row]) * shrink;
   if (kMoments) {
-    const float carried = stats.sum[row] == 0.0f ? 0.0f : stats.sum[row] * drop;
-    stats.shifted_sum[row] = (stats.shifted_sum[row] + carried) * shrink + shifted_sum;
-    stats.square_sum[row] = stats.square_sum[row] * shrink * shrink + square_sum;
+    const double moved = carried == 0.0 ? 0.0 : carried * drop;
+    stats.shifted_sum[row] = static_cast<float>(stats.shifted_sum[row] * shrink + moved + shifted_sum);
+    stats.square_sum[row] = static_cast<float>(stats.square_sum[row] * shrink * shrink + square_sum);
   }
-  stats.sum[row] = stats.sum[row] * shrink + sum;
+  stats.sum[row] = static_cast<float>(carried + sum);
   stats.max[row] = new_max;
   if (kRescale) {
     stats.rescale[row] = shrink;

@@ -39,8 +39,10 @@ def build_loss(name: str, **hyperparameters: Any) -> Objective:
     if "base" in own:
         base = chosen.get("base", "dpo")
         if isinstance(base, str):
-            chosen["base"] = build_loss(base, **foreign)
-            foreign = {}
+            named_loss(base)
+            bases = {field.name for field in fields(LOSSES[base])}
+            chosen["base"] = build_loss(base, **{key: foreign.pop(key) for key in bases & foreign.keys()})
+            own |= bases
     if foreign:
         raise ValueError(
             f"loss {name!r} has no hyperparameter {', '.join(sorted(foreign))}; it has {', '.join(sorted(own))}"

@@ -20,7 +20,8 @@ from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, check_choic
 
 @dataclass(frozen=True)
 class SPO:
-    """`base + weight * NLL_w` ("nll") or `base + weight * max(0, NLL_w - v - ε)` ("hinge").
+    """Reconstruction of SPO, not verified against the paper: `base + weight * NLL_w` ("nll") or
+    `base + weight * max(0, NLL_w - v - ε)` ("hinge").
 
     `NLL_w = -log πθ(y_w|x)` is the sequence's sum, or its mean over response tokens (0 for an empty response).
 

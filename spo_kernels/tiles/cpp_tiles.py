@@ -29,6 +29,8 @@ def _check_tile(tile: Tensor) -> tuple[int, int]:
 class CppTiles:
     """See `TileBackend` for the meaning of each argument."""
 
+    TEMPORARIES = 0.0
+
     def __init__(self, native: Any) -> None:
         self._native = native
 

@@ -95,6 +95,8 @@ class TokenGrads:
 class TileBackend(Protocol):
     """The two passes over a tile. `labels` are relative to the tile's first column and may lie outside it."""
 
+    TEMPORARIES: float  # what a pass needs beside the tile, in tiles
+
     def tile_stats(
         self,
         tile: Tensor,

@@ -7,14 +7,16 @@ from torch import Tensor
 
 from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
 
-# rows are handled in pieces of this many elements (1 MiB of float32): temporaries stay small and in cache
-_PIECE = 1 << 18
+# A tile is handled in this many pieces, so that temporaries stay small.
+_PIECES = 16
+
+# tile-sized temporaries of a piece at most: logits, exponentials, slopes and two products of them
+TEMPORARIES = 5 / _PIECES
 
 
 def _pieces(tile: Tensor) -> Iterator[slice]:
-    # a GPU wants few large launches, and its caching allocator reuses the temporaries
-    step = tile.shape[0] if tile.is_cuda else max(1, _PIECE // tile.shape[1])
-    for start in range(0, tile.shape[0], step):
+    step = -(-tile.shape[0] // _PIECES)
+    for start in range(0, tile.shape[0], max(1, step)):
         yield slice(start, start + step)
 
 

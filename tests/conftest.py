@@ -1,0 +1,53 @@
+"""Shared fixtures: one thread budget, deterministic hypothesis, a run per backend, poisoned buffers."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import spo_kernels
+
+settings.register_profile(
+    "spo", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("spo")
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(params=["torch", "cpp"], scope="session")
+def backend(request):
+    """Each tile backend by name; one that is missing is skipped with its own reason."""
+    status = spo_kernels.backend_info()[request.param]
+    if not status.available:
+        pytest.skip(f"{request.param}: {status.detail}")
+    return request.param
+
+
+def _poison(tensor):
+    if tensor.is_floating_point():
+        return tensor.fill_(float("nan"))
+    return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+
+@pytest.fixture
+def poisoned_buffers(monkeypatch):
+    """torch.empty and its relatives return NaN, so that an element nobody wrote shows."""
+
+    def poisoned(allocate):
+        return lambda *args, **kwargs: _poison(allocate(*args, **kwargs))
+
+    for owner, names in (
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (torch.Tensor, ("new_empty", "new_empty_strided")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,352 @@
+"""Bad input: one error per mistake, raised before any kernel runs, naming the argument and what came."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from spo_kernels import fused_spo_loss, linear_logprob, sequence_logps
+from spo_kernels.losses import DPO, SPO, build_loss
+
+WRONG = (TypeError, ValueError)  # where the specification leaves the choice open
+
+
+def raises(error, patterns, function, **arguments):
+    """Every pattern occurs in the message, whatever the order."""
+    with pytest.raises(error) as caught:
+        function(**arguments)
+    for pattern in patterns:
+        assert re.search(pattern, str(caught.value)), f"{pattern!r} is not in: {caught.value}"
+
+
+def zeros(*shape, **options):
+    return torch.zeros(shape, **options)
+
+
+def with_label(position, value):
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    labels[position] = value
+    return labels
+
+
+# id: what differs from a valid call, the error, what its message holds
+LOGPROB = {
+    "hidden-list": (dict(hidden=[[1.0]]), TypeError, ["hidden", "list"]),
+    "hidden-scalar": (dict(hidden=torch.tensor(1.0)), ValueError, ["hidden"]),
+    "hidden-integer": (dict(hidden=zeros(2, 3, 8, dtype=torch.int64)), TypeError, ["hidden", "int64"]),
+    "hidden-complex": (dict(hidden=zeros(2, 3, 8, dtype=torch.complex64)), TypeError, ["hidden", "complex64"]),
+    "weight-none": (dict(weight=None), TypeError, ["weight", "None"]),
+    "weight-1d": (dict(weight=zeros(8)), ValueError, ["weight", r"\b8\b"]),
+    "weight-3d": (dict(weight=zeros(1, 11, 8)), ValueError, ["weight", "1, 11, 8"]),
+    "weight-width": (dict(weight=zeros(11, 9)), ValueError, ["weight", "11, 9", r"\b8\b"]),
+    "weight-transposed": (dict(weight=zeros(8, 11)), ValueError, ["weight", "8, 11"]),
+    "weight-empty": (dict(weight=zeros(0, 8)), ValueError, ["weight", "0, 8"]),
+    "weight-dtype": (dict(weight=zeros(11, 8, dtype=torch.float64)), WRONG, ["weight", "float64", "float32"]),
+    "weight-integer": (dict(weight=zeros(11, 8, dtype=torch.int8)), WRONG, ["weight", "int8"]),
+    "weight-device": (dict(weight=zeros(11, 8, device="meta")), ValueError, ["weight", "meta", "cpu"]),
+    "bias-list": (dict(bias=[0.0] * 11), TypeError, ["bias", "list"]),
+    "bias-length": (dict(bias=zeros(10)), ValueError, ["bias", r"\b10\b", r"\b11\b"]),
+    "bias-2d": (dict(bias=zeros(1, 11)), ValueError, ["bias", "1, 11"]),
+    "bias-dtype": (dict(bias=zeros(11, dtype=torch.bfloat16)), WRONG, ["bias", "bfloat16", "float32"]),
+    "bias-device": (dict(bias=zeros(11, device="meta")), ValueError, ["bias", "meta", "cpu"]),
+    "labels-list": (dict(labels=[[0] * 3] * 2), TypeError, ["labels", "list"]),
+    "labels-shape": (dict(labels=zeros(3, 2, dtype=torch.int64)), ValueError, ["labels", "3, 2", "2, 3"]),
+    "labels-ndim": (dict(labels=zeros(2, 3, 1, dtype=torch.int64)), ValueError, ["labels", "2, 3, 1"]),
+    "labels-int32": (dict(labels=zeros(2, 3, dtype=torch.int32)), TypeError, ["labels", "int64", "int32"]),
+    "labels-float": (dict(labels=zeros(2, 3)), TypeError, ["labels", "int64", "float32"]),
+    "labels-bool": (dict(labels=zeros(2, 3, dtype=torch.bool)), TypeError, ["labels", "int64", "bool"]),
+    "labels-device": (dict(labels=zeros(2, 3, dtype=torch.int64, device="meta")), ValueError, ["labels", "meta"]),
+    "label-too-large": (dict(labels=with_label((1, 2), 11)), IndexError, [r"labels\[1, 2\] = 11 is outside \[0, 11\)"]),
+    "label-negative": (dict(labels=with_label((0, 1), -1)), IndexError, [r"labels\[0, 1\] = -1 is outside \[0, 11\)"]),
+    "label-huge": (dict(labels=with_label((0, 0), 2**62)), IndexError, [rf"labels\[0, 0\] = {2**62} is outside"]),
+    "label-is-the-usual-ignore-index": (
+        dict(labels=with_label((1, 0), -100), ignore_index=-1),
+        IndexError,
+        [r"labels\[1, 0\] = -100 is outside \[0, 11\)"],
+    ),
+    "label-with-shift": (
+        dict(labels=with_label((1, 2), 12), shift=True),
+        IndexError,
+        [r"labels\[1, 2\] = 12 is outside \[0, 11\)"],
+    ),
+    "softcap-zero": (dict(logit_softcap=0.0), ValueError, ["logit_softcap", r"0\.0"]),
+    "softcap-negative": (dict(logit_softcap=-30.0), ValueError, ["logit_softcap", r"-30\.0"]),
+    "softcap-nan": (dict(logit_softcap=float("nan")), ValueError, ["logit_softcap", "nan"]),
+    "softcap-infinite": (dict(logit_softcap=float("inf")), ValueError, ["logit_softcap", "inf"]),
+    "softcap-string": (dict(logit_softcap="30"), WRONG, ["logit_softcap", "str|'30'"]),
+    "scale-nan": (dict(logit_scale=float("nan")), ValueError, ["logit_scale", "nan"]),
+    "scale-infinite": (dict(logit_scale=float("inf")), ValueError, ["logit_scale", "inf"]),
+    "scale-string": (dict(logit_scale="1"), WRONG, ["logit_scale", "str|'1'"]),
+    "scale-none": (dict(logit_scale=None), WRONG, ["logit_scale", "None"]),
+    "ignore-index-float": (dict(ignore_index=0.5), TypeError, ["ignore_index", r"float|0\.5"]),
+    "outputs-unknown": (dict(outputs=("perplexity",)), ValueError, ["outputs", "perplexity", "entropy", "log_sum_p2"]),
+    "outputs-string": (dict(outputs="entropy"), WRONG, ["outputs"]),
+    "backend-unknown": (dict(backend="cuda9"), ValueError, ["backend", "cuda9", "torch"]),
+    "workspace-zero": (dict(workspace_bytes=0), ValueError, ["workspace_bytes", r"\b0\b"]),
+    "workspace-negative": (dict(workspace_bytes=-5), ValueError, ["workspace_bytes", "-5"]),
+    "workspace-impossible": (dict(workspace_bytes=1), ValueError, ["workspace_bytes", r"\b1\b", "small"]),
+    "workspace-float": (dict(workspace_bytes=1e6), TypeError, ["workspace_bytes", r"float|1000000\.0"]),
+    "workspace-string": (dict(workspace_bytes="32M"), TypeError, ["workspace_bytes", "str|'32M'"]),
+    "shift-without-positions": (
+        dict(hidden=zeros(8), labels=torch.tensor(0), shift=True),
+        ValueError,
+        ["shift"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "patterns"), LOGPROB.values(), ids=LOGPROB)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad], ids=["grad", "no-grad"])
+def test_linear_logprob(changes, error, patterns, mode):
+    valid = dict(hidden=zeros(2, 3, 8), weight=zeros(11, 8), labels=torch.zeros(2, 3, dtype=torch.int64))
+    with mode():
+        linear_logprob(**valid)
+        raises(error, patterns, linear_logprob, **valid | changes)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_message_of_a_label_out_of_range(backend, trained):
+    labels = torch.zeros(5, 20, dtype=torch.int64)
+    labels[3, 17], labels[4, 0] = 152001, -7
+    hidden, weight = zeros(5, 20, 4, requires_grad=trained), zeros(151936, 4)
+    message = re.escape("labels[3, 17] = 152001 is outside [0, 151936)")
+    raises(IndexError, [message], linear_logprob, hidden=hidden, weight=weight, labels=labels, backend=backend)
+    message = re.escape("labels[77] = 152001 is outside [0, 151936)")
+    flat = dict(hidden=hidden.flatten(0, 1), weight=weight, labels=labels.flatten(), backend=backend)
+    raises(IndexError, [message], linear_logprob, **flat)
+
+
+_WITHOUT_NATIVE_CODE = """
+import sys
+sys.modules["spo_kernels._C"] = None  # as if it had not been built
+import torch
+from spo_kernels import backend_info, linear_logprob
+status = backend_info()["cpp"]
+assert not status.available and status.detail, status
+arguments = torch.zeros(3, 8), torch.zeros(5, 8), torch.zeros(3, dtype=torch.int64)
+assert linear_logprob(*arguments).isfinite().all()
+try:
+    linear_logprob(*arguments, backend="cpp")
+except RuntimeError as error:
+    assert "cpp" in str(error) and status.detail in str(error), error
+else:
+    raise AssertionError("backend='cpp' was accepted")
+"""
+
+
+def test_a_missing_backend_says_why(tmp_path):
+    """Nothing built and no compiler: automatic choice falls back, an explicit one is an error with the reason."""
+    bare = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", _WITHOUT_NATIVE_CODE], capture_output=True, text=True, env=bare)
+    assert run.returncode == 0, run.stderr
+
+
+def test_an_unknown_backend_in_the_environment(monkeypatch):
+    monkeypatch.setenv("SPO_BACKEND", "cuda9")
+    arguments = dict(hidden=zeros(3, 8), weight=zeros(5, 8), labels=torch.zeros(3, dtype=torch.int64))
+    raises(ValueError, ["SPO_BACKEND", "cuda9"], linear_logprob, **arguments)
+
+
+def test_double_backward_is_refused(backend):
+    hidden, weight = torch.ones(3, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
+    logp = linear_logprob(hidden, weight, torch.zeros(3, dtype=torch.int64), backend=backend)
+    with pytest.raises(RuntimeError, match=r"(?i)double backward|twice|once_differentiable"):
+        (first,) = torch.autograd.grad(logp.sum(), hidden, create_graph=True)
+        torch.autograd.grad(first.sum(), weight)
+
+
+# ---- packed sequences
+
+PACKED = {
+    "decreasing": ([0, 4, 3, 6, 6], ValueError, ["cu_seqlens", "decreas"]),
+    "does-not-end-at-n": ([0, 1, 2, 3, 5], ValueError, ["cu_seqlens", r"\b5\b", r"\b6\b"]),
+    "beyond-n": ([0, 1, 2, 3, 7], ValueError, ["cu_seqlens", r"\b7\b", r"\b6\b"]),
+    "does-not-start-at-0": ([1, 2, 3, 4, 6], ValueError, ["cu_seqlens", r"\b0\b", r"\b1\b"]),
+    "empty": ([], ValueError, ["cu_seqlens"]),
+    "float": ([0.0, 1.0, 2.0, 3.0, 6.0], TypeError, ["cu_seqlens", "float32"]),
+    "two-dimensional": ([[0, 1, 2, 3, 6]], ValueError, ["cu_seqlens", "1, 5"]),
+}
+
+
+@pytest.mark.parametrize(("bounds", "error", "patterns"), PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("function", [sequence_logps, fused_spo_loss])
+def test_cu_seqlens(function, bounds, error, patterns):
+    valid = dict(hidden=zeros(6, 8), weight=zeros(11, 8), labels=torch.zeros(6, dtype=torch.int64))
+    if function is fused_spo_loss:
+        valid["ref_logps"] = zeros(4)
+    function(**valid, cu_seqlens=torch.tensor([0, 1, 2, 3, 6]))
+    bounds = torch.tensor(bounds) if bounds else torch.zeros(0, dtype=torch.int64)
+    raises(error, patterns, function, **valid, cu_seqlens=bounds)
+
+
+def test_cu_seqlens_of_padded_hidden():
+    for function in (sequence_logps, fused_spo_loss):
+        arguments = dict(hidden=zeros(2, 3, 8), weight=zeros(11, 8), labels=torch.zeros(2, 3, dtype=torch.int64))
+        raises(ValueError, ["hidden"], function, **arguments, cu_seqlens=torch.tensor([0, 3, 6]))
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("shape", [(3,), (7,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_labels_of_another_shape(layout, shape, shift):
+    """The shift looks at labels early; a wrong shape must not surface there as somebody else's error."""
+    labels = torch.zeros(shape, dtype=torch.int64)
+    arguments = dict(weight=zeros(11, 8), labels=labels, shift=shift)
+    if layout == "packed":
+        arguments |= dict(hidden=zeros(6, 8), cu_seqlens=torch.tensor([0, 1, 4, 5, 6]))
+    else:
+        arguments |= dict(hidden=zeros(2, 2, 8))
+    raises(ValueError, ["labels"], sequence_logps, **arguments)
+    raises(ValueError, ["labels"], fused_spo_loss, **arguments, ref_logps=zeros(4 if layout == "packed" else 2))
+
+
+def test_flat_hidden_without_cu_seqlens():
+    for function in (sequence_logps, fused_spo_loss):
+        arguments = dict(hidden=zeros(6, 8), weight=zeros(11, 8), labels=torch.zeros(6, dtype=torch.int64))
+        raises(ValueError, ["hidden|cu_seqlens"], function, **arguments)
+
+
+# ---- the loss
+
+
+def nan():
+    return float("nan")
+
+
+LOSS = {
+    "odd-rows": (
+        dict(hidden=zeros(3, 3, 8), labels=torch.zeros(3, 3, dtype=torch.int64)),
+        ValueError,
+        ["hidden|labels", r"\b3\b"],
+    ),
+    "odd-sequences": (
+        dict(
+            hidden=zeros(6, 8),
+            labels=torch.zeros(6, dtype=torch.int64),
+            cu_seqlens=torch.tensor([0, 2, 4, 6]),
+            ref_logps=zeros(3),
+        ),
+        ValueError,
+        ["cu_seqlens", r"\b[34]\b"],
+    ),
+    "label": (
+        dict(labels=torch.full((4, 3), 11)),
+        IndexError,
+        [r"labels\[0, 0\] = 11 is outside \[0, 11\)"],
+    ),
+    "ref-logps-per-pair": (dict(ref_logps=zeros(2)), ValueError, ["ref_logps", r"\b2\b", r"\b4\b"]),
+    "ref-logps-per-token": (dict(ref_logps=zeros(4, 3)), ValueError, ["ref_logps", "4, 3"]),
+    "ref-logps-list": (dict(ref_logps=[0.0] * 4), TypeError, ["ref_logps", "list"]),
+    "ref-logps-integer": (dict(ref_logps=zeros(4, dtype=torch.int64)), TypeError, ["ref_logps", "int64"]),
+    "ref-logps-device": (dict(ref_logps=zeros(4, device="meta")), ValueError, ["ref_logps", "meta"]),
+    "no-reference": (dict(ref_logps=None), ValueError, ["ref_logps", "ref_hidden"]),
+    "two-references": (
+        dict(ref_hidden=zeros(4, 3, 8), ref_weight=zeros(11, 8)),
+        ValueError,
+        ["ref_logps", "ref_hidden"],
+    ),
+    "ref-hidden-without-weight": (dict(ref_logps=None, ref_hidden=zeros(4, 3, 8)), ValueError, ["ref_weight"]),
+    "ref-weight-without-hidden": (dict(ref_logps=None, ref_weight=zeros(11, 8)), ValueError, ["ref_hidden"]),
+    "ref-hidden-shape": (
+        dict(ref_logps=None, ref_hidden=zeros(4, 2, 8), ref_weight=zeros(11, 8)),
+        ValueError,
+        ["ref_hidden", "4, 2"],
+    ),
+    "ref-weight-width": (
+        dict(ref_logps=None, ref_hidden=zeros(4, 3, 8), ref_weight=zeros(11, 9)),
+        ValueError,
+        ["ref_weight", "11, 9"],
+    ),
+    "ref-weight-dtype": (
+        dict(ref_logps=None, ref_hidden=zeros(4, 3, 8), ref_weight=zeros(11, 8, dtype=torch.bfloat16)),
+        WRONG,
+        ["ref_weight", "bfloat16"],
+    ),
+    "ref-hidden-integer": (
+        dict(ref_logps=None, ref_hidden=zeros(4, 3, 8, dtype=torch.int64), ref_weight=zeros(11, 8)),
+        TypeError,
+        ["ref_hidden", "int64"],
+    ),
+    "ref-bias-alone": (dict(ref_bias=zeros(11)), ValueError, ["ref_bias|ref_hidden"]),
+    "ref-bias-length": (
+        dict(ref_logps=None, ref_hidden=zeros(4, 3, 8), ref_weight=zeros(11, 8), ref_bias=zeros(3)),
+        ValueError,
+        ["ref_bias", r"\b3\b"],
+    ),
+    "loss-unknown": (dict(loss="dpoo"), ValueError, ["loss", "dpoo", r"\bdpo\b", r"\bspo\b"]),
+    "loss-not-callable": (dict(loss=3), TypeError, ["loss", r"int|\b3\b"]),
+    "loss-class": (dict(loss=DPO), WRONG, ["loss", "DPO"]),
+    "objective-scalar": (dict(loss=lambda pairs: pairs.chosen.mean()), ValueError, ["loss|objective", r"\(2,\)|\[2\]"]),
+    "objective-per-sequence": (
+        dict(loss=lambda pairs: torch.cat([pairs.chosen, pairs.rejected])),
+        ValueError,
+        ["loss|objective", r"\(2,\)|\[2\]", r"\(4,\)|\[4\]"],
+    ),
+    "objective-float": (dict(loss=lambda pairs: 0.5), WRONG, ["loss|objective", "float"]),
+    "spo-value-missing": (
+        dict(loss=SPO(DPO(), penalty="hinge", value="input")),
+        ValueError,
+        ["spo_value"],
+    ),
+    "spo-value-shape": (
+        dict(loss=SPO(DPO(), penalty="hinge", value="input"), spo_value=zeros(4)),
+        ValueError,
+        ["spo_value", r"\b4\b", r"\b2\b"],
+    ),
+    "spo-value-list": (
+        dict(loss=SPO(DPO(), penalty="hinge", value="input"), spo_value=[0.0, 0.0]),
+        TypeError,
+        ["spo_value", "list"],
+    ),
+    "hinge-without-reference": (
+        dict(loss=SPO(DPO(reference_free=True), penalty="hinge"), ref_logps=None),
+        ValueError,
+        ["ref_logps|reference"],
+    ),
+    "reduction-unknown": (dict(reduction="avg"), ValueError, ["reduction", "avg", "mean", "sum", "none"]),
+    "softcap": (dict(logit_softcap=-1.0), ValueError, ["logit_softcap", r"-1\.0"]),
+    "backend": (dict(backend="cuda9"), ValueError, ["backend", "cuda9"]),
+    "workspace": (dict(workspace_bytes=0), ValueError, ["workspace_bytes"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "patterns"), LOSS.values(), ids=LOSS)
+def test_fused_spo_loss(changes, error, patterns):
+    valid = dict(
+        hidden=zeros(4, 3, 8),
+        weight=zeros(11, 8),
+        labels=torch.zeros(4, 3, dtype=torch.int64),
+        ref_logps=zeros(4),
+        loss="dpo",
+    )
+    fused_spo_loss(**valid)
+    raises(error, patterns, fused_spo_loss, **valid | changes)
+
+
+OBJECTIVES = {
+    "beta-zero": (DPO, dict(beta=0.0), ValueError, ["beta", r"0\.0"]),
+    "beta-negative": (DPO, dict(beta=-0.1), ValueError, ["beta", r"-0\.1"]),
+    "beta-nan": (DPO, dict(beta=nan()), ValueError, ["beta", "nan"]),
+    "beta-infinite": (DPO, dict(beta=float("inf")), ValueError, ["beta", "inf"]),
+    "beta-string": (DPO, dict(beta="0.1"), WRONG, ["beta"]),
+    "penalty": (SPO, dict(penalty="square"), ValueError, ["penalty", "square", "nll", "hinge"]),
+    "value": (SPO, dict(value="policy"), ValueError, ["value", "policy", "reference", "input"]),
+    "normalization": (SPO, dict(normalization="max"), ValueError, ["normalization", "max", "mean", "sum"]),
+    "weight-negative": (SPO, dict(weight=-1.0), ValueError, ["weight", r"-1\.0"]),
+    "weight-nan": (SPO, dict(weight=nan()), ValueError, ["weight", "nan"]),
+    "epsilon-nan": (SPO, dict(epsilon=nan()), ValueError, ["epsilon", "nan"]),
+    "base-not-callable": (SPO, dict(base=3), TypeError, ["base", r"int|\b3\b"]),
+    "name": (build_loss, dict(name="orpo9"), ValueError, ["orpo9", r"\bdpo\b", r"\bspo\b"]),
+    "field": (build_loss, dict(name="dpo", gamma=1.0), ValueError, ["gamma", "beta", "reference_free"]),
+    "field-of-spo": (build_loss, dict(name="spo", gamma=1.0), ValueError, ["gamma", "penalty", "epsilon"]),
+    "base-name": (build_loss, dict(name="spo", base="orpo9"), ValueError, ["orpo9", r"\bdpo\b"]),
+    "bad-field": (build_loss, dict(name="dpo", beta=-1.0), ValueError, ["beta", r"-1\.0"]),
+}
+
+
+@pytest.mark.parametrize(("make", "arguments", "error", "patterns"), OBJECTIVES.values(), ids=OBJECTIVES)
+def test_objectives(make, arguments, error, patterns):
+    raises(error, patterns, make, **arguments)

@@ -1,0 +1,504 @@
+"""linear_logprob against the float64 oracle: shapes, options, layouts, gradients, determinism."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from spo_kernels import linear_logprob
+from spo_kernels.testing import (
+    DIFFERENTIABLE,
+    Batch,
+    Oracle,
+    assert_accurate,
+    check_linear_logprob,
+    eager_logprob,
+    evaluate,
+    least_workspace,
+    random_batch,
+    random_upstream,
+)
+
+ALL_OUTPUTS = ("lse", "entropy", "correct", "log_sum_p2")
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def same_bits(left, right):
+    """Bit for bit, so NaN equals NaN and 0 differs from -0."""
+
+    def bits(tensor):
+        return tensor.contiguous().flatten().view(torch.uint8)
+
+    return left.keys() == right.keys() and all(torch.equal(bits(left[name]), bits(right[name])) for name in left)
+
+
+# Everything that random_batch takes, then the options of the call.
+CASES = {
+    "plain": (dict(shape=(7, 11), vocab=101, hidden_size=24), {}),
+    "bias": (dict(shape=(5, 6), vocab=67, hidden_size=16, bias=True), {}),
+    "scale": (dict(shape=(5, 6), vocab=67, hidden_size=16), dict(logit_scale=0.0625)),
+    "negative-scale": (dict(shape=(5, 6), vocab=67, hidden_size=16), dict(logit_scale=-1.5)),
+    "softcap": (dict(shape=(5, 6), vocab=67, hidden_size=16, spread=4.0), dict(logit_softcap=5.0)),
+    "ignored": (dict(shape=(5, 6), vocab=67, hidden_size=16, ignored=0.5), {}),
+    "shift": (dict(shape=(5, 6), vocab=67, hidden_size=16, ignored=0.3), dict(shift=True)),
+    "shift-flat": (dict(shape=(9,), vocab=67, hidden_size=16), dict(shift=True)),
+    "everything": (
+        dict(shape=(3, 4, 5), vocab=131, hidden_size=33, bias=True, ignored=0.3, spread=4.0),
+        dict(logit_scale=0.7, logit_softcap=8.0, shift=True),
+    ),
+    "one-token": (dict(shape=(1,), vocab=19, hidden_size=8), {}),
+    "no-leading-dimension": (dict(shape=(), vocab=19, hidden_size=8), {}),
+    "five-dimensions": (dict(shape=(2, 1, 3, 1, 2), vocab=19, hidden_size=8), {}),
+    "one-class": (dict(shape=(4,), vocab=1, hidden_size=8), {}),
+    "one-feature": (dict(shape=(4,), vocab=19, hidden_size=1), {}),
+    "prime-sizes": (dict(shape=(127,), vocab=257, hidden_size=61), {}),
+    "all-ignored": (dict(shape=(3, 4), vocab=19, hidden_size=8, bias=True, ignored=1.0), {}),
+    "no-rows": (dict(shape=(0,), vocab=19, hidden_size=8, bias=True), {}),
+    "no-sequences": (dict(shape=(0, 4), vocab=19, hidden_size=8), {}),
+    "no-tokens": (dict(shape=(4, 0), vocab=19, hidden_size=8), dict(shift=True)),
+    "peaked": (dict(shape=(8, 8), vocab=67, hidden_size=32, spread=30.0), {}),
+    "extreme": (dict(shape=(8, 8), vocab=67, hidden_size=32, spread=1e4), {}),
+    "extreme-softcap": (dict(shape=(8, 8), vocab=67, hidden_size=32, spread=1e4), dict(logit_softcap=30.0)),
+    "ignore-index-is-a-class": (
+        dict(shape=(6, 6), vocab=19, hidden_size=8, ignored=0.3, ignore_index=7),
+        dict(ignore_index=7),
+    ),
+}
+each_case = pytest.mark.parametrize(("inputs", "options"), CASES.values(), ids=CASES)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_matches_float64(backend, inputs, options, dtype):
+    batch = random_batch(**inputs, dtype=dtype)
+    check_linear_logprob(linear_logprob, batch, backend=backend, outputs=ALL_OUTPUTS, **options)
+    check_linear_logprob(linear_logprob, batch, backend=backend, **options)
+
+
+@each_case
+def test_float64(inputs, options):
+    batch = random_batch(**inputs, dtype=torch.float64)
+    check_linear_logprob(linear_logprob, batch, backend="torch", outputs=ALL_OUTPUTS, **options)
+
+
+@each_case
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
+def test_every_output_element_is_written(backend, poisoned_buffers, inputs, options, trained):
+    assert torch.empty(3).isnan().all()
+    batch = random_batch(**inputs)
+    upstream = random_upstream(batch)
+    options = dict(options, backend=backend, workspace_bytes=5000)
+    actual = evaluate(linear_logprob, batch, upstream, trained=trained, **options)
+    for name, value in actual.items():
+        assert value.isfinite().all(), f"{name} holds what torch.empty left there"
+
+
+@pytest.mark.parametrize("room", [1, 1.3, 4, 20, 1e6])
+@pytest.mark.parametrize("outputs", [(), ALL_OUTPUTS], ids=["logp", "all-outputs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_workspace_gives_the_answer(backend, room, outputs, dtype):
+    """From the least that is accepted, where a tile is one cell, to everything in one tile."""
+    batch = random_batch((2, 9), 127, 23, dtype=dtype, bias=True, ignored=0.2, spread=4.0)
+    options = dict(outputs=outputs, logit_scale=0.7, logit_softcap=9.0, backend=backend)
+    workspace_bytes = int(room * least_workspace(linear_logprob, batch, **options))
+    check_linear_logprob(linear_logprob, batch, workspace_bytes=workspace_bytes, **options)
+
+
+def test_one_byte_less_is_refused(backend):
+    """The least that the error states is the least, backward included."""
+    batch = random_batch((4,), 37, 23)
+    least = least_workspace(linear_logprob, batch, backend=backend)
+    check_linear_logprob(linear_logprob, batch, backend=backend, workspace_bytes=least)
+    with pytest.raises(ValueError, match=f"workspace_bytes = {least - 1} is too small"):
+        linear_logprob(**vars(batch), backend=backend, workspace_bytes=least - 1)
+
+
+@pytest.mark.parametrize("workspace_bytes", [6_000, None])
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",), ("weight",)], ids="-".join)
+def test_first_and_last_class(backend, workspace_bytes, trained):
+    """The label in the first and the last column, and every row the same: block edges have nowhere to hide."""
+    batch = random_batch((64,), 512, 32, spread=4.0)
+    batch.labels.copy_(torch.tensor([0, 511]).repeat(32))
+    upstream = random_upstream(batch)
+    actual = evaluate(
+        linear_logprob, batch, upstream, trained=trained, backend=backend, workspace_bytes=workspace_bytes
+    )
+    full = evaluate(eager_logprob, batch, upstream)
+    oracle = Oracle(batch, upstream)
+    for name in {"hidden.grad", "weight.grad"} - actual.keys():
+        del oracle.values[name]
+    assert_accurate(actual, oracle, full)
+
+
+# ---- optional outputs
+
+
+def subsets(names):
+    return [chosen for size in range(len(names) + 1) for chosen in itertools.combinations(names, size)]
+
+
+@pytest.mark.parametrize("names", subsets(ALL_OUTPUTS)[1:], ids="-".join)
+def test_only_the_outputs_asked_for(backend, names):
+    batch = random_batch((4, 5), 37, 12, bias=True, ignored=0.3)
+    actual = check_linear_logprob(linear_logprob, batch, backend=backend, outputs=names)
+    assert set(names) == actual.keys() - {"logp", "hidden.grad", "weight.grad", "bias.grad"}
+    for name in names:
+        assert not actual[name][batch.labels == -100].any(), f"{name} is not 0 at ignored positions"
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradient_of_one_output_alone(backend, name):
+    """No gradient comes from the others: a loss made of the entropy alone must work."""
+    batch = random_batch((4, 5), 37, 12, bias=True, ignored=0.3, spread=4.0)
+    upstream = {name: random_upstream(batch, (name,))[name]}
+    outputs = () if name == "logp" else (name,)
+    check_linear_logprob(linear_logprob, batch, upstream=upstream, backend=backend, outputs=outputs)
+
+
+def test_outputs_may_be_a_list(backend):
+    batch = random_batch((4,), 37, 12)
+    _, extras = linear_logprob(batch.hidden, batch.weight, batch.labels, outputs=["lse"], backend=backend)
+    assert list(extras) == ["lse"]
+
+
+@pytest.mark.parametrize("workspace_bytes", [5_000, None])
+def test_correct_counts_ties(backend, workspace_bytes):
+    """Small integers: every logit is exact, so ties are real."""
+    hidden = torch.eye(4)
+    weight = torch.tensor([[3.0, 1, 0, 2], [3, 0, 0, 1], [1, 1, 0, 2], [0, 0, 0, 2]]).repeat(512, 1)
+    labels = torch.tensor([5, 0, 2047, 1])  # tie for first; tie for first; all equal; not the best
+    _, extras = linear_logprob(
+        hidden, weight, labels, outputs=("correct",), backend=backend, workspace_bytes=workspace_bytes
+    )
+    assert extras["correct"].tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_correct_is_top_1(backend, dtype):
+    batch = random_batch((400,), 7, 12, dtype=dtype, ignored=0.1)
+    logits = batch.hidden.double() @ batch.weight.double().T
+    top = logits.topk(2).values
+    clear = (top[:, 0] - top[:, 1] > 1e-3) & (batch.labels != -100)
+    _, extras = linear_logprob(batch.hidden, batch.weight, batch.labels, outputs=("correct",), backend=backend)
+    assert clear.sum() > 300
+    assert extras["correct"][clear].tolist() == (logits.argmax(-1) == batch.labels)[clear].tolist()
+    assert not extras["correct"][batch.labels == -100].any()
+
+
+# ---- values that are easy to get wrong
+
+
+@pytest.mark.parametrize("outputs", [(), ALL_OUTPUTS], ids=["logp", "all-outputs"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_masked_vocabulary_column(backend, dtype, outputs):
+    """bias = -inf removes a class; entropy and gradients stay finite, and so does a label's neighbour."""
+    batch = random_batch((6, 5), 37, 12, dtype=dtype, bias=True, ignored=0.2)
+    batch.bias[::3] = -torch.inf
+    batch.labels[batch.labels % 3 == 0] = 1
+    actual = check_linear_logprob(linear_logprob, batch, backend=backend, outputs=outputs)
+    assert not actual["weight.grad"][::3].any()
+
+
+@pytest.mark.parametrize("workspace_bytes", [5_000, None])
+def test_leading_block_all_masked(backend, workspace_bytes):
+    """The first tiles of the vocabulary hold nothing but -inf: the running maximum must survive that."""
+    batch = random_batch((6,), 400, 12, bias=True)
+    batch.bias[:350] = -torch.inf
+    batch.labels.clamp_(min=350)
+    check_linear_logprob(linear_logprob, batch, backend=backend, workspace_bytes=workspace_bytes, outputs=ALL_OUTPUTS)
+
+
+def test_label_on_a_masked_column(backend):
+    batch = random_batch((6,), 20, 12, bias=True)
+    batch.bias[4] = -torch.inf
+    batch.labels[2] = 4
+    actual = check_linear_logprob(linear_logprob, batch, backend=backend)
+    assert actual["logp"][2] == -torch.inf
+
+
+def test_softcap_of_minus_infinity(backend):
+    batch = random_batch((6,), 20, 12, bias=True)
+    batch.bias[4] = -torch.inf
+    check_linear_logprob(linear_logprob, batch, backend=backend, logit_softcap=5.0, outputs=ALL_OUTPUTS)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",), ()], ids=["trained", "frozen", "inference"])
+def test_non_finite_hidden_is_not_hidden(backend, value, trained):
+    """The row's log-probability is non-finite; every other row keeps its bits."""
+    clean = random_batch((9,), 53, 12)
+    spoiled = random_batch((9,), 53, 12)
+    spoiled.hidden[4, 3] = value
+
+    def logp(batch):
+        leaves = {name: getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight")}
+        return linear_logprob(**leaves, labels=batch.labels, backend=backend).detach()
+
+    assert not logp(spoiled)[4].isfinite()
+    others = torch.arange(9) != 4
+    assert torch.equal(logp(spoiled)[others], logp(clean)[others])
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_nan_weight_is_not_hidden(backend, softcap):
+    batch = random_batch((9,), 53, 12)
+    batch.weight[17, 3] = torch.nan
+    logp = linear_logprob(batch.hidden, batch.weight, batch.labels, logit_softcap=softcap, backend=backend)
+    assert logp.isnan().all()
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
+def test_ignored_rows_may_hold_anything(backend, shift, trained):
+    """A prompt's hidden states never enter a product: NaN there changes nothing and gets gradient 0."""
+    batch = random_batch((4, 6), 53, 12, bias=True, ignored=0.5)
+    unused = batch.labels == -100
+    if shift:
+        unused = unused.roll(-1, dims=-1)
+        unused[:, -1] = True
+    upstream = random_upstream(batch)
+    clean = evaluate(linear_logprob, batch, upstream, trained=trained, shift=shift, backend=backend)
+    batch.hidden[unused] = torch.nan
+    upstream["logp"][batch.labels == -100] = torch.nan
+    spoiled = evaluate(linear_logprob, batch, upstream, trained=trained, shift=shift, backend=backend)
+    assert same_bits(clean, spoiled)
+    assert not spoiled["hidden.grad"][unused].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 2.0**20])
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids=["trained", "frozen"])
+def test_upstream_of_any_size(backend, dtype, size, trained):
+    """Small ones must not underflow on a flat softmax, nor a loss scale of 2^20 overflow, in 16-bit products."""
+    batch = random_batch((64,), 2048, 16, dtype=torch.float64, spread=0.01)
+    weight = 1e-2 * (batch.weight + 1.0) if size > 1 else batch.weight + 1.0
+    batch = Batch(0.1 * batch.hidden, weight, batch.labels).to(dtype)
+    upstream = {"logp": torch.full((64,), size)}
+    actual = evaluate(linear_logprob, batch, upstream, trained=trained, backend=backend)
+    eager = evaluate(eager_logprob, batch, upstream)
+    oracle = Oracle(batch, upstream)
+    if "weight" not in trained:
+        del oracle.values["weight.grad"]
+    assert_accurate(actual, oracle, eager, factor=4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bit_inputs_get_float32_logits(backend, dtype):
+    """Logits near 300 in bf16 are wrong by 1; float32 logits from the same inputs by 1e-4."""
+    batch = random_batch((64,), 300, 64, dtype=dtype, spread=100.0)
+    upstream = random_upstream(batch)
+    actual = linear_logprob(batch.hidden, batch.weight, batch.labels, backend=backend)
+    expected = Oracle(batch, upstream).values["logp"]
+    assert (actual - expected).abs().max() < 2e-3
+
+
+# ---- layouts
+
+
+def _strided(tensor):
+    """The same values as every second column of something wider."""
+    wide = torch.full((*tensor.shape, 2), torch.nan if tensor.is_floating_point() else 10**9).to(tensor.dtype)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+def _transposed(tensor):
+    """The same values, first and last dimension stored the other way round."""
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _offset(tensor):
+    """The same values from the middle of a larger buffer, at an odd address."""
+    flat = torch.zeros(tensor.numel() + 3, dtype=tensor.dtype)
+    flat[3:] = tensor.flatten()
+    return flat[3:].view(tensor.shape)
+
+
+LAYOUTS = {"strided": _strided, "transposed": _transposed, "offset": _offset}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["hidden", "weight", "labels", "bias", "all", "upstream"])
+def test_any_layout(backend, layout, dtype, name):
+    batch = random_batch((5, 7), 43, 19, dtype=dtype, bias=True, ignored=0.2)
+    tensors = {key: getattr(batch, key) for key in ("hidden", "weight", "labels", "bias")}
+    laid_out = {key: layout(value) if name in (key, "all") else value for key, value in tensors.items()}
+    upstream = random_upstream(batch)
+    if name in ("upstream", "all"):
+        upstream = {"logp": layout(upstream["logp"])}
+    check_linear_logprob(linear_logprob, Batch(**laid_out), upstream=upstream, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["hidden", "labels", "upstream"])
+def test_expanded(backend, name):
+    """Stride 0: one row seen many times, and the upstream gradient that sum() makes."""
+    batch = random_batch((5, 7), 43, 19)
+    hidden, labels = batch.hidden, batch.labels
+    if name == "hidden":
+        hidden = hidden[:1].expand(5, 7, 19)
+    if name == "labels":
+        labels = labels[:, :1].expand(5, 7)
+    upstream = {"logp": torch.ones(()).expand(5, 7)} if name == "upstream" else None
+    check_linear_logprob(linear_logprob, Batch(hidden, batch.weight, labels), upstream=upstream, backend=backend)
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
+def test_inputs_are_left_alone(backend, trained):
+    batch = random_batch((5, 7), 43, 19, bias=True, ignored=0.2)
+    before = {name: getattr(batch, name).clone() for name in ("hidden", "weight", "labels", "bias")}
+    upstream = random_upstream(batch)
+    sent = upstream["logp"].clone()
+    evaluate(linear_logprob, batch, upstream, trained=trained, backend=backend, outputs=ALL_OUTPUTS, shift=True)
+    for name, value in before.items():
+        assert torch.equal(getattr(batch, name), value), name
+    assert torch.equal(upstream["logp"], sent)
+
+
+# ---- autograd
+
+PARAMETERS = ("hidden", "weight", "bias")
+
+
+@pytest.mark.parametrize("outputs", [(), ALL_OUTPUTS], ids=["logp", "all-outputs"])
+@pytest.mark.parametrize("trained", subsets(PARAMETERS), ids=lambda names: "-".join(names) or "none")
+def test_each_combination_of_gradients(backend, trained, outputs):
+    batch = random_batch((5, 7), 43, 19, bias=True, ignored=0.2)
+    upstream = random_upstream(batch, outputs)
+    eager = evaluate(eager_logprob, batch, upstream, outputs=outputs)
+    oracle = Oracle(batch, upstream, outputs=outputs)
+    for name in {"hidden", "weight", "bias"} - set(trained):
+        del oracle.values[f"{name}.grad"]
+    if trained:
+        actual = evaluate(linear_logprob, batch, upstream, trained=trained, backend=backend, outputs=outputs)
+    else:
+        result = linear_logprob(**vars(batch), backend=backend, outputs=outputs)
+        actual = dict(result[1], logp=result[0]) if outputs else {"logp": result}
+        assert not any(value.requires_grad for value in actual.values())
+    assert_accurate(actual, oracle, eager)
+
+
+@pytest.mark.parametrize("options", [{}, dict(logit_scale=0.5, logit_softcap=3.0, shift=True)], ids=["plain", "all"])
+@pytest.mark.parametrize("outputs", [(), ("lse", "entropy", "log_sum_p2")], ids=["logp", "all-outputs"])
+@pytest.mark.parametrize("trained", subsets(PARAMETERS)[1:], ids="-".join)
+def test_gradcheck(trained, outputs, options):
+    batch = random_batch((2, 4), 7, 3, dtype=torch.float64, bias=True, ignored=0.3)
+    leaves = [getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight", "bias")]
+
+    def function(hidden, weight, bias):
+        result = linear_logprob(
+            hidden, weight, batch.labels, bias=bias, outputs=outputs, workspace_bytes=200, backend="torch", **options
+        )
+        return (result[0], *result[1].values()) if outputs else result
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",), ("weight",)], ids="-".join)
+def test_backward_twice_accumulates(backend, trained):
+    batch = random_batch((5, 7), 43, 19, bias=True, ignored=0.2)
+    leaves = {name: getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight", "bias")}
+    logp = linear_logprob(labels=batch.labels, backend=backend, **leaves)
+    upstream = random_upstream(batch)["logp"]
+    logp.backward(upstream, retain_graph=True)
+    once = {name: leaves[name].grad.clone() for name in trained}
+    logp.backward(upstream)
+    for name in trained:
+        assert torch.equal(leaves[name].grad, 2 * once[name]), name
+    with pytest.raises(RuntimeError, match=r"second time|freed"):
+        logp.backward(upstream)
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids=["trained", "frozen"])
+def test_retained_graph_with_another_upstream(backend, trained):
+    """The second backward must not see what the first left in a kept buffer."""
+    batch = random_batch((5, 7), 43, 19)
+    first, second = (random_upstream(batch, seed=seed) for seed in (1, 2))
+    leaves = {name: getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight")}
+    logp = linear_logprob(labels=batch.labels, backend=backend, **leaves)
+    logp.backward(first["logp"], retain_graph=True)
+    for leaf in leaves.values():
+        leaf.grad = None
+    logp.backward(second["logp"])
+    actual = {f"{name}.grad": leaves[name].grad.clone() for name in trained}
+    for leaf in leaves.values():
+        leaf.requires_grad_(False).grad = None
+    fresh = evaluate(linear_logprob, batch, second, trained=trained, backend=backend)
+    assert same_bits(actual, {name: fresh[name] for name in actual})
+
+
+def test_changing_the_weight_before_backward_is_refused(backend):
+    """As everywhere in autograd: a silently wrong gradient would be worse."""
+    batch = random_batch((5,), 43, 19)
+    weight = batch.weight.requires_grad_().clone()
+    logp = linear_logprob(batch.hidden.requires_grad_(), weight, batch.labels, backend=backend)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        logp.sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("outputs", [(), ALL_OUTPUTS], ids=["logp", "all-outputs"])
+def test_without_grad(backend, mode, outputs):
+    batch = random_batch((5, 7), 43, 19, bias=True, ignored=0.2)
+    upstream = random_upstream(batch, outputs)
+    full = evaluate(eager_logprob, batch, upstream, outputs=outputs)
+    oracle = Oracle(batch, upstream, outputs=outputs)
+    for tensor in (batch.hidden, batch.weight, batch.bias):
+        tensor.requires_grad_()
+    with mode():
+        result = linear_logprob(**vars(batch), backend=backend, outputs=outputs)
+    actual = dict(result[1], logp=result[0]) if outputs else {"logp": result}
+    for name in ("hidden", "weight", "bias"):
+        del oracle.values[f"{name}.grad"]
+    assert_accurate(actual, oracle, full)
+    assert not any(value.requires_grad for value in actual.values())
+
+
+# ---- the same bits
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
+def test_same_inputs_same_bits(backend, threads, count, dtype, trained):
+    threads(count)
+    batch = random_batch((4, 65), 1031, 48, dtype=dtype, bias=True, ignored=0.2)
+    upstream = random_upstream(batch)
+    runs = [evaluate(linear_logprob, batch, upstream, trained=trained, backend=backend) for _ in range(3)]
+    assert same_bits(runs[0], runs[1])
+    assert same_bits(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_any_number_of_threads_gives_the_answer(backend, threads, count):
+    threads(count)
+    batch = random_batch((4, 33), 515, 48, bias=True, ignored=0.2)
+    check_linear_logprob(linear_logprob, batch, backend=backend, workspace_bytes=400_000, outputs=ALL_OUTPUTS)
+
+
+def test_calls_from_many_threads_at_once(backend):
+    """The native code releases the GIL: callers must not share buffers."""
+    batches = [random_batch((4, 33), 257, 24, bias=True, ignored=0.2, seed=seed) for seed in range(6)]
+    upstreams = [random_upstream(batch) for batch in batches]
+
+    def run(index):
+        return evaluate(linear_logprob, batches[index], upstreams[index], backend=backend)
+
+    alone = [run(index) for index in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(run, list(range(6)) * 4))
+    assert all(same_bits(found, alone[index % 6]) for index, found in enumerate(together))
+
+
+# ---- choosing a backend
+
+
+def test_environment_chooses_the_backend(backend, monkeypatch):
+    batch = random_batch((4, 33), 257, 24)
+    upstream = random_upstream(batch)
+    asked = evaluate(linear_logprob, batch, upstream, backend=backend)
+    monkeypatch.setenv("SPO_BACKEND", backend)
+    assert same_bits(evaluate(linear_logprob, batch, upstream), asked)
