@@ -1,0 +1,86 @@
+"""The command line: TrainConfig's fields as options, and errors as one line with exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.errors import TrainError
+
+PROGRAM = "spo-train"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, or 2 for an error that the user can put right."""
+    options = vars(build_parser().parse_args(argv))
+    config = TrainConfig(**{**options, "loss_arg": tuple(options["loss_arg"])})
+    try:
+        config.check()
+        _runner()(config)
+    except TrainError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _runner() -> Callable[[TrainConfig], None]:
+    """Import what trains: it takes seconds, so only once the options are known to be good."""
+    try:
+        from spo_kernels.train.run import run
+    except ModuleNotFoundError as error:
+        raise TrainError(f"{error}; training needs more packages: pip install 'spo_kernels[train]'") from error
+    return run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        allow_abbrev=False,
+        description="Fine-tune a causal language model on examples (sft) or preference pairs, "
+        "without ever materialising its logits.",
+    )
+    hints = get_type_hints(TrainConfig)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for f in fields(TrainConfig):
+        name = f.metadata["group"]
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        _add_option(group, f, hints[f.name])
+    return parser
+
+
+def _add_option(group: argparse._ArgumentGroup, f: Field[Any], hint: Any) -> None:
+    flag = "--" + f.name.replace("_", "-")
+    text = f.metadata["help"].replace("%", "%%")
+    if hint is bool:
+        group.add_argument(flag, action="store_true", help=f"{text} (default: off)")
+        return
+    if get_origin(hint) is tuple:
+        group.add_argument(flag, action="append", default=[], metavar="KEY=VALUE", help=text)
+        return
+    required = f.default is MISSING
+    if not required and f.default is not None and "(default" not in text:
+        text += f" (default: {f.default})"
+    group.add_argument(
+        flag,
+        type=_scalar(hint),
+        required=required,
+        default=None if required else f.default,
+        choices=f.metadata["choices"] or None,
+        metavar=None if f.metadata["choices"] else _scalar(hint).__name__.upper(),
+        help=text,
+    )
+
+
+def _scalar(hint: Any) -> type:
+    """The type in `T` or `T | None`."""
+    if isinstance(hint, UnionType):
+        return next(t for t in get_args(hint) if t is not type(None))
+    return hint

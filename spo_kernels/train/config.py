@@ -1,0 +1,202 @@
+"""Every setting of a run, once: the command line, args.json and the checks read this dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from spo_kernels.train.errors import TrainError
+
+# These may differ between a run and its resumption: they do not change the weights.
+RESUME_MAY_CHANGE = frozenset(
+    {
+        "output_dir",
+        "cache_dir",
+        "resume",
+        "save_steps",
+        "keep_checkpoints",
+        "logging_steps",
+        "eval_steps",
+        "quiet",
+    }
+)
+
+
+def option(default: Any, help: str, group: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that is also a command-line option."""
+    metadata = {"help": help, "group": group, "choices": choices}
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one run; field `grad_accum` is option `--grad-accum`."""
+
+    model: str = option(MISSING, "model to train: hub id or local folder", "model")
+    dataset: str = option(MISSING, "training data: hub id, or a .jsonl, .json or .parquet file", "data")
+    output_dir: str = option(MISSING, "folder for the model, metrics.jsonl and checkpoints", "output")
+
+    ref_model: str | None = option(
+        None, "reference model: hub id or local folder (default: the model as loaded)", "model"
+    )
+    trust_remote_code: bool = option(False, "run Python code that comes with the model", "model")
+    lora_r: int = option(0, "rank of LoRA adapters; 0 trains the whole model", "model")
+    lora_alpha: int = option(16, "LoRA scale: adapters are multiplied by alpha / r", "model")
+    lora_dropout: float = option(0.0, "dropout probability in front of the adapters", "model")
+    lora_targets: str = option(
+        "all-linear", "modules that get adapters, comma separated (all-linear: all but the head)", "model"
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward to save memory", "model")
+    bf16: bool = option(False, "compute in bfloat16; trained weights stay float32", "model")
+
+    stage: str = option(
+        "preference",
+        "what to train on: prompt/completion or prompt/chosen/rejected",
+        "objective",
+        ("sft", "preference"),
+    )
+    loss: str = option("spo", "preference loss, a name in spo_kernels.losses.LOSSES", "objective")
+    base_loss: str | None = option(None, "loss that spo wraps (default: dpo)", "objective")
+    beta: float | None = option(
+        None, "scale of the implicit reward (default: the loss's own, 0.1 for dpo)", "objective"
+    )
+    spo_weight: float | None = option(None, "weight of the spo penalty (default: the loss's own)", "objective")
+    spo_penalty: str | None = option(None, "form of the spo penalty: nll or hinge (default: nll)", "objective")
+    spo_value: str | None = option(
+        None,
+        "value in the hinge: reference, or input: column spo_value of the data (default: reference)",
+        "objective",
+    )
+    spo_epsilon: float | None = option(None, "slack of the hinge, in nats (default: 0)", "objective")
+    spo_normalization: str | None = option(
+        None, "NLL of the chosen response: mean over tokens or sum (default: mean)", "objective"
+    )
+    loss_arg: tuple[str, ...] = option((), "any field of the loss as KEY=VALUE; may be repeated", "objective")
+    reference: str = option(
+        "precompute",
+        "reference log-probs: computed once and cached on disk, or online with a frozen copy",
+        "objective",
+        ("precompute", "online"),
+    )
+    cache_dir: str | None = option(
+        None, "folder of cached log-probs (default: OUTPUT_DIR/reference-cache)", "objective"
+    )
+
+    split: str = option("train", "split of a hub data set to train on", "data")
+    eval_dataset: str | None = option(None, "evaluation data: hub id or file", "data")
+    eval_split: str = option("test", "split of a hub data set to evaluate on", "data")
+    eval_fraction: float = option(
+        0.0,
+        "share of the prompts held out for evaluation, chosen by --seed; a prompt is never on both sides",
+        "data",
+    )
+    max_length: int = option(1024, "limit of prompt plus response, in tokens; longer responses are cut", "data")
+    max_prompt_length: int | None = option(
+        None, "limit of the prompt, in tokens; a longer one is an error (default: max_length - 1)", "data"
+    )
+    drop_overlong: bool = option(
+        False, "drop records whose prompt is too long, and say how many, instead of stopping", "data"
+    )
+
+    max_steps: int = option(0, "optimizer steps; 0: as many as --epochs needs", "optimization")
+    epochs: float = option(1.0, "passes over the data, when --max-steps is 0", "optimization")
+    batch_size: int = option(8, "pairs or examples in one forward, per device", "optimization")
+    grad_accum: int = option(1, "forwards per optimizer step", "optimization")
+    learning_rate: float = option(5e-6, "peak learning rate of AdamW", "optimization")
+    warmup_steps: int = option(0, "optimizer steps of linear warm-up", "optimization")
+    schedule: str = option(
+        "linear", "learning rate after the warm-up", "optimization", ("linear", "cosine", "constant")
+    )
+    weight_decay: float = option(0.0, "AdamW weight decay of matrices (never of norms and biases)", "optimization")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", "optimization")
+    seed: int = option(0, "seed of data order, hold-out, dropout and adapters", "optimization")
+    deterministic: bool = option(
+        False,
+        "use deterministic GPU algorithms, so that runs repeat bit for bit (CPU runs do anyway)",
+        "optimization",
+    )
+
+    workspace_mib: int | None = option(
+        None, "bound on the fused loss's temporaries, MiB (default: the library's)", "kernels"
+    )
+    backend: str | None = option(None, "backend of the fused loss (default: the best available)", "kernels")
+
+    save_steps: int = option(500, "optimizer steps between checkpoints; 0: none, so no --resume", "output")
+    keep_checkpoints: int = option(2, "newest checkpoints to keep; 0: all", "output")
+    resume: bool = option(False, "go on from the newest complete checkpoint in OUTPUT_DIR", "output")
+    logging_steps: int = option(10, "optimizer steps between lines in metrics.jsonl", "output")
+    eval_steps: int = option(0, "optimizer steps between evaluations; 0: only before and after training", "output")
+    quiet: bool = option(False, "no progress bar", "output")
+
+    def check(self) -> TrainConfig:
+        """Raise TrainError for the first setting that can't be used; otherwise return self."""
+        _check_numbers(self)
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise TrainError(f"--{_dashes(f.name)} must be one of {', '.join(choices)}, got {value!r}")
+        if self.eval_dataset is not None and self.eval_fraction > 0:
+            raise TrainError("--eval-dataset and --eval-fraction exclude each other: give one of them")
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise TrainError(
+                f"--max-prompt-length {self.max_prompt_length} leaves no room for a response "
+                f"within --max-length {self.max_length}"
+            )
+        if self.resume and self.save_steps == 0:
+            raise TrainError("--resume needs checkpoints, and --save-steps 0 writes none")
+        if self.stage == "sft" and self.ref_model is not None:
+            raise TrainError("--ref-model is for --stage preference: sft has no reference")
+        return self
+
+    @property
+    def prompt_limit(self) -> int:
+        return self.max_prompt_length or self.max_length - 1
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        return None if self.workspace_mib is None else self.workspace_mib << 20
+
+
+def _at_least(low: float) -> tuple[Callable[[float], bool], str]:
+    return (lambda x: x >= low), f"at least {low:g}"
+
+
+_ABOVE_ZERO: tuple[Callable[[float], bool], str] = ((lambda x: x > 0), "above 0")
+_SHARE: tuple[Callable[[float], bool], str] = ((lambda x: 0 <= x < 1), "at least 0 and below 1")
+_RANGES = {
+    "lora_r": _at_least(0),
+    "lora_alpha": _ABOVE_ZERO,
+    "lora_dropout": _SHARE,
+    "eval_fraction": _SHARE,
+    "max_length": _at_least(2),
+    "max_prompt_length": _at_least(1),
+    "max_steps": _at_least(0),
+    "epochs": _ABOVE_ZERO,
+    "batch_size": _at_least(1),
+    "grad_accum": _at_least(1),
+    "learning_rate": _at_least(0),
+    "warmup_steps": _at_least(0),
+    "weight_decay": _at_least(0),
+    "max_grad_norm": _at_least(0),
+    "seed": _at_least(0),
+    "workspace_mib": _at_least(1),
+    "save_steps": _at_least(0),
+    "keep_checkpoints": _at_least(0),
+    "logging_steps": _at_least(1),
+    "eval_steps": _at_least(0),
+}
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for name, (inside, expected) in _RANGES.items():
+        value = getattr(config, name)
+        # `inside` is False for NaN too.
+        if value is not None and not inside(value):
+            raise TrainError(f"--{_dashes(name)} must be {expected}, got {value}")
+
+
+def _dashes(name: str) -> str:
+    return name.replace("_", "-")

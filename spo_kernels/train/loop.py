@@ -1,0 +1,224 @@
+"""The training loop: evaluate, log, save, step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from spo_kernels.train.batches import collate, micro_batches, step_indices
+from spo_kernels.train.checkpoint import (
+    Checkpoint,
+    capture_rng,
+    restore_rng,
+    restore_weights,
+    save_checkpoint,
+    trained_weights,
+)
+from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.encode import Example
+from spo_kernels.train.errors import TrainError
+from spo_kernels.train.metrics import MetricsLog, Window, peak_memory_mib
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples, and the reference log-probs [n, 2] that belong to them where they are precomputed."""
+
+    examples: list[Example]
+    ref_logps: Tensor | None = None
+
+    def batch(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
+        """Keyword arguments of Policy.forward."""
+        chosen = [self.examples[i] for i in indices]
+        input_ids, labels = collate(chosen, device)
+        batch = {"input_ids": input_ids, "labels": labels}
+        if self.ref_logps is not None:
+            batch["ref_logps"] = self.ref_logps[indices].T.reshape(-1).to(device)
+        if chosen[0].spo_value is not None:
+            batch["spo_value"] = torch.tensor([e.spo_value for e in chosen], dtype=torch.float32, device=device)
+        return batch
+
+    def by_length(self, indices: Iterable[int]) -> list[int]:
+        return sorted(indices, key=lambda i: self.examples[i].longest)
+
+    def units(self, indices: list[int], per_token: bool) -> int:
+        """What losses are means over: response tokens for sft, pairs otherwise."""
+        return sum(self.examples[i].response_tokens for i in indices) if per_token else len(indices)
+
+
+@dataclass
+class Trainer:
+    """All that a step needs. `policy`, `optimizer` come from accelerator.prepare; `scheduler` does not."""
+
+    config: TrainConfig
+    accelerator: Any
+    policy: Any
+    optimizer: Any
+    scheduler: Any
+    train: Split
+    evaluation: Split | None
+    output: Path
+    identity: dict[str, Any]
+    max_steps: int
+    step: int = 0
+    window: Window = field(default_factory=Window)
+
+    @property
+    def per_step(self) -> int:
+        """Records in an optimizer step, over all processes."""
+        return self.config.batch_size * self.config.grad_accum * self.accelerator.num_processes
+
+    def run(self, checkpoint: Checkpoint | None) -> None:
+        """Train from the start or from a checkpoint up to max_steps."""
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        log = MetricsLog(self.output, -1 if checkpoint is None else self.step) if self._is_main else None
+        if self.step == 0:
+            self._evaluate(log)
+        config, started, grad_norm = self.config, time.perf_counter(), None
+        with self._progress() as bar:
+            while self.step < self.max_steps:
+                grad_norm = self._optimizer_step()
+                self.step += 1
+                bar.update()
+                last = self.step == self.max_steps
+                if last or self.step % config.logging_steps == 0:
+                    self._log(log, bar, time.perf_counter() - started, grad_norm)
+                    started = time.perf_counter()
+                paused = time.perf_counter()
+                if last or (config.eval_steps and self.step % config.eval_steps == 0):
+                    self._evaluate(log)
+                if config.save_steps and (last or self.step % config.save_steps == 0):
+                    self._save()
+                started += time.perf_counter() - paused
+
+    def _optimizer_step(self) -> Tensor | float | None:
+        config, accelerator = self.config, self.accelerator
+        indices = step_indices(self.step, len(self.train.examples), self.per_step, config.seed)
+        # Forwards of similar lengths pad less: 0.67 x the positions on GSM8K pairs, 4 forwards of 4.
+        indices = self.train.by_length(indices)
+        units = self.train.units(indices, per_token=config.stage == "sft")
+        # The loss is a mean over all units of the step, wherever they are: DDP averages gradients over
+        # processes and accelerate over accumulated forwards, so both means are turned back into sums.
+        scale = accelerator.num_processes * config.grad_accum / units
+        self.policy.train()
+        for micro in micro_batches(indices, accelerator.process_index, accelerator.num_processes, config.batch_size):
+            with accelerator.accumulate(self.policy):
+                loss, sums = self.policy(**self.train.batch(micro, accelerator.device))
+                accelerator.backward(loss * scale)
+                self.window.add(sums)
+        grad_norm = None
+        if config.max_grad_norm:
+            grad_norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.window.count(units, sum(self.train.examples[i].tokens for i in indices))
+        return grad_norm
+
+    @torch.no_grad()
+    def _evaluate(self, log: MetricsLog | None) -> None:
+        """Every held-out record once; the window of the training metrics is not touched."""
+        if self.evaluation is None:
+            return
+        accelerator, window = self.accelerator, Window()
+        # Not the wrapped module: processes may have different numbers of batches.
+        policy = accelerator.unwrap_model(self.policy)
+        policy.eval()
+        everything = self.evaluation.by_length(range(len(self.evaluation.examples)))
+        rank, world = accelerator.process_index, accelerator.num_processes
+        batches = micro_batches(everything, rank, world, self.config.batch_size)
+        # A process without a record of its own evaluates one for the names of the metrics.
+        for batch in batches or [everything[:1]]:
+            with accelerator.autocast():
+                _, sums = policy(**self.evaluation.batch(batch, accelerator.device))
+            window.add(sums if batches else {name: torch.zeros_like(value) for name, value in sums.items()})
+        window.count(self.evaluation.units(everything, per_token=self.config.stage == "sft"), 0)
+        means = window.means(accelerator)
+        if log is not None:
+            log.write({"step": self.step, "split": "eval", **means})
+
+    def _log(self, log: MetricsLog | None, bar: Any, seconds: float, grad_norm: Any) -> None:
+        means = self.window.means(self.accelerator)
+        self._check_finite(means["loss"])
+        record = {
+            "step": self.step,
+            "split": "train",
+            "epoch": self.step * self.per_step / len(self.train.examples),
+            **means,
+            "lr": self.scheduler.get_last_lr()[0],
+            "tokens_per_second": self.window.tokens / seconds,
+            "peak_memory_mib": peak_memory_mib(self.accelerator.device),
+        }
+        if grad_norm is not None:
+            record["grad_norm"] = float(grad_norm)
+        self.window = Window()
+        if log is not None:
+            log.write(record)
+            bar.set_postfix(_short(record))
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainError(
+                f"the loss became {loss} at step {self.step} or shortly before; the last checkpoint is from "
+                "before that; a lower --learning-rate or a longer --warmup-steps may help"
+            )
+
+    def _save(self) -> None:
+        window = self.window.state_dict()
+        if self.window.sums:
+            self._check_finite(self.window.means(self.accelerator)["loss"])
+        each = gather_object([{"rng": capture_rng(), "window": window}])
+        if self._is_main:
+            model = self.accelerator.unwrap_model(self.policy).headless.model
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "processes": each,
+            }
+            keep = self.config.keep_checkpoints
+            save_checkpoint(self.output, self.step, trained_weights(model), state, self.identity, keep)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state()
+        model = self.accelerator.unwrap_model(self.policy).headless.model
+        restore_weights(model, checkpoint.weights(), checkpoint.path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        own = state["processes"][self.accelerator.process_index]
+        self.window.load_state_dict(own["window"], self.accelerator.device)
+        restore_rng(own["rng"])
+        self.step = checkpoint.step
+
+    def _progress(self) -> Any:
+        hidden = self.config.quiet or not self._is_main
+        return tqdm(total=self.max_steps, initial=self.step, desc=self.config.stage, disable=hidden)
+
+    @property
+    def _is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+
+_SHORT = {
+    "loss": "loss",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "acc",
+    "mean_token_accuracy": "acc",
+}
+
+
+def _short(record: dict[str, Any]) -> dict[str, str]:
+    """What fits beside a progress bar."""
+    shown = {short: f"{record[name]:.4g}" for name, short in _SHORT.items() if name in record}
+    shown["tok/s"] = f"{record['tokens_per_second']:.0f}"
+    return {**shown, "MiB": f"{record['peak_memory_mib']:.0f}"}

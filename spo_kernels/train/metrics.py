@@ -1,0 +1,106 @@
+"""Sums over logging windows, metrics.jsonl, TensorBoard, peak memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels.train.errors import TrainError
+
+FILE = "metrics.jsonl"
+
+
+class Window:
+    """Weighted means of metrics since the last log line; sums stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.units = 0
+        self.tokens = 0
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        for name, value in sums.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def count(self, units: int, tokens: int) -> None:
+        """Units (of all processes) that the sums are over, and tokens processed."""
+        self.units += units
+        self.tokens += tokens
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """Means over all processes."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        total = accelerator.reduce(torch.stack([self.sums[n] for n in names]), "sum")
+        return dict(zip(names, (total / self.units).tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without tokens: a resumed run counts them, like seconds, from where it starts."""
+        return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "units": self.units}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.sums = {k: v.to(device) for k, v in state["sums"].items()}
+        self.units = state["units"]
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl, and the same numbers to TensorBoard where it is installed."""
+
+    def __init__(self, output: Path, last_step: int = -1) -> None:
+        """On resume, lines after `last_step` are removed: those steps run again."""
+        self.path = output / FILE
+        _drop_after(self.path, last_step)
+        self._board = _tensorboard(output / "tensorboard", last_step)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line, on disk before a checkpoint of the same step can be."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self._board is not None:
+            for name, value in record.items():
+                if name not in ("step", "split"):
+                    self._board.add_scalar(f"{record['split']}/{name}", value, record["step"])
+            self._board.flush()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak GPU memory of tensors, or peak resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts KiB, macOS bytes.
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _drop_after(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrainError(f"{path}: not a line of metrics: {line.strip()[:60]!r}") from error
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _tensorboard(folder: Path, last_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=last_step + 1 if last_step >= 0 else None)

@@ -1,0 +1,201 @@
+"""Load a causal language model and take it apart: backbone (hidden states) and head (weight, bias).
+
+The model's own head never runs. What stands between the head's product and its logits is read from
+the configuration, and a check on a few tokens holds the result to the model's own logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo_kernels import linear_logprob
+from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.errors import TrainError
+
+# Model types whose config multiplies by `logits_scaling`; the others (Granite) divide.
+MULTIPLIES_LOGITS_SCALING = frozenset({"hyperclovax"})
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """logits = softcap(scale * (hidden @ weight.T + bias)); softcap None for none."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @staticmethod
+    def of(config: Any) -> LogitTransform:
+        """What a transformers configuration says about its logits."""
+        text = config.get_text_config()
+        scale = 1.0
+        for name in ("logit_scale", "lm_head_multiplier"):
+            scale *= _number(text, name, 1.0)
+        scaling = _number(text, "logits_scaling", 1.0)
+        scale = scale * scaling if text.model_type in MULTIPLIES_LOGITS_SCALING else scale / scaling
+        return LogitTransform(scale, _number(text, "final_logit_softcapping", 0.0) or None)
+
+
+def _number(config: Any, name: str, default: float) -> float:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) else default
+
+
+def load_tokenizer(name: str, config: TrainConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    # transformers raises many types; what the user can do is the same for all.
+    except Exception as error:
+        raise TrainError(f"tokenizer of {name!r} can't be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise TrainError(f"tokenizer of {name!r} has no end-of-sequence token, so responses could not end")
+    return tokenizer
+
+
+def load_model(name: str, config: TrainConfig) -> nn.Module:
+    """The model on the CPU in float32, except that --bf16 keeps a LoRA's frozen base in bfloat16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(name).expanduser()
+    if folder.is_dir() and (folder / "adapter_config.json").exists():
+        raise TrainError(f"{name}: a PEFT adapter, not a model; merge it into its base (merge_and_unload) first")
+    dtype = torch.bfloat16 if config.bf16 and config.lora_r else torch.float32
+    try:
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        if settings.is_encoder_decoder:
+            raise TrainError(f"{name}: an encoder-decoder model ({settings.model_type}); only decoders can be trained")
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=settings, dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
+    except TrainError:
+        raise
+    # transformers raises many types (missing, damaged, unknown architecture); all are about this name.
+    except Exception as error:
+        raise TrainError(f"model {name!r} can't be loaded ({type(error).__name__}): {error}") from error
+    model.config.use_cache = False
+    return model
+
+
+def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Wrap the model with fresh adapters; the head never gets one."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise TrainError("--lora-r needs the package peft: pip install peft") from error
+    names = [t.strip() for t in config.lora_targets.split(",") if t.strip()]
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules="all-linear" if names == ["all-linear"] else names,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise TrainError(f"--lora-targets {config.lora_targets}: {error}") from error
+
+
+class HeadlessModel(nn.Module):
+    """A causal language model seen as hidden states and a head that others multiply with.
+
+    Attributes: `model` (as loaded, or wrapped by peft), `transform`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        outer: Any = model
+        inner = outer.get_base_model() if hasattr(model, "get_base_model") else outer
+        self.transform = LogitTransform.of(inner.config)
+        backbone, head = inner.get_decoder(), inner.get_output_embeddings()
+        kind = type(inner).__name__
+        if head is None:
+            raise TrainError(f"{kind} has no output embeddings, so there is no head to fuse with the loss")
+        if backbone is None or backbone is inner:
+            raise TrainError(f"{kind} does not tell its backbone from its head, so hidden states can't be had")
+        _check_head(kind, head)
+        # In tuples, so that torch does not register them a second time beside `model`.
+        self._parts: tuple[Any, nn.Linear] = (backbone, head)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self._parts[1]
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """Last hidden states [rows, T, H], after the final norm; no attention mask, see `collate`."""
+        return self._parts[0](input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def freeze_unused(self) -> None:
+        """Parts that text never reaches, such as a vision tower, get no gradient: DDP would wait for it."""
+        used = {id(p) for part in self._parts for p in part.parameters()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in used:
+                parameter.requires_grad_(False)
+
+    def head_options(self) -> dict[str, Any]:
+        """The head as keyword arguments of the fused functions."""
+        return {
+            "bias": self.head.bias,
+            "logit_scale": self.transform.scale,
+            "logit_softcap": self.transform.softcap,
+        }
+
+
+def _check_head(kind: str, head: nn.Module) -> None:
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise TrainError(
+            f"{kind}: the head carries a LoRA adapter or a trained copy (modules_to_save); "
+            "train the adapters elsewhere: leave the head out of --lora-targets"
+        )
+    weight = getattr(head, "weight", None)
+    if not isinstance(head, nn.Linear) or weight is None or hasattr(weight, "quant_state"):
+        raise TrainError(f"{kind}: the head is a {type(head).__name__}, perhaps quantised; a plain nn.Linear is needed")
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise TrainError(f"{kind}: the head's weight is {weight.dtype}; a quantised head is not supported")
+
+
+@torch.no_grad()
+def check_against_own_logits(headless: HeadlessModel, tokens: Tensor, backend: str | None = None) -> None:
+    """Refuse a model whose logits are not what we compute, on one row of a few tokens [T].
+
+    Two things are checked: log-probs against the model's own logits (an unknown scale, cap, norm or
+    projection between backbone and head), and that later tokens do not change earlier hidden states.
+    """
+    model, kind = headless.model, type(headless.model).__name__
+    training = model.training
+    model.eval()
+    tokens = tokens[None, :16]
+    hidden = headless.hidden(tokens)
+    labels = tokens.roll(1, dims=1)
+    try:
+        ours = linear_logprob(hidden, headless.head.weight, labels, backend=backend, **headless.head_options())
+    # A backend, or SPO_BACKEND, that can't serve this device and dtype; the message says why.
+    except (ValueError, RuntimeError) as error:
+        raise TrainError(f"the fused loss can't run: {error}") from error
+    logits = model(input_ids=tokens, use_cache=False).logits.float()
+    theirs = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    # Relative to the spread of the logits: float32 agrees to 1e-6 of it, bfloat16 logits to 2e-2.
+    spread = (logits - logits.mean(-1, keepdim=True)).abs().max().item()
+    exact = headless.head.weight.dtype == torch.float32
+    limit = (1e-4 if exact else 5e-2) * spread + 1e-6
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= limit:
+        raise TrainError(
+            f"{kind}: log-probs from its hidden states and head differ from its own logits by {difference:.2g} "
+            f"nat (allowed: {limit:.2g}); it changes its logits in a way its configuration does not tell"
+        )
+    half = tokens.shape[1] // 2
+    prefix = headless.hidden(tokens[:, :half])
+    drift = (hidden[:, :half] - prefix).abs().max().item() if half else 0.0
+    if not drift <= (1e-3 if exact else 5e-2) * hidden.abs().max().item():
+        raise TrainError(f"{kind}: later tokens change earlier hidden states; only causal attention is supported")
+    model.train(training)

@@ -1,0 +1,98 @@
+"""The trained module: backbone and fused loss in one forward, so that a DDP wrapper sees every use.
+
+Calling a part of a wrapped model from outside would bypass DDP's gradient hooks.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo_kernels import fused_spo_loss, linear_logprob
+from spo_kernels.losses import Objective
+from spo_kernels.train.batches import IGNORE_INDEX
+from spo_kernels.train.model import HeadlessModel
+from spo_kernels.train.objective import RankingObjective
+
+
+class Reference:
+    """The reference model of an online run: a frozen copy, or the policy with its adapters off."""
+
+    def __init__(self, headless: HeadlessModel, adapters_off: bool) -> None:
+        self.headless, self.adapters_off = headless, adapters_off
+
+    @torch.no_grad()
+    def inputs(self, input_ids: Tensor) -> dict[str, Any]:
+        """ref_hidden, ref_weight and ref_bias for fused_spo_loss, without dropout."""
+        model: Any = self.headless.model
+        training = model.training
+        model.eval()
+        with model.disable_adapter() if self.adapters_off else nullcontext():
+            hidden = self.headless.hidden(input_ids)
+        model.train(training)
+        head = self.headless.head
+        return {"ref_hidden": hidden, "ref_weight": head.weight, "ref_bias": head.bias}
+
+
+class Policy(nn.Module):
+    """Forward returns (loss, metrics), both *sums* over units: response tokens for sft, pairs otherwise."""
+
+    def __init__(
+        self,
+        headless: HeadlessModel,
+        objective: Objective | None = None,
+        reference: Reference | None = None,
+        **kernel_options: Any,
+    ) -> None:
+        super().__init__()
+        self.headless = headless
+        self.objective = None if objective is None else RankingObjective(objective)
+        # Not a submodule: it must not be trained, saved, or switched to training mode with the policy.
+        self._reference = (reference,)
+        self._options = {
+            **headless.head_options(),
+            **kernel_options,
+            "shift": True,
+            "ignore_index": IGNORE_INDEX,
+        }
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        ref_logps: Tensor | None = None,
+        spo_value: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """input_ids and labels [rows, T] from `collate`; ref_logps [2B] unless the reference is online."""
+        if self.objective is None:
+            return self._sft(input_ids, labels)
+        (reference,) = self._reference
+        online = {} if reference is None or ref_logps is not None else reference.inputs(input_ids)
+        loss, metrics = fused_spo_loss(
+            self.headless.hidden(input_ids),
+            self.headless.head.weight,
+            labels,
+            loss=self.objective,
+            ref_logps=ref_logps,
+            spo_value=spo_value,
+            reduction="sum",
+            **online,
+            **self._options,
+        )
+        metrics["logps/accuracies"] = self.objective.accuracy
+        pairs = len(labels) // 2
+        return loss, {**{k: v * pairs for k, v in metrics.items()}, "loss": loss.detach()}
+
+    def _sft(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logp, extra = linear_logprob(
+            self.headless.hidden(input_ids),
+            self.headless.head.weight,
+            labels,
+            outputs=("correct",),
+            **self._options,
+        )
+        loss = -logp.sum()
+        return loss, {"loss": loss.detach(), "mean_token_accuracy": extra["correct"].sum().float()}

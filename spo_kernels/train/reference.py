@@ -1,0 +1,150 @@
+"""Reference log-probs, computed once and cached on disk.
+
+A cache file is named after a hash of everything that its numbers depend on: the reference model's
+weights and configuration, the token ids, and how they are computed. So it can't go stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from spo_kernels import sequence_logps
+from spo_kernels.train.batches import collate, micro_batches
+from spo_kernels.train.encode import Example
+from spo_kernels.train.errors import TrainError
+from spo_kernels.train.model import HeadlessModel
+
+CACHE_FORMAT = 1
+
+
+def reference_logps(
+    headless: HeadlessModel,
+    examples: list[Example],
+    accelerator: Any,
+    folder: Path,
+    warn: Callable[[str], None],
+    model_hash: str,
+    batch_size: int,
+    quiet: bool = True,
+    **kernel_options: Any,
+) -> Tensor:
+    """Sums of response log-probs [n, responses], float32 on the CPU; cached."""
+    key = cache_key(
+        model=model_hash,
+        data=data_hash(examples),
+        precision=accelerator.mixed_precision,
+        transform=str(headless.transform),
+        backend=kernel_options.get("backend"),
+    )
+    path = folder / f"reference-{key[:24]}.safetensors"
+    shape = (len(examples), len(examples[0].responses))
+    cached = _load(path, key, shape, warn) if accelerator.is_main_process else None
+    if broadcast_object_list([cached is not None])[0]:
+        logps = torch.empty(shape) if cached is None else cached
+        return broadcast(logps.to(accelerator.device)).cpu()
+    logps = score(headless, examples, accelerator, batch_size, quiet, **kernel_options)
+    if accelerator.is_main_process:
+        _save(path, key, logps)
+    return logps
+
+
+@torch.no_grad()
+def score(
+    headless: HeadlessModel,
+    examples: list[Example],
+    accelerator: Any,
+    batch_size: int,
+    quiet: bool = True,
+    **kernel_options: Any,
+) -> Tensor:
+    """Sums of response log-probs [n, responses]; every process does its share, all get the whole."""
+    headless.model.eval()
+    responses = len(examples[0].responses)
+    sums = torch.zeros(len(examples), responses, device=accelerator.device)
+    by_length = sorted(range(len(examples)), key=lambda i: examples[i].longest)
+    batches = micro_batches(by_length, accelerator.process_index, accelerator.num_processes, batch_size)
+    for batch in tqdm(batches, desc="reference", disable=quiet or not accelerator.is_main_process):
+        input_ids, labels = collate((examples[i] for i in batch), accelerator.device)
+        with accelerator.autocast():
+            logps = sequence_logps(
+                headless.hidden(input_ids),
+                headless.head.weight,
+                labels,
+                shift=True,
+                **headless.head_options(),
+                **kernel_options,
+            )
+        sums[batch] = logps.view(responses, len(batch)).T
+    # The other processes' rows are 0 here.
+    return accelerator.reduce(sums, "sum").cpu()
+
+
+def model_hash(model: Any) -> str:
+    """SHA-256 of every parameter and buffer, and of the configuration without where it was loaded from."""
+    digest = hashlib.sha256()
+    settings = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def data_hash(examples: Iterable[Example]) -> str:
+    """SHA-256 of the token ids, with their boundaries."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for ids in (example.prompt, *example.responses):
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids.tobytes())
+        digest.update(repr(example.spo_value).encode())
+    return digest.hexdigest()
+
+
+def cache_key(**parts: Any) -> str:
+    return hashlib.sha256(json.dumps({"format": CACHE_FORMAT, **parts}, sort_keys=True).encode()).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor's memory, for hashing."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _load(path: Path, key: str, shape: tuple[int, ...], warn: Callable[[str], None]) -> Tensor | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, logps = file.metadata() or {}, file.get_tensor("logps").clone()
+    except (OSError, SafetensorError) as error:
+        warn(f"{path}: damaged cache of reference log-probs ({error}); computing them again")
+        return None
+    intact = metadata.get("sha256") == hashlib.sha256(_bytes(logps)).hexdigest()
+    if metadata.get("key") != key or tuple(logps.shape) != shape or not intact:
+        warn(f"{path}: damaged cache of reference log-probs (checksum differs); computing them again")
+        return None
+    return logps
+
+
+def _save(path: Path, key: str, logps: Tensor) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    metadata = {"key": key, "sha256": hashlib.sha256(_bytes(logps)).hexdigest()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logps": logps.contiguous()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise TrainError(f"{path}: reference log-probs can't be cached: {error}") from error

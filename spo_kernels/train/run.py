@@ -1,0 +1,305 @@
+"""One run from settings to saved model: cheap mistakes are found before expensive work."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from transformers import get_scheduler
+from transformers.utils.logging import disable_progress_bar
+
+import spo_kernels
+from spo_kernels import backend_info
+from spo_kernels.losses import Objective
+from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity, newest_checkpoint
+from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
+from spo_kernels.train.encode import Example, encode
+from spo_kernels.train.errors import TrainError
+from spo_kernels.train.loop import Split, Trainer
+from spo_kernels.train.model import (
+    HeadlessModel,
+    add_lora,
+    check_against_own_logits,
+    load_model,
+    load_tokenizer,
+)
+from spo_kernels.train.objective import build_objective, needs_reference, needs_value
+from spo_kernels.train.policy import Policy, Reference
+from spo_kernels.train.records import read_rows
+from spo_kernels.train.reference import data_hash, model_hash, reference_logps
+from spo_kernels.train.samples import Sample, count_same, preference_sample, sft_sample, split_by_prompt
+
+CACHE_FOLDER = "reference-cache"
+
+
+def run(config: TrainConfig) -> None:
+    """Train as `config` says; raises TrainError for what the user can put right."""
+    objective = build_objective(config)
+    _check_backend(config)
+    accelerator = _accelerator(config)
+    if config.quiet or not accelerator.is_main_process:
+        disable_progress_bar()
+
+    def warn(message: str) -> None:
+        accelerator.print(f"spo-train: {message}", file=sys.stderr)
+
+    output = Path(config.output_dir).expanduser()
+    checkpoint = _open_output(output, config, accelerator, warn)
+    # The same on all processes until the model is made (adapters), different after (dropout).
+    set_seed(config.seed, deterministic=config.deterministic)
+    train, evaluation = _samples(config, objective, warn)
+    tokenizer = load_tokenizer(config.model, config)
+    examples = [encode(samples, tokenizer, config, warn) for samples in (train, evaluation) if samples]
+    model = load_model(config.model, config).to(accelerator.device)
+    headless = HeadlessModel(model)
+    _check_fits(headless, examples, config.model)
+    first = examples[0][0]
+    tokens = torch.tensor([*first.prompt, *first.responses[0]], dtype=torch.int64, device=accelerator.device)
+    check_against_own_logits(headless, tokens, config.backend)
+    identity = _identity(config, examples, model, accelerator)
+    if checkpoint is not None:
+        check_identity(checkpoint, identity, RESUME_MAY_CHANGE, warn)
+    if accelerator.is_main_process:
+        (output / "args.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+    splits, reference = _references(config, objective, headless, examples, accelerator, warn, identity["model content"])
+    headless, reference = _trainable(headless, reference, config)
+    policy = Policy(headless, objective, reference, workspace_bytes=config.workspace_bytes, backend=config.backend)
+    trainer = _trainer(config, accelerator, policy, splits, output, identity)
+    set_seed(config.seed, device_specific=True)
+    trainer.run(checkpoint)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _save_model(accelerator.unwrap_model(trainer.policy).headless.model, tokenizer, output)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.bf16 else None, gradient_accumulation_steps=config.grad_accum
+    )
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise TrainError(f"accelerate's {kind} shards the model or its head, which is not supported; use plain DDP")
+    return accelerator
+
+
+def _check_backend(config: TrainConfig) -> None:
+    known = backend_info()
+    if config.backend is None:
+        return
+    if config.backend not in known:
+        raise TrainError(f"--backend {config.backend}: unknown; the backends are {', '.join(known)}")
+    if not known[config.backend].available:
+        raise TrainError(f"--backend {config.backend}: not available: {known[config.backend].detail}")
+
+
+def _open_output(
+    output: Path, config: TrainConfig, accelerator: Accelerator, warn: Callable[[str], None]
+) -> Checkpoint | None:
+    """Make the output folder, or find what to resume in it; refuse to mix two runs."""
+    used = output.is_dir() and any(p.name != CACHE_FOLDER for p in output.iterdir())
+    if output.exists() and not output.is_dir():
+        raise TrainError(f"--output-dir {output} is not a folder")
+    checkpoint = newest_checkpoint(output, warn) if config.resume else None
+    if config.resume and checkpoint is None:
+        if not (output / "args.json").exists():
+            raise TrainError(f"--resume: {output} holds no run")
+        warn(f"{output} holds no complete checkpoint yet: starting again from step 0")
+    if used and not config.resume:
+        raise TrainError(f"--output-dir {output} is not empty; give another, or --resume to go on with that run")
+    # No process may create the folder before all have looked at it.
+    accelerator.wait_for_everyone()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise TrainError(f"--output-dir {output} can't be used: {error}") from error
+    return checkpoint
+
+
+def _samples(
+    config: TrainConfig, objective: Objective | None, warn: Callable[[str], None]
+) -> tuple[list[Sample], list[Sample]]:
+    """Checked training and evaluation samples; the latter may be none."""
+    value = objective is not None and needs_value(objective)
+
+    def read(source: str, split: str) -> list[Sample]:
+        rows = read_rows(source, split)
+        if config.stage == "sft":
+            return [sft_sample(where, row) for where, row in rows]
+        return [preference_sample(where, row, value) for where, row in rows]
+
+    train, evaluation = read(config.dataset, config.split), []
+    if config.eval_dataset is not None:
+        evaluation = read(config.eval_dataset, config.eval_split)
+    elif config.eval_fraction:
+        train, evaluation = split_by_prompt(train, config.eval_fraction, config.seed)
+    same = count_same([*train, *evaluation])
+    if same:
+        warn(f"{same} pairs have equal chosen and rejected responses: they teach nothing")
+    warn(f"{len(train)} records to train on, {len(evaluation)} to evaluate on")
+    return train, evaluation
+
+
+def _check_fits(headless: HeadlessModel, examples: list[list[Example]], name: str) -> None:
+    """Token ids and lengths that the model can take."""
+    model: Any = headless.model
+    vocabulary = min(len(model.get_input_embeddings().weight), len(headless.head.weight))
+    largest = max(int(ids.max()) for part in examples for e in part for ids in (e.prompt, *e.responses))
+    if largest >= vocabulary:
+        raise TrainError(f"the tokenizer produces token id {largest}, but {name} has only {vocabulary} tokens")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(e.longest for part in examples for e in part)
+    if positions is not None and longest > positions:
+        raise TrainError(
+            f"the longest sequence has {longest} tokens, but {name} has only {positions} positions; lower --max-length"
+        )
+
+
+def _identity(
+    config: TrainConfig, examples: list[list[Example]], model: Any, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Everything that a resumed run must share with the one that it goes on with."""
+    # As it will be read back from JSON.
+    settings = json.loads(json.dumps(asdict(config)))
+    return {
+        **settings,
+        "number of processes": accelerator.num_processes,
+        SOFTWARE: (
+            f"spo_kernels {spo_kernels.__version__}, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}, {torch.get_num_threads()} threads"
+        ),
+        "mixed precision": accelerator.mixed_precision,
+        "data content": [data_hash(part) for part in examples],
+        "model content": model_hash(model),
+    }
+
+
+def _references(
+    config: TrainConfig,
+    objective: Objective | None,
+    headless: HeadlessModel,
+    examples: list[list[Example]],
+    accelerator: Accelerator,
+    warn: Callable[[str], None],
+    own_hash: str,
+) -> tuple[list[Split], Reference | None]:
+    """Splits with their reference log-probs, or the model that computes them online, or neither."""
+    if objective is None or not needs_reference(objective):
+        return [Split(part) for part in examples], None
+    other, content = headless, own_hash
+    if config.ref_model is not None:
+        other = HeadlessModel(load_model(config.ref_model, config).to(accelerator.device))
+        content = model_hash(other.model)
+        _check_fits(other, examples, config.ref_model)
+        if other.transform != headless.transform and config.reference == "online":
+            raise TrainError("--ref-model transforms its logits differently; use --reference precompute")
+    if config.reference == "online":
+        if config.ref_model is None and not config.lora_r:
+            other = HeadlessModel(copy.deepcopy(headless.model))
+        return [Split(part) for part in examples], Reference(other, adapters_off=other is headless)
+    folder = Path(config.cache_dir).expanduser() if config.cache_dir else Path(config.output_dir) / CACHE_FOLDER
+    logps: list[Tensor] = [
+        reference_logps(
+            other,
+            part,
+            accelerator,
+            folder,
+            warn,
+            content,
+            config.batch_size,
+            config.quiet,
+            workspace_bytes=config.workspace_bytes,
+            backend=config.backend,
+        )
+        for part in examples
+    ]
+    return [Split(part, values) for part, values in zip(examples, logps, strict=True)], None
+
+
+def _trainable(
+    headless: HeadlessModel, reference: Reference | None, config: TrainConfig
+) -> tuple[HeadlessModel, Reference | None]:
+    """Adapters and checkpointing; with adapters switched off, the policy is its own reference."""
+    if reference is not None and not reference.adapters_off:
+        reference.headless.model.requires_grad_(False)
+    model: Any = headless.model
+    if config.gradient_checkpointing:
+        # transformers renamed it in 5.x; the old name warns there.
+        new = getattr(model, "activation_checkpointing_enable", None)
+        enable = new or model.gradient_checkpointing_enable
+        try:
+            # Non-reentrant: it keeps gradients flowing below frozen layers, and works under DDP.
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise TrainError(f"--gradient-checkpointing: {error}") from error
+    if config.lora_r:
+        headless = HeadlessModel(add_lora(model, config))
+        if reference is not None and reference.adapters_off:
+            reference = Reference(headless, adapters_off=True)
+    headless.freeze_unused()
+    return headless, reference
+
+
+def _trainer(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    policy: Policy,
+    splits: list[Split],
+    output: Path,
+    identity: dict[str, Any],
+) -> Trainer:
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
+    per_step = config.batch_size * config.grad_accum * accelerator.num_processes
+    max_steps = config.max_steps or math.ceil(config.epochs * len(splits[0].examples) / per_step)
+    schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    scheduler = get_scheduler(schedule, optimizer, config.warmup_steps, max_steps)
+    prepared, optimizer = accelerator.prepare(policy, optimizer)
+    return Trainer(
+        config=config,
+        accelerator=accelerator,
+        policy=prepared,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train=splits[0],
+        evaluation=splits[1] if len(splits) > 1 else None,
+        output=output,
+        identity=identity,
+        max_steps=max_steps,
+    )
+
+
+def _save_model(model: Any, tokenizer: Any, output: Path) -> None:
+    """save_pretrained into a temporary folder, then replace file by file."""
+    temporary = output / ".final.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.config.use_cache = True
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, output / file.name)
+        temporary.rmdir()
+    except OSError as error:
+        raise TrainError(f"{output}: the trained model can't be saved: {error}") from error

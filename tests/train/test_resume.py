@@ -1,0 +1,340 @@
+"""A killed and resumed run ends bit for bit like one that was not; checkpoints are whole or absent."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spo_kernels.train import checkpoint as checkpoint_module
+from spo_kernels.train.checkpoint import capture_rng, newest_checkpoint, restore_rng, save_checkpoint
+from spo_kernels.train.errors import TrainError
+from spo_kernels.train.loop import Trainer
+
+from .conftest import ENVIRONMENT, Fails, Train, assert_same_weights, read_metrics, read_weights
+
+TIMES = {"tokens_per_second", "peak_memory_mib"}
+OPTIONS = (
+    "--max-steps",
+    9,
+    "--save-steps",
+    2,
+    "--logging-steps",
+    3,
+    "--eval-fraction",
+    0.25,
+    "--eval-steps",
+    3,
+)
+OPTIONS += ("--batch-size", 2, "--grad-accum", 2, "--learning-rate", 1e-2, "--keep-checkpoints", 0)
+
+
+class Interrupted(Exception):
+    """Stands for a kill in this process."""
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """stop_after(5): the next run dies in its sixth step."""
+    original = Trainer._optimizer_step
+
+    def arrange(steps: int | None) -> None:
+        def step(self: Trainer) -> Any:
+            if self.step == steps:
+                raise Interrupted
+            return original(self)
+
+        monkeypatch.setattr(Trainer, "_optimizer_step", step)
+
+    return arrange
+
+
+def interrupted(train: Train, stop_after: Any, steps: int, *options: Any, **overrides: Any) -> None:
+    stop_after(steps)
+    with pytest.raises(Interrupted):
+        train(*OPTIONS, *options, **overrides)
+    stop_after(None)
+
+
+def without_times(output: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(output)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--lora-r", 4, "--lora-dropout", 0.2),
+        ("--reference", "online", "--bf16"),
+        ("--schedule", "cosine"),
+    ],
+    ids=["full", "lora with dropout", "online bf16", "cosine"],
+)
+@pytest.mark.parametrize("steps", [5, 7])
+def test_resumed_run_is_the_same(
+    train: Train, tmp_path: Path, stop_after: Any, steps: int, options: tuple[Any, ...]
+) -> None:
+    """Step 5 dies between log lines: the window of the metrics must survive too."""
+    assert train(*OPTIONS, *options, output_dir=tmp_path / "whole") == 0
+    interrupted(train, stop_after, steps, *options)
+    assert train(*OPTIONS, *options, "--resume") == 0
+    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+    name = "adapter_model" if "--lora-r" in options else "model"
+    assert (tmp_path / "out" / f"{name}.safetensors").read_bytes() == (
+        tmp_path / "whole" / f"{name}.safetensors"
+    ).read_bytes()
+    assert_same_weights(tmp_path / "out" / "checkpoint-9", tmp_path / "whole" / "checkpoint-9")
+
+
+def test_sigkill_half_way(tmp_path: Path, model_dir: Path, pairs_file: Path) -> None:
+    """A real process, a real SIGKILL at whatever instant it happens to be in."""
+    settings = ["--max-steps", 60, "--save-steps", 5, "--batch-size", 4, "--learning-rate", 1e-3, "--quiet"]
+    settings += ["--model", model_dir, "--dataset", pairs_file, "--eval-fraction", 0.2]
+
+    def start(output: str, *extra: str) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable,
+            "-m",
+            "spo_kernels.train",
+            *map(str, settings),
+            "--output-dir",
+            output,
+            *extra,
+        ]
+        return subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE)
+
+    whole = start("whole")
+    process = start("killed")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint-20").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    resumed = start("killed", "--resume")
+    for run in (whole, resumed):
+        _, error = run.communicate(timeout=120)
+        assert run.returncode == 0, error
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
+
+
+def test_kill_while_a_checkpoint_is_written(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The half-written folder has another name, so the one before it is the newest."""
+    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
+
+    def save(state: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        if "checkpoint-6" in str(path):
+            raise Interrupted
+
+    original = torch.save
+    monkeypatch.setattr(
+        checkpoint_module.torch,
+        "save",
+        lambda s, p: save(s, p) if "checkpoint-6" in str(p) else original(s, p),
+    )
+    with pytest.raises(Interrupted):
+        train(*OPTIONS)
+    monkeypatch.undo()
+    output = tmp_path / "out"
+    assert (output / ".checkpoint-6.tmp").exists()
+    assert newest_checkpoint(output, print).step == 4
+    assert train(*OPTIONS, "--resume") == 0
+    assert_same_weights(output, tmp_path / "whole")
+    assert not list(output.glob(".checkpoint*"))
+
+
+def test_resume_of_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:
+    assert train(*OPTIONS) == 0
+    weights, metrics = read_weights(tmp_path / "out"), read_metrics(tmp_path / "out")
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    assert train(*OPTIONS, "--resume") == 0
+    assert read_metrics(tmp_path / "out") == metrics
+    again = read_weights(tmp_path / "out")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
+
+
+def test_resume_before_the_first_checkpoint_starts_again(
+    train: Train, tmp_path: Path, stop_after: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
+    interrupted(train, stop_after, 1)
+    assert train(*OPTIONS, "--resume") == 0
+    assert "holds no complete checkpoint yet: starting again from step 0" in capsys.readouterr().err
+    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+
+
+def test_only_the_newest_checkpoints_are_kept(train: Train, tmp_path: Path) -> None:
+    assert train(*OPTIONS, "--keep-checkpoints", 2) == 0
+    assert sorted(p.name for p in (tmp_path / "out").glob("*checkpoint*")) == ["checkpoint-8", "checkpoint-9"]
+
+
+CHANGES = {
+    "beta": ("--beta", 0.3),
+    "learning-rate": ("--learning-rate", 1e-3),
+    "batch-size": ("--batch-size", 4),
+    "seed": ("--seed", 5),
+    "max-steps": ("--max-steps", 20),
+    "lora-r": ("--lora-r", 2),
+}
+
+
+@pytest.mark.parametrize("option", CHANGES)
+def test_changed_setting_is_named(
+    train: Train,
+    tmp_path: Path,
+    stop_after: Any,
+    fails: Fails,
+    option: str,
+) -> None:
+    interrupted(train, stop_after, 3)
+    message = fails(*OPTIONS, "--resume", *CHANGES[option])
+    assert f"checkpoint-2: --{option} was" in message and f"is now {CHANGES[option][1]!r}" in message
+
+
+def test_changed_data_and_model_are_noticed(
+    train: Train,
+    tmp_path: Path,
+    stop_after: Any,
+    model_dir: Path,
+    pairs_file: Path,
+    fails: Fails,
+) -> None:
+    import shutil
+
+    import transformers as tf
+
+    data, model = Path(shutil.copy(pairs_file, tmp_path / "d.jsonl")), tmp_path / "m"
+    shutil.copytree(model_dir, model)
+    interrupted(train, stop_after, 3, dataset=data, model=model)
+    original = data.read_text()
+    data.write_text(original.replace("cat", "dog"))
+    assert "data content was" in fails(*OPTIONS, "--resume", dataset=data, model=model)
+    data.write_text(original)
+    changed = tf.AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        changed.model.norm.weight[0] += 1
+    changed.save_pretrained(model)
+    assert "model content was" in fails(*OPTIONS, "--resume", dataset=data, model=model)
+
+
+def test_harmless_settings_may_change(train: Train, tmp_path: Path, stop_after: Any) -> None:
+    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
+    interrupted(train, stop_after, 5)
+    changed = ("--save-steps", 4, "--keep-checkpoints", 1, "--logging-steps", 1, "--eval-steps", 0)
+    assert train(*OPTIONS, "--resume", *changed) == 0
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+
+
+def test_other_software_is_mentioned(
+    train: Train,
+    stop_after: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another number of threads adds up in another order."""
+    interrupted(train, stop_after, 3)
+    torch.set_num_threads(2)
+    assert train(*OPTIONS, "--resume") == 0
+    assert re.search(r"resumed with .* 2 threads a run that began with .* 1 threads", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
+def test_damaged_checkpoint_is_named(
+    train: Train,
+    tmp_path: Path,
+    stop_after: Any,
+    fails: Fails,
+    damage: str,
+    file: str,
+) -> None:
+    interrupted(train, stop_after, 5)
+    folder = tmp_path / "out" / "checkpoint-4"
+    path = folder / ("checkpoint.json" if damage == "manifest" else file)
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(whole[:-9] if damage != "flipped" else bytes([whole[0] ^ 1]) + whole[1:])
+    reason = {"cut": f"{len(whole) - 9} bytes instead of {len(whole)}", "flipped": "its checksum differs"}
+    message = fails(*OPTIONS, "--resume")
+    assert f"{path}: damaged checkpoint ({reason.get(damage, '')}" in message
+    assert f"remove {folder} to resume from the one before" in message
+
+
+def test_foreign_pickle_is_not_executed(
+    train: Train,
+    tmp_path: Path,
+    stop_after: Any,
+    fails: Fails,
+) -> None:
+    """A state.pt whose checksum is right but that holds code is refused by the weights-only load."""
+    interrupted(train, stop_after, 3)
+    folder = tmp_path / "out" / "checkpoint-2"
+    torch.save({"optimizer": Malicious(tmp_path / "proof")}, folder / "state.pt")
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    manifest["files"]["state.pt"] = checkpoint_module._describe(folder / "state.pt")
+    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    assert "state.pt: damaged checkpoint" in fails(*OPTIONS, "--resume")
+    assert not (tmp_path / "proof").exists()
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path(self.path),))
+
+
+def test_incomplete_folder_is_passed_over(tmp_path: Path) -> None:
+    said: list[str] = []
+    save_checkpoint(tmp_path, 3, {"w": torch.ones(2)}, {"a": 1}, {}, keep=0)
+    (tmp_path / "checkpoint-7").mkdir()
+    found = newest_checkpoint(tmp_path, said.append)
+    assert found is not None and found.step == 3 and torch.equal(found.weights()["w"], torch.ones(2))
+    assert "checkpoint-7 is incomplete" in said[0]
+
+
+def test_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 3, {"w": torch.ones(2)}, {}, {}, keep=0)
+    with pytest.raises(TrainError, match="checkpoint-3 exists already and is not overwritten"):
+        save_checkpoint(tmp_path, 3, {"w": torch.zeros(2)}, {}, {}, keep=0)
+
+
+def test_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, 3, {"w": torch.ones(2)}, {}, {}, keep=1)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", full)
+    with pytest.raises(TrainError, match=r"checkpoint-4: can't be written .*No space left.*earlier checkpoints"):
+        save_checkpoint(tmp_path, 4, {"w": torch.ones(2)}, {}, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_random_state_round_trip(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), torch.rand(()).item(), float(np.random.randn())]
+
+    draw()
+    save_checkpoint(tmp_path, 1, {"w": torch.ones(1)}, {"rng": capture_rng()}, {}, keep=0)
+    expected = draw()
+    found = newest_checkpoint(tmp_path, print)
+    assert found is not None
+    restore_rng(found.state()["rng"])
+    assert draw() == expected
