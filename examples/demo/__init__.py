@@ -1,0 +1,1 @@
+"""A small preference-training job from data to plots: ``python -m examples.demo``."""
