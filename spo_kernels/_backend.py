@@ -3,16 +3,19 @@
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from spo_kernels import _env, _native
+from spo_kernels import _env, _native, _triton
 from spo_kernels._products import NativeProducts, Products, VendorProducts, accumulator_dtype
 from spo_kernels.tiles import cpp_tiles, torch_tiles
 from spo_kernels.tiles.spec import TileBackend
 
-BACKENDS = ("torch", "cpp")
+BACKENDS = ("torch", "cpp", "triton")
+# tried in this order where the call and the environment name none; torch runs everywhere
+_AUTOMATIC = {"cpu": ("cpp",), "cuda": ("triton",)}
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,11 @@ class BackendStatus:
 def backend_info() -> dict[str, BackendStatus]:
     """What each tile backend is, or why it cannot be used here."""
     native, detail = _native.load()
+    kernels, triton_detail = _triton.load()
     return {
         "torch": BackendStatus(True, "plain torch operations, any device and dtype"),
         "cpp": BackendStatus(native is not None, detail),
+        "triton": BackendStatus(kernels is not None, triton_detail),
     }
 
 
@@ -42,7 +47,8 @@ def choose_backend(requested: str | None, device: torch.device, dtype: torch.dty
     name = requested or _env.backend_name()
     source = "backend" if requested else "SPO_BACKEND"
     if name is None:
-        return "cpp" if _why_not("cpp", device, dtype) is None else "torch"
+        candidates = _AUTOMATIC.get(device.type, ())
+        return next((c for c in candidates if _why_not(c, device, dtype) is None), "torch")
     if name not in BACKENDS:
         raise ValueError(f"{source} = {name!r} is not a backend; expected one of {', '.join(BACKENDS)}")
     reason = _why_not(name, device, dtype)
@@ -58,6 +64,8 @@ choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name == "torch":
         return None
+    if name == "triton":
+        return _triton.why_not(device, dtype)
     if device.type != "cpu":
         return f"it runs on the CPU, and the tensors are on {device}"
     if dtype == torch.float64:
@@ -84,6 +92,11 @@ def load_backend(name: str) -> Backend:
     """The backend of that name, which `choose_backend` has found usable."""
     if name == "torch":
         return Backend(VendorProducts(), torch_tiles)
+    if name == "triton":
+        kernels, detail = _triton.load()
+        if kernels is None:
+            raise RuntimeError(detail)
+        return Backend(VendorProducts(), cast(TileBackend, kernels))
     native, detail = _native.load()
     if native is None:
         raise RuntimeError(detail)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels._backend import Backend
-from spo_kernels._products import accumulator_dtype
+from spo_kernels._products import Products, accumulator_dtype, headroom
 from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
 
 DEFAULT_WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
@@ -17,6 +17,8 @@ DEFAULT_WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 # below this many columns a product spends its time on reading the token tile again
 _MIN_COLUMNS = 512
 _MAX_ROWS = {"cpu": 2048, "cuda": 4096}
+# on a GPU wider tiles make a product no faster, and 8192 columns are a block of the Triton kernels
+_DEFAULT_COLUMNS = {"cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,30 @@ class Head:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The tokens that count: `rows` index hidden (None: all of it, in order), `labels` are their targets."""
+    """The tokens that count: `rows` index hidden (None: all of it, in order), `labels` are their targets.
+
+    With `mask`, tokens where it is False are among them: they read and write zeros.
+    """
 
     rows: Tensor | None
     labels: Tensor  # [n]
+    mask: Tensor | None = None  # [n], bool
 
     def take(self, hidden: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Hidden states of tokens start..stop in the dtype of the products."""
         chosen = hidden[start:stop] if self.rows is None else hidden[self.rows[start:stop]]
-        return chosen.to(dtype)
+        return self._masked(chosen, start, stop).to(dtype)
 
     def put(self, out: Tensor, start: int, stop: int, values: Tensor) -> None:
         """Write per-token rows to where `take` reads them."""
+        values = self._masked(values, start, stop)
         if self.rows is None:
             out[start:stop] = values
         else:
             out[self.rows[start:stop]] = values.to(out.dtype)
+
+    def _masked(self, values: Tensor, start: int, stop: int) -> Tensor:
+        return values if self.mask is None else values.masked_fill(~self.mask[start:stop, None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -88,10 +98,28 @@ def plan_tiles(tokens: int, hidden: Tensor, head: Head, backend: Backend, worksp
     rows = max(1, min(tokens, _MAX_ROWS.get(device, _MAX_ROWS["cuda"])))
     while rows > 1 and (budget - rows * row) // (rows * cell + column) < min(vocab, _MIN_COLUMNS):
         rows = (rows + 1) // 2
-    columns = max(1, min(vocab, (budget - rows * row) // (rows * cell + column)))
+    widest = vocab if workspace_bytes else min(vocab, _DEFAULT_COLUMNS.get(device, vocab))
+    columns = max(1, min(widest, (budget - rows * row) // (rows * cell + column)))
     if columns > 64 and columns < vocab:
         columns -= columns % 64
     return TileShape(rows, columns)
+
+
+class TileBuffers:
+    """One tile of products and, where the next product takes narrower operands, one of those; used over and over."""
+
+    def __init__(self, hidden: Tensor, cells: int, products: Products | None) -> None:
+        """Without `products`, tiles enter no other product."""
+        self.wide = hidden.new_empty(cells, dtype=accumulator_dtype(hidden.dtype))
+        self.narrow: Tensor | None = None
+        if products is not None and products.copy_bytes(hidden):
+            self.narrow = hidden.new_empty(cells, dtype=products.operand_dtype(hidden))
+
+    def tile(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+        """The products' tile, and what a tile backend is to write instead of it."""
+        cells = rows * columns
+        out = None if self.narrow is None else self.narrow[:cells].view(rows, columns)
+        return self.wide[:cells].view(rows, columns), out
 
 
 def forward(
@@ -113,8 +141,9 @@ def forward(
     n = tokens.labels.numel()
     vocab = head.weight.shape[0]
     wide = accumulator_dtype(hidden.dtype)
-    buffer = hidden.new_empty(min(n, tile_shape.rows) * tile_shape.columns, dtype=wide)
-    stats = TokenStats.start(n, buffer, moments)
+    cells = min(n, tile_shape.rows) * tile_shape.columns
+    buffers = TileBuffers(hidden, cells, None if logp_grad is None else backend.products)
+    stats = TokenStats.start(n, buffers.wide, moments)
     for row in range(0, n, tile_shape.rows):
         end = min(row + tile_shape.rows, n)
         states = tokens.take(hidden, row, end, backend.products.operand_dtype(hidden))
@@ -122,19 +151,19 @@ def forward(
         labels = tokens.labels[row:end]
         total = rescale = None
         if logp_grad is not None:
-            total = states.new_zeros(states.shape, dtype=wide)
+            total = states.new_empty(states.shape, dtype=wide)
             rescale = states.new_empty(end - row, dtype=wide)
         for col in range(0, vocab, tile_shape.columns):
             stop = min(col + tile_shape.columns, vocab)
             weight = head.weight[col:stop].to(states.dtype)
-            tile = buffer[: (end - row) * (stop - col)].view(end - row, stop - col)
+            tile, out = buffers.tile(end - row, stop - col)
             backend.products.matmul(states, weight.t(), out=tile)
-            backend.tiles.tile_stats(
-                tile, head.bias_slice(col, stop, wide), labels - col, head.transform, part, rescale
-            )
+            bias = head.bias_slice(col, stop, wide)
+            backend.tiles.tile_stats(tile, bias, labels - col, head.transform, part, rescale, out)
             if total is not None and rescale is not None:
-                total.mul_(rescale[:, None])
-                backend.products.matmul(tile, weight, out=total, accumulate=True)
+                if col > 0:
+                    backend.tiles.scale_rows(total, rescale)
+                backend.products.matmul(tile if out is None else out, weight, out=total, accumulate=col > 0)
         if total is not None and logp_grad is not None:
             _finish_logp_grad_(total, head, labels, part, tile_shape)
             tokens.put(logp_grad, row, end, total)
@@ -174,8 +203,12 @@ def backward(
     n = tokens.labels.numel()
     vocab = head.weight.shape[0]
     wide = accumulator_dtype(hidden.dtype)
-    buffer = hidden.new_empty(min(n, tile_shape.rows) * tile_shape.columns, dtype=wide)
-    hidden_sum = None if hidden_out is None else hidden.new_zeros((n, hidden.shape[1]), dtype=wide)
+    buffers = TileBuffers(hidden, min(n, tile_shape.rows) * tile_shape.columns, backend.products)
+    unit = None
+    if buffers.narrow is not None and buffers.narrow.dtype == torch.float16:
+        unit = headroom(list(grads.upstream().values()), head.transform.scale)
+        grads = grads if unit is None else grads.scale_upstream(1.0 / unit)
+    hidden_sum = None if hidden_out is None else hidden.new_empty((n, hidden.shape[1]), dtype=wide)
     for col in range(0, vocab, tile_shape.columns):
         stop = min(col + tile_shape.columns, vocab)
         weight = head.weight[col:stop].to(backend.products.operand_dtype(hidden))
@@ -184,21 +217,25 @@ def backward(
         if weight_out is not None:
             direct = weight_out.dtype == wide
             weight_sum = weight_out[col:stop] if direct else weight.new_empty(weight.shape, dtype=wide)
-            weight_sum.zero_()
+            if n == 0:
+                weight_sum.zero_()
         for row in range(0, n, tile_shape.rows):
             end = min(row + tile_shape.rows, n)
             states = tokens.take(hidden, row, end, weight.dtype)
-            tile = buffer[: (end - row) * (stop - col)].view(end - row, stop - col)
+            tile, out = buffers.tile(end - row, stop - col)
             backend.products.matmul(states, weight.t(), out=tile)
             piece = grads.rows(row, end)
-            backend.tiles.tile_grad(tile, bias, tokens.labels[row:end] - col, head.transform, piece)
+            backend.tiles.tile_grad(tile, bias, tokens.labels[row:end] - col, head.transform, piece, out)
+            operand = tile if out is None else out
             if weight_sum is not None:
-                backend.products.matmul(tile.t(), states, out=weight_sum, accumulate=True)
+                backend.products.matmul(operand.t(), states, out=weight_sum, accumulate=row > 0)
             if hidden_sum is not None:
-                backend.products.matmul(tile, weight, out=hidden_sum[row:end], accumulate=True)
+                backend.products.matmul(operand, weight, out=hidden_sum[row:end], accumulate=col > 0)
             if bias_out is not None:
-                bias_out[col:stop] += tile.sum(0)
+                bias_out[col:stop] += operand.sum(0, dtype=wide)
         if weight_out is not None and weight_sum is not None and weight_out.dtype != wide:
-            weight_out[col:stop] = weight_sum
+            weight_out[col:stop] = weight_sum if unit is None else weight_sum.mul_(unit)
+    if unit is not None and bias_out is not None:
+        bias_out.mul_(unit)
     if hidden_out is not None and hidden_sum is not None:
-        tokens.put(hidden_out, 0, n, hidden_sum)
+        tokens.put(hidden_out, 0, n, hidden_sum if unit is None else hidden_sum.mul_(unit))

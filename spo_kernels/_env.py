@@ -1,8 +1,10 @@
 """Every environment variable that the library reads, in one place.
 
-SPO_BACKEND        tile backend used when the call names none: torch, cpp
+SPO_BACKEND        tile backend used when the call names none: torch, cpp, triton
 SPO_DISABLE_JIT    1: never build the extension on first use
 SPO_CACHE_DIR      where an extension built on first use is kept (default: ~/.cache/spo_kernels)
+SPO_AUTOTUNE       1: time the Triton kernels' configurations on first use instead of taking the table's
+TRITON_INTERPRET   Triton's own: 1 lets backend="triton" run on CPU tensors, slowly, for tests
 """
 
 import os
@@ -31,3 +33,13 @@ def cache_dir() -> Path:
     """The folder that keeps extensions built on first use."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spo_kernels"
     return Path(os.environ.get("SPO_CACHE_DIR") or default)
+
+
+def autotune() -> bool:
+    """Whether Triton kernels choose their configuration by timing."""
+    return os.environ.get("SPO_AUTOTUNE", "0") not in ("", "0")
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton interprets its kernels, by the same spellings that Triton accepts."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -3,6 +3,8 @@
 The schema belongs to Python; a tensor that was not asked for comes back empty (shape `[0]`).
 """
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,15 @@ def logp_grad_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
+# in place of a count: `positions` marks the labels that count with 1, and every row is processed
+_MASKED = -1
+
+
+def capturing(labels: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded: shapes then cannot depend on the labels."""
+    return labels.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _count_tokens(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
     """Flat positions of the labels that count, padded with zeros to all of them, and their number in CPU memory.
 
@@ -45,33 +56,56 @@ def _count_tokens(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tenso
     counts = labels != ignore_index
     if shift and labels.ndim:
         counts[..., :1] = False
+    if capturing(labels):
+        return counts.flatten().long(), torch.tensor(_MASKED)
     counted = counts.flatten().nonzero()[:, 0]
     positions = counted.new_zeros(labels.numel())
     positions[: counted.numel()] = counted
     return positions, torch.tensor(counted.numel())
 
 
-def _token_rows(labels: Tensor, positions: Tensor | None, shift: bool) -> TokenRows:
-    """The tokens that predict the labels at `positions` (None: all of them)."""
-    flat = labels.flatten()
-    if positions is None:
-        return TokenRows(None, flat)
-    return TokenRows(positions - 1 if shift else positions, flat[positions])
+@dataclass(frozen=True)
+class _Counted:
+    """Which labels count: those at `positions` (None: all), or those where `mask` is True."""
 
+    positions: Tensor | None
+    mask: Tensor | None
 
-def _counted(positions: Tensor, count: Tensor) -> Tensor | None:
-    """The positions that count; None where all do, so that nothing need be gathered."""
-    n = int(count)
-    return None if n == positions.numel() else positions[:n]
+    @classmethod
+    def of(cls, positions: Tensor, count: Tensor) -> "_Counted":
+        n = int(count)
+        if n == _MASKED:
+            return cls(None, positions.bool())
+        return cls(None if n == positions.numel() else positions[:n], None)
 
+    def tokens(self, labels: Tensor, shift: bool) -> TokenRows:
+        """The tokens that predict the labels that count."""
+        flat = labels.flatten()
+        if self.mask is not None:
+            # a permutation, so that each row is written once: the labels that wrap around do not count
+            rows = torch.arange(flat.numel(), device=flat.device).roll(1) if shift else None
+            return TokenRows(rows, flat.masked_fill(~self.mask, 0), self.mask)
+        if self.positions is None:
+            return TokenRows(None, flat)
+        return TokenRows(self.positions - 1 if shift else self.positions, flat[self.positions])
 
-def _spread(values: Tensor, positions: Tensor | None, shape: torch.Size) -> Tensor:
-    """Per-token values back at their labels' places, zero elsewhere."""
-    if positions is None:
-        return values.view(shape)
-    out = values.new_zeros(shape)
-    out.view(-1)[positions] = values
-    return out
+    def gather(self, values: Tensor) -> Tensor:
+        """Per-label values as the driver takes them."""
+        flat = values.reshape(-1)
+        if self.mask is not None:
+            return flat.masked_fill(~self.mask, 0.0)
+        # an expanded gradient, as sum() sends it, has stride 0
+        return flat.contiguous() if self.positions is None else flat[self.positions]
+
+    def spread(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """Per-token values back at their labels' places, zero elsewhere."""
+        if self.mask is not None:
+            return values.masked_fill(~self.mask, 0).view(shape)
+        if self.positions is None:
+            return values.view(shape)
+        out = values.new_zeros(shape)
+        out.view(-1)[self.positions] = values
+        return out
 
 
 @torch.no_grad()
@@ -94,12 +128,12 @@ def linear_logprob_fwd(
     states = hidden.reshape(-1, hidden.shape[-1])
     head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
     padded_positions, count = _count_tokens(labels, ignore_index, shift)
-    positions = _counted(padded_positions, count)
-    tokens = _token_rows(labels, positions, shift)
+    counted = _Counted.of(padded_positions, count)
+    tokens = counted.tokens(labels, shift)
     grad_dtype = logp_grad_dtype(hidden)
     logp_grad = hidden.new_empty(0, dtype=grad_dtype)
     if need_logp_grad:
-        allocate = torch.empty if positions is None else torch.zeros
+        allocate = torch.empty if counted.positions is None else torch.zeros
         logp_grad = allocate(hidden.shape, dtype=grad_dtype, device=hidden.device)
     chosen = load_backend(backend)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -117,7 +151,7 @@ def linear_logprob_fwd(
     outputs = [stats.label_logit - lse, lse, stats.label_logit == stats.max]
     if stats.shifted_sum is not None and stats.square_sum is not None:
         outputs += [log_sum - stats.shifted_sum / stats.sum, stats.square_sum.log() - 2.0 * log_sum]
-    outputs = [_spread(values, positions, labels.shape) for values in outputs]
+    outputs = [counted.spread(values, labels.shape) for values in outputs]
     outputs += [lse.new_empty(0) for _ in range(5 - len(outputs))]
     return (*outputs, logp_grad, padded_positions, count)
 
@@ -151,8 +185,8 @@ def linear_logprob_bwd(
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`."""
     states = hidden.reshape(-1, hidden.shape[-1])
     head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
-    positions = _counted(padded_positions, count)
-    tokens = _token_rows(labels, positions, shift)
+    counted = _Counted.of(padded_positions, count)
+    tokens = counted.tokens(labels, shift)
     grads = TokenGrads(
         lse_value=lse,
         logp=grad_logp,
@@ -161,12 +195,15 @@ def linear_logprob_bwd(
         entropy_value=entropy if grad_entropy is not None else None,
         log_sum_p2=grad_log_sum_p2,
         log_sum_p2_value=log_sum_p2 if grad_log_sum_p2 is not None else None,
-    ).map(lambda t: t.reshape(-1).contiguous() if positions is None else t.reshape(-1)[positions])
+    ).map(counted.gather)
+    if counted.mask is not None:
+        # e^(logit - inf) = 0 for any logit
+        grads = replace(grads, lse_value=grads.lse_value.masked_fill(~counted.mask, torch.inf))
 
     grad_hidden, grad_weight, grad_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     hidden_out = bias_sum = None
     if need_hidden:
-        allocate = torch.empty if positions is None else torch.zeros
+        allocate = torch.empty if counted.positions is None else torch.zeros
         grad_hidden = allocate(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         hidden_out = grad_hidden.view(-1, hidden.shape[-1])
     if need_weight:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from spo_kernels._backend import Backend
-from spo_kernels._driver import Head, TokenRows
+from spo_kernels._driver import Head, TileBuffers, TokenRows
 from spo_kernels._products import accumulator_dtype
 from spo_kernels.tiles.spec import TokenGrads, TokenStats
 
@@ -54,7 +54,7 @@ class KeptTiles:
         self.rows = rows
         self._wide = accumulator_dtype(hidden.dtype)
         self._vocab = head.weight.shape[0]
-        self._buffer = hidden.new_empty(rows * self._vocab, dtype=self._wide)
+        self._buffers = TileBuffers(hidden, rows * self._vocab, backend.products)
 
     def run(
         self,
@@ -71,7 +71,7 @@ class KeptTiles:
         """
         n, products = tokens.labels.numel(), self._backend.products
         states = tokens.take(self._hidden, 0, n, products.operand_dtype(self._hidden))
-        tile = self._buffer[: n * self._vocab].view(n, self._vocab)
+        tile, out = self._buffers.tile(n, self._vocab)
         for piece in self._slices():
             products.matmul(states, self._weight(piece, states).t(), out=tile[:, piece])
         stats = TokenStats.start(n, tile, self._moments)
@@ -80,8 +80,8 @@ class KeptTiles:
         tiles.tile_stats(tile, bias, tokens.labels, transform, stats, None)
         lse = stats.max + stats.sum.log()
         grads = TokenGrads(lse_value=lse, logp=coefficients(stats.label_logit - lse))
-        tiles.tile_grad(tile, bias, tokens.labels, transform, grads)
-        self._multiply(tile, states, tokens, sums, hidden_out, accumulate)
+        tiles.tile_grad(tile, bias, tokens.labels, transform, grads, out)
+        self._multiply(tile if out is None else out, states, tokens, sums, hidden_out, accumulate)
         return stats
 
     def _multiply(
@@ -94,10 +94,10 @@ class KeptTiles:
         accumulate: bool,
     ) -> None:
         products = self._backend.products
-        total = None if hidden_out is None else states.new_zeros(states.shape, dtype=self._wide)
+        total = None if hidden_out is None else states.new_empty(states.shape, dtype=self._wide)
         for piece in self._slices():
             if total is not None:
-                products.matmul(tile[:, piece], self._weight(piece, states), out=total, accumulate=True)
+                products.matmul(tile[:, piece], self._weight(piece, states), out=total, accumulate=piece.start > 0)
             if sums.weight is None:
                 continue
             if sums.weight.dtype == self._wide:
@@ -107,7 +107,8 @@ class KeptTiles:
                 products.matmul(tile[:, piece].t(), states, out=finished)
                 sums.weight[piece] = finished
         if sums.bias is not None:
-            sums.bias.add_(tile.sum(0)) if accumulate else sums.bias.copy_(tile.sum(0))
+            column_sums = tile.sum(0, dtype=self._wide)
+            sums.bias.add_(column_sums) if accumulate else sums.bias.copy_(column_sums)
         if hidden_out is not None and total is not None:
             tokens.put(hidden_out, 0, total.shape[0], total)
 

@@ -1,5 +1,6 @@
 """Matrix products with results in the accumulator dtype: float64 for float64 inputs, else float32."""
 
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -36,15 +37,17 @@ class Products(Protocol):
 class VendorProducts:
     """The vendor library through torch, on any device.
 
-    CUDA multiplies half precision into float32. The CPU library has no such product, and a half-precision
-    result would cost about 0.9 nat per 512-token sequence, so half-precision operands are upcast there.
+    CUDA multiplies half precision into float32. The CPU library has no such product, nor have some ROCm builds,
+    and a half-precision result would cost about 0.9 nat per 512-token sequence: operands are upcast there.
     """
 
     row_bytes = 0
 
     def operand_dtype(self, inputs: Tensor) -> torch.dtype:
         """See `Products`."""
-        return torch.float32 if inputs.dtype in HALF_DTYPES and not inputs.is_cuda else inputs.dtype
+        if inputs.dtype in HALF_DTYPES and not (inputs.is_cuda and _half_products(inputs.device, inputs.dtype)):
+            return torch.float32
+        return inputs.dtype
 
     def copy_bytes(self, inputs: Tensor) -> int:
         """See `Products`."""
@@ -62,6 +65,34 @@ class VendorProducts:
             out.addmm_(a, b)
         else:
             torch.mm(a, b, out=out)
+
+
+@cache
+def _half_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether half-precision operands can give a float32 product; on ROCm that is found out by asking for one."""
+    if torch.version.hip is None:
+        return True
+    operand = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(operand, operand, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
+def headroom(upstream: list[Tensor], factor: float) -> Tensor | None:
+    """A power of two by which upstream gradients are divided while float16 tiles hold their products.
+
+    float16 spans 6e-8 to 65504. With the largest |upstream * factor| brought to between 1024 and 2048, tile entries
+    (at most 17 times that, with entropy's) stay below 35000, and probabilities down to 6e-8 keep all their digits.
+    """
+    # a NaN or an infinity spoils its own token's gradients, not the scale of the others'
+    finite = [torch.where(values.isfinite(), values.abs(), 0.0).amax() for values in upstream if values.numel()]
+    if not finite:
+        return None
+    largest = torch.stack(finite).amax() * abs(factor)
+    _, exponent = torch.frexp(largest)
+    return torch.where(largest > 0.0, torch.ldexp(torch.ones_like(largest), exponent - 11), 1.0)
 
 
 class NativeProducts(VendorProducts):

@@ -10,7 +10,8 @@ from torch import Tensor
 from spo_kernels._backend import Backend, load_backend
 from spo_kernels._checks import check_label_range
 from spo_kernels._driver import Head, TokenRows, workspace_budget
-from spo_kernels._ops import logp_grad_dtype
+from spo_kernels._ops import capturing, logp_grad_dtype
+from spo_kernels._pair_loss import PairKernel
 from spo_kernels._pairs import GradientSums, KeptTiles
 from spo_kernels._products import accumulator_dtype
 from spo_kernels.logprob import LogprobCall
@@ -32,9 +33,13 @@ def plan_path(
     trained = torch.is_grad_enabled() and (weight.requires_grad or (call.bias is not None and call.bias.requires_grad))
     # the objective runs inside the forward there, where torch.compile cannot see it
     traced = torch.compiler.is_compiling()
-    if not trained or per_pair or traced or inputs.lengths.numel() == 0:
+    # the path depends on lengths, which are not known while a CUDA graph is recorded
+    if not trained or per_pair or traced or inputs.lengths.numel() == 0 or capturing(call.labels):
         return PathPlan("two_pass", 4)
     backend = load_backend(call.options.backend)
+    # float16 operands need gradients brought into their range, one scale for all tiles: see `headroom`
+    if hidden.dtype == torch.float16 and backend.products.copy_bytes(hidden):
+        return PathPlan("two_pass", 4)
     wide, narrow = accumulator_dtype(hidden.dtype).itemsize, backend.products.operand_dtype(hidden).itemsize
     (vocab, width), direct = weight.shape, weight.dtype.itemsize == wide
     chosen, rejected = inputs.lengths.view(2, -1)
@@ -69,6 +74,7 @@ def three_products(
         backend=load_backend(options.backend),
         loss_scale=scale,
         moments=options.moments,
+        kernel=PairKernel.of(objective, inputs, options.backend),
     )
     result, losses, sums = ThreeProductFunction.apply(call.hidden, call.weight, call.bias, pair_call)
     return result, losses, sums, pair_call.token_sums
@@ -88,6 +94,7 @@ class PairCall:
     backend: Backend
     loss_scale: float  # 1/B for a mean over pairs
     moments: bool
+    kernel: PairKernel | None  # does in one launch what `differentiate` does with torch's operations
 
     def __post_init__(self) -> None:
         self.bounds = [0, *accumulate(self.lengths)]
@@ -118,6 +125,17 @@ class PairCall:
             total = losses.sum() * self.loss_scale
             slopes = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)
         return losses.detach(), slopes[0]
+
+    def differentiate_tokens(
+        self, logp: Tensor, labels: Tensor, lengths: list[int], pairs: range
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses and sums of consecutive pairs, and the whole loss's derivatives by their tokens, chosen first."""
+        if self.kernel is not None:
+            return self.kernel.differentiate(logp, labels, lengths, pairs, self.loss_scale)
+        repeats = torch.tensor(lengths, device=logp.device)
+        sums = sum_segments(logp, repeats)
+        losses, slopes = self.differentiate(sums, pairs)
+        return losses, sums, slopes.repeat_interleave(repeats)
 
     def count_metrics(self, stats: TokenStats, chosen: int) -> None:
         """Add a tile's tokens to the token metrics; the first `chosen` of them belong to chosen responses."""
@@ -203,14 +221,17 @@ def _packed(
     tiles = call.tiles(states, head, largest)
     all_losses, all_sums = [], []
     for number, (pairs, tokens, lengths) in enumerate(groups):
-        repeats = torch.tensor(lengths, device=states.device)
 
-        def coefficients(logp: Tensor, pairs: range = pairs, repeats: Tensor = repeats) -> Tensor:
-            sums = sum_segments(logp, repeats)
-            losses, slopes = call.differentiate(sums, pairs)
+        def coefficients(
+            logp: Tensor,
+            pairs: range = pairs,
+            tokens: TokenRows = tokens,
+            lengths: list[int] = lengths,
+        ) -> Tensor:
+            losses, sums, slopes = call.differentiate_tokens(logp, tokens.labels, lengths, pairs)
             all_losses.append(losses)
             all_sums.append(sums.view(2, -1))
-            return slopes.repeat_interleave(repeats)
+            return slopes
 
         stats = tiles.run(tokens, coefficients, total, grad_hidden, accumulate=number > 0)
         call.count_metrics(stats, chosen=sum(lengths[: len(pairs)]))

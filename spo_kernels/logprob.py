@@ -140,7 +140,7 @@ def linear_logprob(
             "correct" are differentiable; a gradient that flows into them costs one more product.
         workspace_bytes: Bound on temporaries beside inputs, gradients and per-token values. Default 32 MiB
             on a CPU, 512 MiB on a GPU.
-        backend: "torch" or "cpp"; None takes SPO_BACKEND or else the best that is available.
+        backend: "torch", "cpp" or "triton"; None takes SPO_BACKEND or else the best that is available.
 
     Returns:
         logp in float32 (float64 for float64 inputs), shaped like `labels`, 0 where ignored. With `outputs`:

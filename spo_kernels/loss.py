@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels._checks import check_head_inputs, check_tensor
+from spo_kernels._pair_loss import PairKernel
 from spo_kernels._products import accumulator_dtype
 from spo_kernels._three_products import plan_path, three_products
 from spo_kernels.logprob import LogprobCall, prepare_call
@@ -105,10 +106,10 @@ def fused_spo_loss(
     plan = plan_path(call, objective, inputs, path, per_pair=reduction == "none")
     scale = 1.0 / max(pairs_count, 1) if reduction == "mean" else 1.0
     if plan.path == "two_pass":
-        result, losses, sums, token_sums = _two_pass(call, objective, inputs, cu_seqlens, reduction, scale)
+        result, metrics, token_sums = _two_pass(call, objective, inputs, cu_seqlens, reduction, scale)
     else:
         result, losses, sums, token_sums = three_products(call, objective, inputs, plan, scale)
-    metrics = _metrics(objective, inputs.pairs(sums), losses)
+        metrics = _metrics(objective, inputs.pairs(sums), losses)
     if token_metrics:
         # TRL's: entropy over all counted tokens, accuracy over those of the chosen responses
         metrics["entropy"] = token_sums["entropy"].float() / inputs.lengths.sum().clamp_min(1)
@@ -124,11 +125,9 @@ def _two_pass(
     cu_seqlens: Tensor | None,
     reduction: str,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """The result, losses `[B]`, sequence sums `[2B]` and token metric sums, by autograd on log-probabilities."""
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The result, pair metrics and token metric sums, by autograd on log-probabilities."""
     logp, extras = call.run()
-    sums = sum_sequences(logp, cu_seqlens)
-    losses = pair_losses(objective, inputs.pairs(sums))
     token_sums = (
         {}
         if not call.options.moments
@@ -137,7 +136,14 @@ def _two_pass(
             "mean_token_accuracy": sum_sequences(extras["correct"].float(), cu_seqlens).chunk(2)[0].sum(),
         }
     )
-    return (losses if reduction == "none" else losses.sum() * scale), losses, sums, token_sums
+    kernel = None if reduction == "none" else PairKernel.of(objective, inputs, call.options.backend)
+    if kernel is not None:
+        result, metrics = kernel.loss(logp, call.labels, cu_seqlens, call.options.ignore_index, scale)
+        return result, metrics, token_sums
+    sums = sum_sequences(logp, cu_seqlens)
+    losses = pair_losses(objective, inputs.pairs(sums))
+    metrics = _metrics(objective, inputs.pairs(sums), losses)
+    return (losses if reduction == "none" else losses.sum() * scale), metrics, token_sums
 
 
 def _check_pairs(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:

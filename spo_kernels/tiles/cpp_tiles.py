@@ -20,7 +20,10 @@ def _pointer(tensor: Tensor | None, length: int, dtype: torch.dtype = torch.floa
     return tensor.data_ptr()
 
 
-def _check_tile(tile: Tensor) -> tuple[int, int]:
+def _check_tile(tile: Tensor, out: Tensor | None) -> tuple[int, int]:
+    # products on a CPU take float32 tiles, so the driver never has a half-precision operand to be filled
+    if out is not None:
+        raise ValueError("the cpp backend writes in place")
     if tile.dtype != torch.float32 or tile.ndim != 2 or not tile.is_contiguous() or tile.is_cuda:
         raise ValueError(f"expected a contiguous CPU float32 matrix, got {tile.dtype} {list(tile.shape)}")
     return tile.shape[0], tile.shape[1]
@@ -42,9 +45,10 @@ class CppTiles:
         transform: LogitTransform,
         stats: TokenStats,
         rescale: Tensor | None,
+        out: Tensor | None = None,
     ) -> None:
         """See `TileBackend.tile_stats`."""
-        rows, columns = _check_tile(tile)
+        rows, columns = _check_tile(tile, out)
         self._native.tile_stats(
             tile=tile.data_ptr(),
             rows=rows,
@@ -63,10 +67,16 @@ class CppTiles:
         )
 
     def tile_grad(
-        self, tile: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, grads: TokenGrads
+        self,
+        tile: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        transform: LogitTransform,
+        grads: TokenGrads,
+        out: Tensor | None = None,
     ) -> None:
         """See `TileBackend.tile_grad`."""
-        rows, columns = _check_tile(tile)
+        rows, columns = _check_tile(tile, out)
         self._native.tile_grad(
             tile=tile.data_ptr(),
             rows=rows,
@@ -84,3 +94,7 @@ class CppTiles:
             log_sum_p2=_pointer(grads.log_sum_p2_value, rows),
             threads=torch.get_num_threads(),
         )
+
+    def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:
+        """See `TileBackend.scale_rows`."""
+        matrix.mul_(factors[:, None])

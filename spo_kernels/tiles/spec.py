@@ -86,6 +86,15 @@ class TokenGrads:
         """A view of some of the tokens."""
         return self.map(lambda values: values[start:stop])
 
+    def upstream(self) -> dict[str, Tensor]:
+        """The upstream gradients that are there, without the values that go with them."""
+        names = ("logp", "lse", "entropy", "log_sum_p2")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def scale_upstream(self, factor: Tensor) -> "TokenGrads":
+        """The same record with the upstream gradients multiplied."""
+        return replace(self, **{name: gradient * factor for name, gradient in self.upstream().items()})
+
     @property
     def only_logp(self) -> bool:
         """Whether nothing flows into the optional outputs."""
@@ -105,21 +114,35 @@ class TileBackend(Protocol):
         transform: LogitTransform,
         stats: TokenStats,
         rescale: Tensor | None,
+        out: Tensor | None = None,
     ) -> None:
         """Merge the tile into `stats`, and leave it as it is.
 
         With `rescale` (`[R]`), also prepare `Σ_v e_v d logit_v/d product_v W_v`:
         the tile becomes `exp(logit - new max) * d logit / d product`, 0 at the label's column, and `rescale`
         receives `exp(old max - new max)`, by which sums over earlier tiles are to be multiplied.
+
+        Where products take half-precision operands, `out` (`[R, C]`) receives that instead of the tile, whose
+        values are then undefined.
         """
         ...
 
     def tile_grad(
-        self, tile: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, grads: TokenGrads
+        self,
+        tile: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        transform: LogitTransform,
+        grads: TokenGrads,
+        out: Tensor | None = None,
     ) -> None:
-        """Replace the tile by d loss / d product.
+        """Replace the tile by d loss / d product, or write that to `out` as in `tile_stats`.
 
         With p the softmax: `d loss/d logit = logp (onehot - p) + lse p - entropy p (log p + H)
         + 2 log_sum_p2 (p² / Σp² - p)`, then through softcap and scale.
         """
+        ...
+
+    def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:
+        """Multiply each row of `matrix` by its factor, in place."""
         ...

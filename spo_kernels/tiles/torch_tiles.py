@@ -50,11 +50,13 @@ def tile_stats(
     transform: LogitTransform,
     stats: TokenStats,
     rescale: Tensor | None,
+    out: Tensor | None = None,
 ) -> None:
     """See `TileBackend.tile_stats`."""
     for rows in _pieces(tile):
         part = None if rescale is None else rescale[rows]
-        _stats_piece(tile[rows], bias, labels[rows], transform, stats.rows(rows.start, rows.stop), part)
+        target = (tile if out is None else out)[rows]
+        _stats_piece(tile[rows], bias, labels[rows], transform, stats.rows(rows.start, rows.stop), part, target)
 
 
 def _stats_piece(
@@ -64,6 +66,7 @@ def _stats_piece(
     transform: LogitTransform,
     stats: TokenStats,
     rescale: Tensor | None,
+    out: Tensor,
 ) -> None:
     logits = _logits(tile, bias, transform)
     inside = (labels >= 0) & (labels < tile.shape[1])
@@ -91,17 +94,30 @@ def _stats_piece(
         rescale.copy_(shrink)
         weighted = exponential.mul_(slope)
         weighted.scatter_(1, columns, weighted.gather(1, columns).masked_fill_(inside[:, None], 0.0))
-        tile.copy_(weighted)
+        out.copy_(weighted)
 
 
-def tile_grad(tile: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, grads: TokenGrads) -> None:
+def tile_grad(
+    tile: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    transform: LogitTransform,
+    grads: TokenGrads,
+    out: Tensor | None = None,
+) -> None:
     """See `TileBackend.tile_grad`."""
     for rows in _pieces(tile):
-        _grad_piece(tile[rows], bias, labels[rows], transform, grads.rows(rows.start, rows.stop))
+        target = (tile if out is None else out)[rows]
+        _grad_piece(tile[rows], bias, labels[rows], transform, grads.rows(rows.start, rows.stop), target)
+
+
+def scale_rows(matrix: Tensor, factors: Tensor) -> None:
+    """See `TileBackend.scale_rows`."""
+    matrix.mul_(factors[:, None])
 
 
 def _grad_piece(
-    tile: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, grads: TokenGrads
+    tile: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, grads: TokenGrads, out: Tensor
 ) -> None:
     logits = _logits(tile, bias, transform)
     slope = _slope(logits, transform)
@@ -113,7 +129,7 @@ def _grad_piece(
         grad = _mixed_grad(log_p, grads)
     if grads.logp is not None:
         _add_at_labels_(grad, labels, grads.logp)
-    tile.copy_(grad.mul_(slope))
+    out.copy_(grad.mul_(slope))
 
 
 def _mixed_grad(log_p: Tensor, grads: TokenGrads) -> Tensor:

@@ -1,0 +1,163 @@
+"""The pair_loss kernel in Triton's interpreter against the losses' own definition in float64."""
+
+import os
+
+import pytest
+import torch
+from tile_inputs import close
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
+
+from spo_kernels import _pair_loss, fused_spo_loss, paths
+from spo_kernels.kernels import pair_loss as pair_kernel
+from spo_kernels.losses import DPO, SPO, PairLogps
+from spo_kernels.losses.pairs import PairInputs
+from spo_kernels.sequences import count_tokens, sum_sequences
+from spo_kernels.testing import random_batch
+
+OBJECTIVES = {
+    "dpo": DPO(beta=0.3),
+    "dpo-free": DPO(beta=0.3, reference_free=True),
+    "spo": SPO(DPO(beta=0.2), weight=0.7),
+    "spo-sum": SPO(DPO(beta=0.2), weight=0.01, normalization="sum"),
+    "hinge": SPO(penalty="hinge", epsilon=0.1),
+    "hinge-input": SPO(penalty="hinge", value="input"),
+}
+
+
+def pair_inputs(layout, tokens=37, pairs=3):
+    torch.manual_seed(7)
+    labels = torch.randint(9, (2 * pairs, tokens))
+    labels[torch.rand(labels.shape) < 0.3] = -100
+    labels[1] = -100
+    cu_seqlens = None
+    if layout != "padded":
+        lengths = torch.randint(1, tokens, (2 * pairs,))
+        lengths[4] = 0
+        dtype = torch.int32 if layout == "int32" else torch.int64
+        cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(dtype)
+        labels = labels.flatten()[: int(cu_seqlens[-1])]
+    logp = -2.0 * torch.rand(labels.shape)
+    return logp.masked_fill(labels == -100, 0.0), labels, cu_seqlens
+
+
+@pytest.mark.parametrize("layout", ["padded", "int32", "int64"])
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_pair_loss_is_the_losses_definition(layout, objective, reduction):
+    """Loss, metrics and gradient of the fast path against the objective itself in float64."""
+    logp, labels, cu_seqlens = pair_inputs(layout)
+    pairs = 3
+    reference = sum_sequences(logp, cu_seqlens) + torch.randn(2 * pairs)
+    value = torch.tensor([0.5, 1.0, 3.0])
+    truth = logp.double().requires_grad_()
+    sums, lengths = sum_sequences(truth, cu_seqlens), count_tokens(labels, cu_seqlens, -100)
+    losses = objective(
+        PairLogps(
+            sums[:pairs],
+            sums[pairs:],
+            reference[:pairs].double(),
+            reference[pairs:].double(),
+            lengths[:pairs],
+            lengths[pairs:],
+            value.double(),
+        )
+    )
+    expected = losses.mean() if reduction == "mean" else losses.sum()
+    (1.5 * expected).backward()
+
+    ours = logp.clone().requires_grad_()
+    factor = 1 / pairs if reduction == "mean" else 1.0
+    kernel = _pair_loss.PairKernel.of(objective, PairInputs(reference, lengths, value), "triton")
+    loss, metrics = kernel.loss(ours, labels, cu_seqlens, -100, factor)
+    (1.5 * loss).backward()
+    close(loss.detach(), expected.detach(), 1e-6)
+    close(metrics["loss"], losses.detach().mean(), 1e-6)
+    close(ours.grad, truth.grad.masked_fill(labels == -100, 0.0), 1e-6)
+    rewards = objective.beta * (sums.detach() - reference.double())
+    close(metrics["rewards/chosen"], rewards[:pairs].mean(), 1e-6)
+    close(metrics["rewards/margins"], (rewards[:pairs] - rewards[pairs:]).mean(), 1e-6)
+    close(metrics["rewards/accuracies"], (rewards[:pairs] > rewards[pairs:]).double().mean(), 1e-6)
+    close(metrics["logps/rejected"], sums[pairs:].detach().mean(), 1e-6)
+
+
+@pytest.mark.parametrize("margin", [-200.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 90.0, 200.0, torch.nan])
+def test_pair_loss_of_extreme_margins(margin):
+    """-log sigmoid keeps its digits where e^-z is far below 1."""
+    logp = torch.tensor([[margin], [0.0]])
+    labels = torch.zeros(2, 1, dtype=torch.int64)
+    form = pair_kernel.PairForm(beta=1.0, use_reference=False)
+    summary, coefficients = pair_kernel.pair_loss(
+        logp, labels, form, cu_seqlens=None, reference=None, value=None, ignore_index=-100, factor=1.0
+    )
+    z = torch.tensor(margin, dtype=torch.float64)
+    expected = torch.stack([-torch.nn.functional.logsigmoid(z), -torch.sigmoid(-z)])
+    assert torch.allclose(
+        torch.stack([summary[0, 0], coefficients[0, 0]]).double(), expected, 1e-6, 1e-37, equal_nan=True
+    )
+
+
+def test_bad_segment_bounds_read_nothing_else():
+    """On a GPU their values are not looked at before the launch."""
+    logp, labels = torch.rand(6), torch.zeros(6, dtype=torch.int64)
+    cu_seqlens = torch.tensor([-5, 3, 10**12])
+    form = pair_kernel.PairForm(beta=1.0, use_reference=False)
+    summary, _ = pair_kernel.pair_loss(
+        logp, labels, form, cu_seqlens=cu_seqlens, reference=None, value=None, ignore_index=-100, factor=1.0
+    )
+    close(summary[5:, 0], torch.stack([logp[:3].sum(), logp[3:].sum()]), 1e-6)
+
+
+def test_only_the_kernels_own_objectives_take_the_fast_path():
+    class Other(DPO):
+        pass
+
+    assert _pair_loss.kernel_form(DPO(), True, False) is not None
+    assert _pair_loss.kernel_form(DPO(), False, False) is None
+    assert _pair_loss.kernel_form(DPO(reference_free=True), False, False) is not None
+    assert _pair_loss.kernel_form(SPO(penalty="hinge", value="input"), True, False) is None
+    assert _pair_loss.kernel_form(Other(), True, True) is None
+    assert _pair_loss.kernel_form(SPO(Other()), True, True) is None
+    assert _pair_loss.kernel_form(lambda pairs: pairs.chosen, True, True) is None
+
+
+@pytest.mark.parametrize("path", [None, "two_pass", "packed", "factorised"])
+@pytest.mark.parametrize("loss", ["dpo", "spo", SPO(penalty="hinge")], ids=["dpo", "spo", "hinge"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_fused_spo_loss(monkeypatch, loss, packed, path):
+    """The whole call on both backends: the same loss, metrics and gradients."""
+    if path == "packed":  # each pair is then a group of its own
+        monkeypatch.setattr(paths.PairProblem, "rows", lambda self, accumulators: max(self.pair_tokens))
+    batch = random_batch((4, 9), 70, 8, ignored=0.2)
+    cu_seqlens = torch.tensor([0, 9, 20, 20, 36]) if packed else None
+    shape = (36,) if packed else (4, 9)
+    results = {}
+    for backend in ("torch", "triton"):
+        hidden = batch.hidden.reshape(*shape, 8).clone().requires_grad_()
+        weight = batch.weight.clone().requires_grad_()
+        value, metrics = fused_spo_loss(
+            hidden,
+            weight,
+            batch.labels.reshape(shape),
+            loss=loss,
+            ref_logps=torch.linspace(-40, -20, 4),
+            cu_seqlens=cu_seqlens,
+            token_metrics=True,
+            shift=True,
+            path=path,
+            backend=backend,
+        )
+        value.backward()
+        results[backend] = {"loss": value.detach(), **metrics, "dh": hidden.grad, "dw": weight.grad}
+    assert results["torch"].keys() == results["triton"].keys()
+    for name, expected in results["torch"].items():
+        assert results["triton"][name].shape == expected.shape, name
+        close(results["triton"][name], expected, 2e-5)
+
+
+def test_opcheck():
+    logp, labels, cu_seqlens = pair_inputs("int64")
+    form = (0.3, True, "nll", 1.0, 0.0, "reference", True)
+    arguments = (logp, labels, cu_seqlens, torch.zeros(6), None, -100, 0.5, *form)
+    torch.library.opcheck(torch.ops.spo_kernels.pair_loss.default, arguments)

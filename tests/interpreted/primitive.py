@@ -1,0 +1,164 @@
+"""`linear_logprob` through the Triton kernels in the interpreter, and what only a GPU does otherwise."""
+
+import os
+
+import pytest
+import torch
+from tile_inputs import ALL_OUTPUTS
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
+
+from spo_kernels import _backend, _ops, _products, fused_spo_loss, linear_logprob
+from spo_kernels.testing import (
+    Batch,
+    Oracle,
+    assert_accurate,
+    check_linear_logprob,
+    eager_logprob,
+    evaluate,
+    peaked_batch,
+    random_batch,
+    random_upstream,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", [None, 6000], ids=["one-tile", "tiles"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"logit_scale": 0.7, "logit_softcap": 4.0}, {"outputs": ALL_OUTPUTS}, {"shift": True}],
+    ids=["plain", "softcap", "outputs", "shift"],
+)
+def test_linear_logprob(dtype, tile, options):
+    batch = random_batch((3, 5), 131, 12, dtype=dtype, bias=True, ignored=0.3)
+    check_linear_logprob(linear_logprob, batch, backend="triton", workspace_bytes=tile, **options)
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
+def test_peaked_distributions_and_masked_columns(trained):
+    batch = peaked_batch(2, 7, 150, 16)
+    bias = torch.zeros(150)
+    bias[40:60] = -torch.inf
+    batch = Batch(batch.hidden, batch.weight, batch.labels, bias)
+    upstream = random_upstream(batch)
+    oracle, eager = Oracle(batch, upstream), evaluate(eager_logprob, batch, upstream)
+    actual = evaluate(linear_logprob, batch, upstream, trained=trained, backend="triton", workspace_bytes=9000)
+    for name in {"weight", "bias"} - set(trained):
+        del oracle.values[f"{name}.grad"]
+    assert_accurate(actual, oracle, eager)
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids=["trained", "frozen"])
+def test_same_inputs_same_bits(trained):
+    batch = random_batch((3, 5), 131, 12, bias=True, ignored=0.3)
+    upstream = random_upstream(batch)
+    first, second = (evaluate(linear_logprob, batch, upstream, trained=trained, backend="triton") for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "labels", "upstream"])
+def test_any_layout(name):
+    batch = random_batch((3, 5), 43, 12, bias=True, ignored=0.2)
+    tensors = {key: getattr(batch, key) for key in ("hidden", "weight", "labels", "bias")}
+    if name != "upstream":
+        tensors[name] = torch.stack([tensors[name], tensors[name]], -1)[..., 0]
+    upstream = {"logp": torch.ones(()).expand(3, 5)} if name == "upstream" else None
+    check_linear_logprob(linear_logprob, Batch(**tensors), upstream=upstream, backend="triton")
+
+
+@pytest.mark.parametrize("loss", ["dpo", "spo"])
+def test_compiles_as_one_graph(loss):
+    batch = random_batch((4, 5), 43, 12, ignored=0.2)
+
+    def call(hidden, weight):
+        return fused_spo_loss(hidden, weight, batch.labels, loss=loss, ref_logps=torch.zeros(4), backend="triton")
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
+        value, metrics = function(hidden, weight)
+        value.backward()
+        results.append([value.detach(), metrics["rewards/margins"], hidden.grad, weight.grad])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+# ---- what only a GPU does otherwise: half-precision operands, graph capture
+
+
+@pytest.fixture
+def half_products(monkeypatch):
+    """Products of half-precision operands with a float32 result, which the CPU library lacks."""
+
+    def matmul(self, a, b, out, *, accumulate=False):
+        assert a.dtype == b.dtype, "an operand was left to be cast"
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), out=out)
+
+    monkeypatch.setattr(_products.VendorProducts, "operand_dtype", lambda self, inputs: inputs.dtype)
+    monkeypatch.setattr(_products.VendorProducts, "matmul", matmul)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
+def test_half_precision_operands(half_products, backend, dtype, trained):
+    """The gradients are as accurate as eager ones whose products round their operands too."""
+    batch = random_batch((4, 5), 131, 12, dtype=dtype, bias=True, ignored=0.2)
+    upstream = random_upstream(batch)
+    actual = evaluate(linear_logprob, batch, upstream, trained=trained, backend=backend, workspace_bytes=9000)
+    oracle = Oracle(batch, upstream)
+    for name in {"weight", "bias"} - set(trained):
+        del oracle.values[f"{name}.grad"]
+    rounded, exact = (evaluate(eager_logprob, batch, upstream, dtype=d) for d in (dtype, torch.float32))
+    assert_accurate(actual, oracle, {**rounded, "logp": exact["logp"]})
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 2.0**14])
+def test_upstream_of_any_size_in_float16(half_products, backend, size):
+    """Without headroom 1e-6 * p is below float16's smallest number and 2^17 above its largest."""
+    batch = random_batch((16,), 256, 16, dtype=torch.float16, spread=0.01)
+    batch = Batch(batch.hidden, 1e-2 * (batch.weight + 1.0), batch.labels)
+    upstream = {"logp": torch.full((16,), size)}
+    actual = evaluate(linear_logprob, batch, upstream, backend=backend)["weight.grad"].double()
+    expected = Oracle(batch, upstream).values["weight.grad"]
+    if size > 1e-6:
+        assert (actual - expected).abs().max() <= 2e-3 * expected.abs().max()
+    else:
+        assert (actual - expected).abs().max() <= 6e-8
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("outputs", [(), ALL_OUTPUTS], ids=["logp", "outputs"])
+def test_static_shapes_while_a_graph_is_captured(monkeypatch, backend, trained, shift, outputs):
+    """Every row is processed and the ignored ones masked: the same results, whatever those rows hold."""
+    batch = random_batch((4, 5), 131, 12, bias=True, ignored=0.4)
+    upstream = random_upstream(batch, outputs)
+    options = {"trained": trained, "shift": shift, "outputs": outputs, "backend": backend}
+    expected = evaluate(linear_logprob, batch, upstream, **options)
+    unused = batch.labels == -100
+    upstream["logp"][unused] = torch.nan
+    if shift:
+        unused = unused.roll(-1, dims=-1)
+        unused[:, -1] = True
+    batch.hidden[unused] = torch.nan
+    monkeypatch.setattr(_ops, "capturing", lambda labels: True)
+    actual = evaluate(linear_logprob, batch, upstream, **options)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(actual[name].double(), value.double(), rtol=1e-5, atol=1e-6), name
+    assert not actual["hidden.grad"][unused].any()
+
+
+# ---- the choice of a backend
+
+
+def test_the_interpreter_is_never_an_automatic_choice():
+    assert _backend.choose_backend(None, torch.device("cpu"), torch.float32) != "triton"
+    assert _backend.choose_backend("triton", torch.device("cpu"), torch.float32) == "triton"
+    with pytest.raises(RuntimeError, match="float64"):
+        _backend.choose_backend("triton", torch.device("cpu"), torch.float64)
+    assert "interpreter" in _backend.backend_info()["triton"].detail

@@ -1,0 +1,50 @@
+"""Every Triton kernel and configuration, compiled ahead of time for each architecture; needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+# 8 programs of the widest kernel share a multiprocessor of any of them: 99 KiB on sm_120, 64 KiB on gfx942
+SHARED_BYTES = 8192
+# what a thread may put aside in a candidate of the autotuner, which chooses by time; the tables' may not
+CANDIDATE_SPILL_BYTES = 16
+
+
+def compile_all(architecture):
+    """One row per kernel and configuration, from a process that does not interpret kernels."""
+    root = Path(__file__).parent.parent
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SPO_AUTOTUNE")
+    }
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(root / "tests" / "triton_aot.py"), architecture]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_and_configuration(architecture):
+    rows = compile_all(architecture)
+    assert {row["case"].split()[0] for row in rows} == {"tile_stats", "tile_grad", "scale_rows", "pair_loss"}
+    assert len(rows) > 30
+
+    allowed = {False: 0, True: CANDIDATE_SPILL_BYTES}
+    assert [row for row in rows if row["spills"] > allowed[row["candidate"]]] == []
+    assert [row for row in rows if row["shared"] > SHARED_BYTES] == []
+
+    # a row times a stride, in 64 bits wherever there are both: 2^31 float32 are 8 GiB, a tile that is allowed
+    assert [row for row in rows if row["narrow_offsets"]] == []
+    packed = ("pair_loss spo nll", "pair_loss spo hinge", "pair_loss spo hinge input")
+    assert [row for row in rows if row["case"] not in packed and not row["wide_offsets"]] == []
+
+    # 16-byte accesses where widths are multiples of 16; others are legal and slower
+    aligned = [row for row in rows if "ragged" not in row["case"] and not row["case"].startswith("pair_loss")]
+    assert [row for row in aligned if not row["vector"]] == []
