@@ -1,6 +1,7 @@
 """The one place that decides which tile backend runs: explicit argument, environment, availability."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
@@ -8,14 +9,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from spo_kernels import _env, _native, _triton
+from spo_kernels import _cuda, _env, _native, _triton
 from spo_kernels._products import NativeProducts, Products, VendorProducts, accumulator_dtype
-from spo_kernels.tiles import cpp_tiles, torch_tiles
+from spo_kernels.tiles import cpp_tiles, cuda_tiles, torch_tiles
 from spo_kernels.tiles.spec import TileBackend
 
-BACKENDS = ("torch", "cpp", "triton")
+BACKENDS = ("torch", "cpp", "triton", "cuda")
+# those that have a kernel for the pair loss
+PAIR_LOSS_BACKENDS = ("triton", "cuda")
 # tried in this order where the call and the environment name none; torch runs everywhere
-_AUTOMATIC = {"cpu": ("cpp",), "cuda": ("triton",)}
+_AUTOMATIC = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,12 @@ def backend_info() -> dict[str, BackendStatus]:
     """What each tile backend is, or why it cannot be used here."""
     native, detail = _native.load()
     kernels, triton_detail = _triton.load()
+    cuda, cuda_detail = _cuda.load()
     return {
         "torch": BackendStatus(True, "plain torch operations, any device and dtype"),
         "cpp": BackendStatus(native is not None, detail),
         "triton": BackendStatus(kernels is not None, triton_detail),
+        "cuda": BackendStatus(cuda is not None, cuda_detail),
     }
 
 
@@ -66,6 +71,8 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if name == "triton":
         return _triton.why_not(device, dtype)
+    if name == "cuda":
+        return _cuda.why_not(device, dtype)
     if device.type != "cpu":
         return f"it runs on the CPU, and the tensors are on {device}"
     if dtype == torch.float64:
@@ -97,7 +104,21 @@ def load_backend(name: str) -> Backend:
         if kernels is None:
             raise RuntimeError(detail)
         return Backend(VendorProducts(), cast(TileBackend, kernels))
+    if name == "cuda":
+        module, detail = _cuda.load()
+        if module is None:
+            raise RuntimeError(detail)
+        return Backend(VendorProducts(), cuda_tiles.CudaTiles(module))
     native, detail = _native.load()
     if native is None:
         raise RuntimeError(detail)
     return Backend(NativeProducts(native), cpp_tiles.CppTiles(native))
+
+
+def load_pair_loss(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The pair loss of one of PAIR_LOSS_BACKENDS, which `choose_backend` has found usable."""
+    if name == "triton":
+        from spo_kernels.kernels.pair_loss import pair_loss
+
+        return pair_loss
+    return cast(cuda_tiles.CudaTiles, load_backend(name).tiles).pair_loss

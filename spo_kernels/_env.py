@@ -1,7 +1,9 @@
 """Every environment variable that the library reads, in one place.
 
-SPO_BACKEND        tile backend used when the call names none: torch, cpp, triton
+SPO_BACKEND        tile backend used when the call names none: torch, cpp, triton, cuda
 SPO_DISABLE_JIT    1: never build the extension on first use
+SPO_CUDA_ARCHS     architectures that the CUDA extension is built for, e.g. "80;90+PTX" (default: pip: 80;90;100+PTX;120,
+                   first use: the present device's)
 SPO_CACHE_DIR      where an extension built on first use is kept (default: ~/.cache/spo_kernels)
 SPO_AUTOTUNE       1: time the Triton kernels' configurations on first use instead of taking the table's
 TRITON_INTERPRET   Triton's own: 1 lets backend="triton" run on CPU tensors, slowly, for tests
@@ -27,6 +29,11 @@ def cpu_product() -> str:
 def jit_disabled() -> bool:
     """Whether building the extension on first use is switched off."""
     return os.environ.get("SPO_DISABLE_JIT", "0") not in ("", "0")
+
+
+def cuda_architectures() -> str | None:
+    """What the CUDA extension is to be built for, or None."""
+    return os.environ.get("SPO_CUDA_ARCHS") or None
 
 
 def cache_dir() -> Path:

@@ -16,7 +16,7 @@ def load() -> tuple[ModuleType | None, str]:
         if _env.jit_disabled():
             return None, f"no usable prebuilt extension ({prebuilt_error}), and SPO_DISABLE_JIT is set"
         try:
-            module, origin = _build.load_or_build(), "built on first use"
+            module, origin = _build.load_or_build(_build.cpu_recipe()), "built on first use"
         except _build.BuildError as build_error:
             return None, f"no usable prebuilt extension ({prebuilt_error}), and none could be built: {build_error}"
     threads = "OpenMP" if module.openmp else "one thread"

@@ -1,4 +1,4 @@
-"""DPO and SPO(DPO) in one kernel launch, where the `triton` backend runs: for short sequences launches cost most.
+"""DPO and SPO(DPO) in one kernel launch, where a GPU backend runs: for short sequences launches cost most.
 
 The losses' definition is `spo_kernels.losses`; this only recognises the two forms that the kernel knows. Other
 objectives, subclasses of these and reduction="none" take the ordinary way.
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo_kernels._backend import PAIR_LOSS_BACKENDS, load_pair_loss
+from spo_kernels._pair_form import PairForm
 from spo_kernels.losses import DPO, SPO, Objective
 from spo_kernels.losses.pairs import PairInputs
 
@@ -18,7 +20,7 @@ _library = torch.library.Library("spo_kernels", "FRAGMENT")
 _library.define(
     "pair_loss(Tensor logp, Tensor labels, Tensor? cu_seqlens, Tensor? reference, Tensor? value, int ignore_index,"
     " float factor, float beta, bool use_reference, str penalty, float weight, float epsilon, str value_from,"
-    " bool mean) -> (Tensor summary, Tensor coefficients)"
+    " bool mean, str backend) -> (Tensor summary, Tensor coefficients)"
 )
 
 
@@ -37,14 +39,13 @@ def pair_loss(
     epsilon: float,
     value_from: str,
     mean: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """See `spo_kernels.kernels.pair_loss.pair_loss`."""
-    from spo_kernels.kernels import pair_loss as kernel
-
-    return kernel.pair_loss(
+    return load_pair_loss(backend)(
         logp,
         labels,
-        kernel.PairForm(beta, use_reference, penalty, weight, epsilon, value_from, mean),
+        PairForm(beta, use_reference, penalty, weight, epsilon, value_from, mean),
         cu_seqlens=cu_seqlens,
         reference=reference,
         value=value,
@@ -119,10 +120,10 @@ class PairKernel:
     @classmethod
     def of(cls, objective: Objective, inputs: PairInputs, backend: str) -> "PairKernel | None":
         """None where the ordinary way is to be taken."""
-        if backend != "triton" or inputs.lengths.numel() == 0:
+        if backend not in PAIR_LOSS_BACKENDS or inputs.lengths.numel() == 0:
             return None
         form = kernel_form(objective, inputs.reference is not None, inputs.sft_value is not None)
-        return None if form is None else cls(form, inputs)
+        return None if form is None else cls((*form, backend), inputs)
 
     def loss(
         self, logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, factor: float

@@ -47,57 +47,83 @@ struct alignas(kSize * sizeof(T) < 16 ? kSize * sizeof(T) : 16) Pack {
 template <typename In>
 constexpr int kPack = 16 / sizeof(In);
 
-// A thread's j-th pack of kSize columns: a warp's packs lie side by side.
+// What a thread holds of the columns from `start` on: packs of kSize neighbours, a warp's packs side by side, so that
+// each warp has 512 neighbouring columns. Only the first column is computed: the others are constants away from it.
 template <int kSize>
-__device__ __forceinline__ int column_of(int start, int j) {
-  return start + (j * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kSize;
+__device__ __forceinline__ int first_column(int start) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  return start + warp * kWarp * kHeld + lane * kSize;
 }
 
-// The thread's elements of one row from column `start` on, kSize neighbours in each pack; -inf beyond the last.
-// `packed`: the row's packs are aligned.
+// From the first column to the i-th.
+template <int kSize>
+SPO_HOST_DEVICE constexpr int offset_of(int i) {
+  return i / kSize * kWarp * kSize + i % kSize;
+}
+
+// The columns of a row that blockDim.x threads hold together.
+__device__ __forceinline__ int block_columns() { return static_cast<int>(blockDim.x) * kHeld; }
+
+// Reads what the thread holds: `from` is its first element and `left` the number of columns from there to the end of
+// the row; -inf beyond. `packed`: every pack is aligned.
 template <int kSize, typename T>
-__device__ __forceinline__ void load_held(const T* row, int start, int columns, bool packed, float (&x)[kHeld]) {
-  constexpr int kPacks = kHeld / kSize;
-  Pack<T, kSize> packs[kPacks];
+__device__ __forceinline__ void load_held(const T* from, int left, bool packed, float (&x)[kHeld]) {
   if (packed) {
+    Pack<T, kSize> packs[kHeld / kSize];
     // all reads are issued before the first is waited for
 #pragma unroll
-    for (int j = 0; j < kPacks; ++j) {
-      const int column = column_of<kSize>(start, j);
-      if (column + kSize <= columns) packs[j] = *reinterpret_cast<const Pack<T, kSize>*>(row + column);
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < kPacks; ++j) {
-    const int column = column_of<kSize>(start, j);
-    const bool whole = packed && column + kSize <= columns;
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      float& value = x[j * kSize + k];
-      if (whole) {
-        value = to_float(packs[j].values[k]);
-      } else {
-        value = column + k < columns ? to_float(row[column + k]) : kMinusInf;
+    for (int i = 0; i < kHeld; i += kSize) {
+      if (offset_of<kSize>(i) + kSize <= left) {
+        packs[i / kSize] = *reinterpret_cast<const Pack<T, kSize>*>(from + offset_of<kSize>(i));
       }
     }
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) x[i] = to_float(packs[i / kSize].values[i % kSize]);
+    if (offset_of<kSize>(kHeld - 1) < left) return;
+  }
+  // without packs, or at the row's end
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int offset = offset_of<kSize>(i);
+    const bool loaded = packed && offset_of<kSize>(i - i % kSize) + kSize <= left;
+    if (!loaded) x[i] = offset < left ? to_float(from[offset]) : kMinusInf;
   }
 }
 
 // The other way round.
 template <int kSize, typename T>
-__device__ __forceinline__ void store_held(T* row, int start, int columns, bool packed, const float (&x)[kHeld]) {
+__device__ __forceinline__ void store_held(T* to, int left, bool packed, const float (&x)[kHeld]) {
 #pragma unroll
-  for (int j = 0; j < kHeld / kSize; ++j) {
-    const int column = column_of<kSize>(start, j);
-    if (packed && column + kSize <= columns) {
+  for (int i = 0; i < kHeld; i += kSize) {
+    const int offset = offset_of<kSize>(i);
+    if (packed && offset + kSize <= left) {
       Pack<T, kSize> pack;
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) assign(pack.values[k], x[j * kSize + k]);
-      *reinterpret_cast<Pack<T, kSize>*>(row + column) = pack;
+      for (int k = 0; k < kSize; ++k) assign(pack.values[k], x[i + k]);
+      *reinterpret_cast<Pack<T, kSize>*>(to + offset) = pack;
     } else {
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        if (column + k < columns) assign(row[column + k], x[j * kSize + k]);
+        if (offset + k < left) assign(to[offset + k], x[i + k]);
+      }
+    }
+  }
+}
+
+// Pack by pack, for fewer registers: a bias comes from L2.
+template <int kSize>
+__device__ __forceinline__ void add_bias(const float* from, int left, bool packed, float (&x)[kHeld]) {
+#pragma unroll
+  for (int i = 0; i < kHeld; i += kSize) {
+    const int offset = offset_of<kSize>(i);
+    if (packed && offset + kSize <= left) {
+      const Pack<float, kSize> pack = *reinterpret_cast<const Pack<float, kSize>*>(from + offset);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) x[i + k] += pack.values[k];
+    } else {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        if (offset + k < left) x[i + k] += from[offset + k];
       }
     }
   }
@@ -110,18 +136,14 @@ struct Packed {
   bool out;
 };
 
-// Products in, logits out.
+// The logits of what the thread holds from `column` on, in a row of `columns` products.
 template <typename In>
-__device__ __forceinline__ void load_logits(const In* row, const LogitTransform& f, int start, int columns,
+__device__ __forceinline__ void load_logits(const In* row, const LogitTransform& f, int column, int columns,
                                             const Packed& packed, float (&x)[kHeld]) {
   constexpr int kSize = kPack<In>;
-  load_held<kSize>(row, start, columns, packed.products, x);
-  if (f.bias != nullptr) {
-    float bias[kHeld];
-    load_held<kSize>(f.bias, start, columns, packed.bias, bias);
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) x[i] += bias[i];
-  }
+  const int left = columns - column;
+  load_held<kSize>(row + column, left, packed.products, x);
+  if (f.bias != nullptr) add_bias<kSize>(f.bias + column, left, packed.bias, x);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) x[i] *= f.scale;
   if (f.softcap != 0.0f) {
@@ -130,33 +152,28 @@ __device__ __forceinline__ void load_logits(const In* row, const LogitTransform&
     for (int i = 0; i < kHeld; ++i) x[i] = f.softcap * tanh_of<DeviceMath>(x[i] * inverse);
   }
   // beyond the last column scale and softcap have made something else of -inf
-  if (start + static_cast<int>(blockDim.x) * kHeld > columns) {
+  if (offset_of<kSize>(kHeld - 1) >= left) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (column_of<kSize>(start, i / kSize) + i % kSize >= columns) x[i] = kMinusInf;
+      if (offset_of<kSize>(i) >= left) x[i] = kMinusInf;
     }
   }
 }
 
-// The row's label as a column of the tile; -1, which no column equals, where it lies outside.
+// The row's label as a column of the tile; -1, which no thread holds, where it lies outside.
 __device__ __forceinline__ int label_column(const int64_t* labels, int64_t row, int columns) {
   const int64_t label = labels[row];
   return label >= 0 && label < columns ? static_cast<int>(label) : -1;
 }
 
-// Calls f(x) with the thread's element at the label, if it is the thread's.
+// Calls f with the element `offset` columns after the thread's first, if the thread holds it.
 template <int kSize, typename Function>
-__device__ __forceinline__ void at_label(int start, int label, float (&x)[kHeld], const Function& f) {
+__device__ __forceinline__ void at_offset(int offset, float (&x)[kHeld], const Function& f) {
+  if (offset < 0 || offset >= kWarp * kHeld) return;
+  // a subscript that is not a constant would put the array into local memory
 #pragma unroll
-  for (int j = 0; j < kHeld / kSize; ++j) {
-    const unsigned offset = static_cast<unsigned>(label - column_of<kSize>(start, j));
-    if (offset < kSize) {
-      // a subscript that is not a constant would put the array into local memory
-#pragma unroll
-      for (unsigned k = 0; k < kSize; ++k) {
-        if (offset == k) f(x[j * kSize + k]);
-      }
-    }
+  for (int i = 0; i < kHeld; ++i) {
+    if (offset == offset_of<kSize>(i)) f(x[i]);
   }
 }
 

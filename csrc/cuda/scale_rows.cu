@@ -16,12 +16,13 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= rows) return;
   const float factor = factors[row];
   if (factor == 1.0f) return;
-  for (int start = 0; start < columns; start += static_cast<int>(blockDim.x) * kHeld) {
+  for (int column = first_column<4>(0); column < columns; column += block_columns()) {
+    float* at = x + row * stride + column;
     float values[kHeld];
-    load_held<4>(x + row * stride, start, columns, packed, values);
+    load_held<4>(at, columns - column, packed, values);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) values[i] *= factor;
-    store_held<4>(x + row * stride, start, columns, packed, values);
+    store_held<4>(at, columns - column, packed, values);
   }
 }
 

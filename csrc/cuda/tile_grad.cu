@@ -28,9 +28,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks)
   constexpr int kSize = kPack<In>;
   const int64_t row = static_cast<int64_t>(blockIdx.x / rows.pieces) * blockDim.y + threadIdx.y;
   if (row >= rows.count) return;
-  const int start = static_cast<int>(blockIdx.x % rows.pieces * blockDim.x) * kHeld;
+  const int column = first_column<kSize>(static_cast<int>(blockIdx.x % rows.pieces) * block_columns());
   float x[kHeld];
-  load_logits(products + row * rows.stride, transform, start, rows.columns, packed, x);
+  load_logits(products + row * rows.stride, transform, column, rows.columns, packed, x);
   const RowGrads g = row_grads(grads, row);
   const int label = label_column(labels, row, rows.columns);
   const float inverse = inverse_cap(transform);
@@ -40,10 +40,10 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks)
     slopes[i] = slope(x[i], transform.scale, inverse);
     x[i] = logit_grad<DeviceMath, kMoments>(x[i], g);
   }
-  at_label<kSize>(start, label, x, [&](float& value) { value += g.logp; });
+  if (label >= 0) at_offset<kSize>(label - column, x, [&](float& value) { value += g.logp; });
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) x[i] *= slopes[i];
-  store_held<kSize>(out + row * rows.out_stride, start, rows.columns, packed.out, x);
+  store_held<kSize>(out + row * rows.out_stride + column, rows.columns - column, packed.out, x);
 }
 
 template <typename In, typename Out>

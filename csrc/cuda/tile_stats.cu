@@ -44,20 +44,20 @@ __device__ __forceinline__ void accumulate(const float (&logits)[kHeld], Running
 
 // Log-sum-exp of every kMassBlock columns: a pack of each of kMassBlock / kSize neighbouring threads.
 template <int kSize>
-__device__ __forceinline__ void store_masses(const float (&logits)[kHeld], int start, int columns, float* row) {
+__device__ __forceinline__ void store_masses(const float (&logits)[kHeld], int column, int columns, float* row) {
   constexpr int kLanes = kMassBlock / kSize;
 #pragma unroll
-  for (int j = 0; j < kHeld / kSize; ++j) {
+  for (int i = 0; i < kHeld; i += kSize) {
     float max = kMinusInf;
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) max = fmaxf(max, logits[j * kSize + k]);
+    for (int k = 0; k < kSize; ++k) max = fmaxf(max, logits[i + k]);
     const float base = finite_base(lanes_max(max, kLanes));
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) sum += DeviceMath::exp(logits[j * kSize + k] - base);
+    for (int k = 0; k < kSize; ++k) sum += DeviceMath::exp(logits[i + k] - base);
     sum = lanes_sum(sum, kLanes);
-    const int column = column_of<kSize>(start, j);
-    if (column % kMassBlock == 0 && column < columns) row[column / kMassBlock] = base + logf(sum);
+    const int first = column + offset_of<kSize>(i);
+    if (first % kMassBlock == 0 && first < columns) row[first / kMassBlock] = base + logf(sum);
   }
 }
 
@@ -97,12 +97,12 @@ __device__ __forceinline__ void merge_row(const TokenStats& stats, int64_t row, 
 // exp(logit - base) * slope, 0 at the label.
 template <int kSize, typename Out>
 __device__ __forceinline__ void store_operand(float (&logits)[kHeld], Out* row, const LogitTransform& f, float base,
-                                              int label, int start, int columns, bool packed) {
+                                              int label, int column, int columns, bool packed) {
   const float inverse = inverse_cap(f);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) logits[i] = DeviceMath::exp(logits[i] - base) * slope(logits[i], f.scale, inverse);
-  at_label<kSize>(start, label, logits, [](float& value) { value = 0.0f; });
-  store_held<kSize>(row, start, columns, packed, logits);
+  at_offset<kSize>(label - column, logits, [](float& value) { value = 0.0f; });
+  store_held<kSize>(row + column, columns - column, packed, logits);
 }
 
 struct Rows {
@@ -124,18 +124,21 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks)
   if (row >= rows.count) return;
   const In* from = products + row * rows.stride;
   const int columns = rows.columns, label = label_column(labels, row, columns);
-  const int step = static_cast<int>(blockDim.x) * kHeld;
+  const int first = first_column<kPack<In>>(0), step = block_columns();
 
   float logits[kHeld];
   // the row's old maximum takes part through its first thread, its old sums at the end
   Running mine{threadIdx.x == 0 ? stats.max[row] : kMinusInf, {}};
   for (int start = 0; start < columns; start += step) {
-    load_logits(from, transform, start, columns, packed, logits);
+    const int column = start + first;
+    load_logits(from, transform, column, columns, packed, logits);
     // from the same registers as the maximum: equal means equal, to the bit
-    at_label<kPack<In>>(start, label, logits, [&](float value) { stats.label_logit[row] = value; });
+    if (label >= 0) {
+      at_offset<kPack<In>>(label - column, logits, [&](float value) { stats.label_logit[row] = value; });
+    }
     accumulate<kMoments>(logits, mine);
     if (!kOperand && stats.block_lse != nullptr) {
-      store_masses<kPack<In>>(logits, start, columns, stats.block_lse + row * stats.block_lse_stride);
+      store_masses<kPack<In>>(logits, column, columns, stats.block_lse + row * stats.block_lse_stride);
     }
   }
 
@@ -155,13 +158,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks)
 
   if (kOperand) {
     Out* to = out + row * rows.out_stride;
-    if (columns <= step) {
-      store_operand<kPack<In>>(logits, to, transform, base, label, 0, columns, packed.out);
-      return;
-    }
     for (int start = 0; start < columns; start += step) {
-      load_logits(from, transform, start, columns, packed, logits);
-      store_operand<kPack<In>>(logits, to, transform, base, label, start, columns, packed.out);
+      if (columns > step) load_logits(from, transform, start + first, columns, packed, logits);
+      store_operand<kPack<In>>(logits, to, transform, base, label, start + first, columns, packed.out);
     }
   }
 }

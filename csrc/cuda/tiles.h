@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../tile.h"
 
@@ -36,6 +37,9 @@ struct CudaTile {
   const int64_t* labels;  // [rows], relative to the tile's first column; outside it counts as absent
   LogitTransform transform;
 };
+
+// Empty, or why the kernels cannot run on that device.
+std::string why_not(int device);
 
 // Merges the tile into `stats`. Only where stats.rescale asks for it, `out` receives exp(logit - max) * slope.
 void tile_stats(const CudaTile& tile, const TokenStats& stats, const Queue& queue);

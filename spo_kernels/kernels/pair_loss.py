@@ -10,27 +10,13 @@ this to it. Bytes moved per token: 12 read (log-prob, label), 8 read and 4 writt
 coefficient); nothing per logit. A segment's bounds are clamped to the batch, so that a bad one reads nothing else.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from spo_kernels._pair_form import PairForm, pair_outputs
 from spo_kernels.kernels.config import Launch, architecture_of, resolve
-
-
-@dataclass(frozen=True)
-class PairForm:
-    """Which of the formulas: `penalty` "none", "nll" or "hinge"; `value` (v) "reference" or "input"."""
-
-    beta: float
-    use_reference: bool = True
-    penalty: str = "none"
-    weight: float = 0.0
-    epsilon: float = 0.0
-    value: str = "reference"
-    mean: bool = True
 
 
 @triton.jit
@@ -175,10 +161,7 @@ def pair_loss(
         value: `[B]` float32, v of the hinge where `form.value` is "input".
     """
     logp, labels = logp.contiguous(), labels.contiguous()
-    pairs = (logp.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1) // 2
-    summary = logp.new_empty((7, pairs))
-    # packed tokens that no sequence holds stay 0
-    coefficients = torch.empty_like(logp) if cu_seqlens is None else torch.zeros_like(logp)
+    pairs, summary, coefficients = pair_outputs(logp, cu_seqlens)
     kernel, options = resolve(_pair_loss_kernel, "pair_loss", architecture_of(logp.device), launch)
     with torch.cuda.device_of(logp):
         kernel[(pairs,)](
