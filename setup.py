@@ -1,10 +1,13 @@
-"""Builds the C++ extension where a compiler is found; without one the package installs and runs without it."""
+"""Builds the C++ extension where a compiler is found and the CUDA extension where nvcc is; the package runs without."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
@@ -13,13 +16,18 @@ def load_build_module():
     """`spo_kernels/_build.py` by path: importing the package would need torch in the build environment."""
     spec = importlib.util.spec_from_file_location("_spo_build", ROOT / "spo_kernels" / "_build.py")
     module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
+build = load_build_module()
+CUDA = "spo_kernels._C_cuda"
+
+
 def extensions() -> list[Extension]:
-    """The CPU extension, or nothing where there is no compiler."""
-    build = load_build_module()
+    """The CPU extension and the CUDA extension, or nothing where there is no compiler."""
     cxx = build.compiler()
     if cxx is None:
         print("spo_kernels: no C++ compiler on PATH; installing without the cpp backend", file=sys.stderr)
@@ -27,27 +35,58 @@ def extensions() -> list[Extension]:
     import pybind11
 
     openmp = [*build.openmp_flags(cxx)]
-    return [
-        Extension(
-            "spo_kernels._C",
-            sources=[*build.SOURCES],
-            depends=[*build.HEADERS],
-            include_dirs=[pybind11.get_include()],
-            extra_compile_args=[*build.FLAGS, *openmp],
-            extra_link_args=openmp,
-            language="c++",
-            optional=True,
-        )
-    ]
+    cpu = Extension(
+        "spo_kernels._C",
+        sources=[*build.SOURCES],
+        depends=[*build.HEADERS],
+        include_dirs=[pybind11.get_include()],
+        extra_compile_args=[*build.FLAGS, *openmp],
+        extra_link_args=openmp,
+        language="c++",
+        optional=True,
+    )
+    skipped = "SPO_SKIP_CUDA_BUILD is set" if os.environ.get("SPO_SKIP_CUDA_BUILD", "0") not in ("", "0") else None
+    skipped = skipped or (None if build.nvcc() else build.NO_NVCC)
+    if skipped is not None:
+        print(f"spo_kernels: {skipped}; installing without a prebuilt cuda backend", file=sys.stderr)
+        return [cpu]
+    cuda = Extension(CUDA, sources=[*build.CUDA_SOURCES], depends=[*build.CUDA_HEADERS], optional=True)
+    return [cpu, cuda]
+
+
+class BuildExtensions(build_ext):
+    """setuptools compiles C++; the CUDA extension is made by its recipe."""
+
+    def build_extension(self, extension: Extension) -> None:
+        """See `setuptools.command.build_ext`."""
+        if extension.name != CUDA:
+            super().build_extension(extension)
+            return
+        library = Path(self.get_ext_fullpath(extension.name)).resolve()
+        folder = Path(self.build_temp, "cuda").resolve()
+        for needed in (library.parent, folder):
+            needed.mkdir(parents=True, exist_ok=True)
+        try:
+            recipe = build.cuda_recipe(os.environ.get("SPO_CUDA_ARCHS") or build.known_architectures())
+            build.run_ninja(recipe, folder, library)
+        except build.BuildError as error:
+            raise CompileError(str(error)) from error
 
 
 setup(
     ext_modules=extensions(),
-    packages=[*find_packages(include=["spo_kernels", "spo_kernels.*"]), "spo_kernels.csrc", "spo_kernels.csrc.cpu"],
+    cmdclass={"build_ext": BuildExtensions},
+    packages=[
+        *find_packages(include=["spo_kernels", "spo_kernels.*"]),
+        "spo_kernels.csrc",
+        "spo_kernels.csrc.cpu",
+        "spo_kernels.csrc.cuda",
+    ],
     package_dir={"spo_kernels.csrc": "csrc"},
     package_data={
         "spo_kernels": ["py.typed"],
-        "spo_kernels.csrc": ["*.cpp"],
+        "spo_kernels.csrc": ["*.cpp", "*.h"],
         "spo_kernels.csrc.cpu": ["*.cpp", "*.h"],
+        "spo_kernels.csrc.cuda": ["*.cu", "*.cuh", "*.h"],
     },
 )

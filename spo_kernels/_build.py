@@ -106,10 +106,6 @@ class Recipe:
             digest.update((self.root / name).read_bytes())
         return digest.hexdigest()[:20]
 
-    def command(self, source: str) -> str:
-        """The command that compiles this source."""
-        return self.compile[Path(source).suffix]
-
 
 def cpu_recipe() -> Recipe:
     """`_C`, the CPU kernels.
@@ -118,7 +114,7 @@ def cpu_recipe() -> Recipe:
         BuildError: No compiler, no pybind11 or no sources.
     """
     cxx = _checked_compiler()
-    flags = " ".join([cxx, *FLAGS, *openmp_flags(cxx), *_includes()])
+    flags = " ".join([cxx, *FLAGS, *openmp_flags(cxx), *pybind11_flags()])
     return Recipe(
         module="_C",
         root=_checked_root(*SOURCES, *HEADERS),
@@ -149,7 +145,7 @@ def cuda_recipe(architectures: str) -> Recipe:
         sources=CUDA_SOURCES,
         headers=CUDA_HEADERS,
         compile={
-            ".cpp": " ".join([cxx, *FLAGS, "-fPIC", *_includes(), "-c $in -o $out"]),
+            ".cpp": " ".join([cxx, *FLAGS, "-fPIC", *pybind11_flags(), "-c $in -o $out"]),
             ".cu": " ".join([device, *CUDA_FLAGS, *gencode_flags(architectures), "-c $in -o $out"]),
         },
         link=f"{device} -shared -cudart static -Xlinker --exclude-libs=ALL $in -o $out",
@@ -187,20 +183,37 @@ def gencode_flags(architectures: str) -> list[str]:
 
 
 def architecture_of(capability: tuple[int, int]) -> str:
-    """The entry for one device: its own, or PTX of the newest before it that this nvcc knows.
+    """The entry for one device: its own, or PTX of the newest before it that nvcc knows.
 
     Raises:
         BuildError: No nvcc, or it knows none.
     """
+    wanted = 10 * capability[0] + capability[1]
+    known = [number for number in _nvcc_knows() if number <= wanted]
+    if not known:
+        raise BuildError(f"{nvcc()} knows no architecture for compute capability {capability[0]}.{capability[1]}")
+    return str(wanted) if wanted in known else f"{max(known)}+PTX"
+
+
+def known_architectures() -> str:
+    """Those of CUDA_ARCHITECTURES that nvcc knows; 10.0 and 12.0 came with CUDA 12.8. PTX of the last at least.
+
+    Raises:
+        BuildError: No nvcc, or it knows none.
+    """
+    known = _nvcc_knows()
+    entries = [entry for entry in CUDA_ARCHITECTURES.split(";") if int(entry.removesuffix("+PTX")) in known]
+    if not entries:
+        raise BuildError(f"{nvcc()} knows none of {CUDA_ARCHITECTURES}")
+    return ";".join(entries) if "+PTX" in str(entries) else ";".join(entries) + "+PTX"
+
+
+def _nvcc_knows() -> list[int]:
     found = nvcc()
     if found is None:
         raise BuildError(NO_NVCC)
     listed = subprocess.run([found, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    wanted = 10 * capability[0] + capability[1]
-    known = [number for number in map(int, re.findall(r"compute_(\d+)\b", listed)) if number <= wanted]
-    if not known:
-        raise BuildError(f"{found} knows no architecture for compute capability {capability[0]}.{capability[1]}")
-    return str(wanted) if wanted in known else f"{max(known)}+PTX"
+    return [int(number) for number in re.findall(r"compute_(\d+)\b", listed)]
 
 
 def _checked_compiler() -> str:
@@ -218,7 +231,12 @@ def _checked_root(*names: str) -> Path:
     return root
 
 
-def _includes() -> list[str]:
+def pybind11_flags() -> list[str]:
+    """Where a compiler finds the headers of Python and pybind11.
+
+    Raises:
+        BuildError: pybind11 is not installed.
+    """
     if importlib.util.find_spec("pybind11") is None:
         raise BuildError("pybind11 is not installed (pip install pybind11)")
     import pybind11
@@ -236,21 +254,14 @@ def load_or_build(recipe: Recipe) -> ModuleType:
     Raises:
         BuildError: No ninja, a cache folder that cannot be written, or the compiler failed.
     """
+    import fcntl
+
     from spo_kernels import _env
 
     folder = _env.cache_dir() / recipe.key()
     library = folder / f"{recipe.module}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.is_file():
-        _build(recipe, folder, library)
-    return _import_from(library, recipe.module)
-
-
-def _build(recipe: Recipe, folder: Path, library: Path) -> None:
-    import fcntl
-
-    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    if ninja is None:
-        raise BuildError("ninja is not installed (pip install ninja)")
+    if library.is_file():
+        return _import_from(library, recipe.module)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "lock").touch()
@@ -258,23 +269,34 @@ def _build(recipe: Recipe, folder: Path, library: Path) -> None:
         raise BuildError(f"cannot write to the cache folder {folder}: {error}") from error
     with open(folder / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if library.is_file():
-            return
-        objects = {name: Path(name).name + ".o" for name in recipe.sources}
-        lines = []
-        for suffix, command in recipe.compile.items():
-            lines += [f"rule compile{suffix}", f"  command = {command}"]
-        lines += ["rule link", f"  command = {recipe.link}"]
-        lines += [
-            f"build {target}: compile{Path(name).suffix} {recipe.root / name}" for name, target in objects.items()
-        ]
-        lines += [f"build unfinished.so: link {' '.join(objects.values())}", ""]
-        (folder / "build.ninja").write_text("\n".join(lines))
-        result = subprocess.run([ninja, "-C", str(folder)], capture_output=True, text=True)
-        if result.returncode != 0:
-            raise BuildError(f"the compiler failed:\n{result.stdout}{result.stderr}")
-        # other processes look only for the final name, so they never see a half-written library
-        os.replace(folder / "unfinished.so", library)
+        if not library.is_file():
+            run_ninja(recipe, folder, folder / "unfinished.so")
+            # other processes look only for the final name, so they never see a half-written library
+            os.replace(folder / "unfinished.so", library)
+    return _import_from(library, recipe.module)
+
+
+def run_ninja(recipe: Recipe, folder: Path, library: Path) -> str:
+    """Make `library`, with everything on the way to it in `folder`; what the compilers said.
+
+    Raises:
+        BuildError: No ninja, or a compiler failed.
+    """
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if ninja is None:
+        raise BuildError("ninja is not installed (pip install ninja)")
+    objects = {name: Path(name).name + ".o" for name in recipe.sources}
+    lines = []
+    for suffix, command in recipe.compile.items():
+        lines += [f"rule compile{suffix}", f"  command = {command}"]
+    lines += ["rule link", f"  command = {recipe.link}"]
+    lines += [f"build {target}: compile{Path(name).suffix} {recipe.root / name}" for name, target in objects.items()]
+    lines += [f"build {library}: link {' '.join(objects.values())}", ""]
+    (folder / "build.ninja").write_text("\n".join(lines))
+    result = subprocess.run([ninja, "-C", str(folder)], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise BuildError(f"the compiler failed:\n{result.stdout}{result.stderr}")
+    return result.stdout
 
 
 def _import_from(library: Path, name: str) -> ModuleType:

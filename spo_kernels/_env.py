@@ -2,8 +2,8 @@
 
 SPO_BACKEND        tile backend used when the call names none: torch, cpp, triton, cuda
 SPO_DISABLE_JIT    1: never build the extension on first use
-SPO_CUDA_ARCHS     architectures that the CUDA extension is built for, e.g. "80;90+PTX" (default: pip: 80;90;100+PTX;120,
-                   first use: the present device's)
+SPO_CUDA_ARCHS     what the CUDA extension is built for, e.g. "80;90+PTX" (default: on first use the present device,
+                   else 80;90;100+PTX;120)
 SPO_CACHE_DIR      where an extension built on first use is kept (default: ~/.cache/spo_kernels)
 SPO_AUTOTUNE       1: time the Triton kernels' configurations on first use instead of taking the table's
 TRITON_INTERPRET   Triton's own: 1 lets backend="triton" run on CPU tensors, slowly, for tests

@@ -1,4 +1,4 @@
-"""The pair_loss kernel in Triton's interpreter against the losses' own definition in float64."""
+"""The pair_loss kernels of both GPU backends against the losses' own definition in float64."""
 
 import os
 
@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
 from spo_kernels import _pair_loss, fused_spo_loss, paths
-from spo_kernels.kernels import pair_loss as pair_kernel
+from spo_kernels._pair_form import PairForm
 from spo_kernels.losses import DPO, SPO, PairLogps
 from spo_kernels.losses.pairs import PairInputs
 from spo_kernels.sequences import count_tokens, sum_sequences
@@ -45,7 +45,7 @@ def pair_inputs(layout, tokens=37, pairs=3):
 @pytest.mark.parametrize("layout", ["padded", "int32", "int64"])
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_pair_loss_is_the_losses_definition(layout, objective, reduction):
+def test_pair_loss_is_the_losses_definition(backend, layout, objective, reduction):
     """Loss, metrics and gradient of the fast path against the objective itself in float64."""
     logp, labels, cu_seqlens = pair_inputs(layout)
     pairs = 3
@@ -69,7 +69,7 @@ def test_pair_loss_is_the_losses_definition(layout, objective, reduction):
 
     ours = logp.clone().requires_grad_()
     factor = 1 / pairs if reduction == "mean" else 1.0
-    kernel = _pair_loss.PairKernel.of(objective, PairInputs(reference, lengths, value), "triton")
+    kernel = _pair_loss.PairKernel.of(objective, PairInputs(reference, lengths, value), backend)
     loss, metrics = kernel.loss(ours, labels, cu_seqlens, -100, factor)
     (1.5 * loss).backward()
     close(loss.detach(), expected.detach(), 1e-6)
@@ -83,12 +83,12 @@ def test_pair_loss_is_the_losses_definition(layout, objective, reduction):
 
 
 @pytest.mark.parametrize("margin", [-200.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 90.0, 200.0, torch.nan])
-def test_pair_loss_of_extreme_margins(margin):
+def test_pair_loss_of_extreme_margins(kernels, margin):
     """-log sigmoid keeps its digits where e^-z is far below 1."""
     logp = torch.tensor([[margin], [0.0]])
     labels = torch.zeros(2, 1, dtype=torch.int64)
-    form = pair_kernel.PairForm(beta=1.0, use_reference=False)
-    summary, coefficients = pair_kernel.pair_loss(
+    form = PairForm(beta=1.0, use_reference=False)
+    summary, coefficients = kernels.pair_loss(
         logp, labels, form, cu_seqlens=None, reference=None, value=None, ignore_index=-100, factor=1.0
     )
     z = torch.tensor(margin, dtype=torch.float64)
@@ -98,12 +98,12 @@ def test_pair_loss_of_extreme_margins(margin):
     )
 
 
-def test_bad_segment_bounds_read_nothing_else():
+def test_bad_segment_bounds_read_nothing_else(kernels):
     """On a GPU their values are not looked at before the launch."""
     logp, labels = torch.rand(6), torch.zeros(6, dtype=torch.int64)
     cu_seqlens = torch.tensor([-5, 3, 10**12])
-    form = pair_kernel.PairForm(beta=1.0, use_reference=False)
-    summary, _ = pair_kernel.pair_loss(
+    form = PairForm(beta=1.0, use_reference=False)
+    summary, _ = kernels.pair_loss(
         logp, labels, form, cu_seqlens=cu_seqlens, reference=None, value=None, ignore_index=-100, factor=1.0
     )
     close(summary[5:, 0], torch.stack([logp[:3].sum(), logp[3:].sum()]), 1e-6)
@@ -125,7 +125,7 @@ def test_only_the_kernels_own_objectives_take_the_fast_path():
 @pytest.mark.parametrize("path", [None, "two_pass", "packed", "factorised"])
 @pytest.mark.parametrize("loss", ["dpo", "spo", SPO(penalty="hinge")], ids=["dpo", "spo", "hinge"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_fused_spo_loss(monkeypatch, loss, packed, path):
+def test_fused_spo_loss(backend, monkeypatch, loss, packed, path):
     """The whole call on both backends: the same loss, metrics and gradients."""
     if path == "packed":  # each pair is then a group of its own
         monkeypatch.setattr(paths.PairProblem, "rows", lambda self, accumulators: max(self.pair_tokens))
@@ -133,7 +133,7 @@ def test_fused_spo_loss(monkeypatch, loss, packed, path):
     cu_seqlens = torch.tensor([0, 9, 20, 20, 36]) if packed else None
     shape = (36,) if packed else (4, 9)
     results = {}
-    for backend in ("torch", "triton"):
+    for name in ("torch", backend):
         hidden = batch.hidden.reshape(*shape, 8).clone().requires_grad_()
         weight = batch.weight.clone().requires_grad_()
         value, metrics = fused_spo_loss(
@@ -146,18 +146,18 @@ def test_fused_spo_loss(monkeypatch, loss, packed, path):
             token_metrics=True,
             shift=True,
             path=path,
-            backend=backend,
+            backend=name,
         )
         value.backward()
-        results[backend] = {"loss": value.detach(), **metrics, "dh": hidden.grad, "dw": weight.grad}
-    assert results["torch"].keys() == results["triton"].keys()
+        results[name] = {"loss": value.detach(), **metrics, "dh": hidden.grad, "dw": weight.grad}
+    assert results["torch"].keys() == results[backend].keys()
     for name, expected in results["torch"].items():
-        assert results["triton"][name].shape == expected.shape, name
-        close(results["triton"][name], expected, 2e-5)
+        assert results[backend][name].shape == expected.shape, name
+        close(results[backend][name], expected, 2e-5)
 
 
-def test_opcheck():
+def test_opcheck(backend):
     logp, labels, cu_seqlens = pair_inputs("int64")
-    form = (0.3, True, "nll", 1.0, 0.0, "reference", True)
+    form = (0.3, True, "nll", 1.0, 0.0, "reference", True, backend)
     arguments = (logp, labels, cu_seqlens, torch.zeros(6), None, -100, 0.5, *form)
     torch.library.opcheck(torch.ops.spo_kernels.pair_loss.default, arguments)

@@ -1,4 +1,4 @@
-"""`linear_logprob` through the Triton kernels in the interpreter, and what only a GPU does otherwise."""
+"""`linear_logprob` through the kernels of both GPU backends, and what only a GPU does otherwise."""
 
 import os
 
@@ -22,6 +22,8 @@ from spo_kernels.testing import (
     random_upstream,
 )
 
+with_torch = pytest.mark.parametrize("backend", ["torch", "triton", "cuda"], indirect=True)
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tile", [None, 6000], ids=["one-tile", "tiles"])
@@ -30,49 +32,49 @@ from spo_kernels.testing import (
     [{}, {"logit_scale": 0.7, "logit_softcap": 4.0}, {"outputs": ALL_OUTPUTS}, {"shift": True}],
     ids=["plain", "softcap", "outputs", "shift"],
 )
-def test_linear_logprob(dtype, tile, options):
+def test_linear_logprob(backend, dtype, tile, options):
     batch = random_batch((3, 5), 131, 12, dtype=dtype, bias=True, ignored=0.3)
-    check_linear_logprob(linear_logprob, batch, backend="triton", workspace_bytes=tile, **options)
+    check_linear_logprob(linear_logprob, batch, backend=backend, workspace_bytes=tile, **options)
 
 
 @pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
-def test_peaked_distributions_and_masked_columns(trained):
+def test_peaked_distributions_and_masked_columns(backend, trained):
     batch = peaked_batch(2, 7, 150, 16)
     bias = torch.zeros(150)
     bias[40:60] = -torch.inf
     batch = Batch(batch.hidden, batch.weight, batch.labels, bias)
     upstream = random_upstream(batch)
     oracle, eager = Oracle(batch, upstream), evaluate(eager_logprob, batch, upstream)
-    actual = evaluate(linear_logprob, batch, upstream, trained=trained, backend="triton", workspace_bytes=9000)
+    actual = evaluate(linear_logprob, batch, upstream, trained=trained, backend=backend, workspace_bytes=9000)
     for name in {"weight", "bias"} - set(trained):
         del oracle.values[f"{name}.grad"]
     assert_accurate(actual, oracle, eager)
 
 
 @pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids=["trained", "frozen"])
-def test_same_inputs_same_bits(trained):
+def test_same_inputs_same_bits(backend, trained):
     batch = random_batch((3, 5), 131, 12, bias=True, ignored=0.3)
     upstream = random_upstream(batch)
-    first, second = (evaluate(linear_logprob, batch, upstream, trained=trained, backend="triton") for _ in range(2))
+    first, second = (evaluate(linear_logprob, batch, upstream, trained=trained, backend=backend) for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("name", ["hidden", "weight", "bias", "labels", "upstream"])
-def test_any_layout(name):
+def test_any_layout(backend, name):
     batch = random_batch((3, 5), 43, 12, bias=True, ignored=0.2)
     tensors = {key: getattr(batch, key) for key in ("hidden", "weight", "labels", "bias")}
     if name != "upstream":
         tensors[name] = torch.stack([tensors[name], tensors[name]], -1)[..., 0]
     upstream = {"logp": torch.ones(()).expand(3, 5)} if name == "upstream" else None
-    check_linear_logprob(linear_logprob, Batch(**tensors), upstream=upstream, backend="triton")
+    check_linear_logprob(linear_logprob, Batch(**tensors), upstream=upstream, backend=backend)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "spo"])
-def test_compiles_as_one_graph(loss):
+def test_compiles_as_one_graph(backend, loss):
     batch = random_batch((4, 5), 43, 12, ignored=0.2)
 
     def call(hidden, weight):
-        return fused_spo_loss(hidden, weight, batch.labels, loss=loss, ref_logps=torch.zeros(4), backend="triton")
+        return fused_spo_loss(hidden, weight, batch.labels, loss=loss, ref_logps=torch.zeros(4), backend=backend)
 
     results = []
     for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
@@ -99,7 +101,7 @@ def half_products(monkeypatch):
     monkeypatch.setattr(_products.VendorProducts, "matmul", matmul)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@with_torch
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
 def test_half_precision_operands(half_products, backend, dtype, trained):
@@ -114,7 +116,7 @@ def test_half_precision_operands(half_products, backend, dtype, trained):
     assert_accurate(actual, oracle, {**rounded, "logp": exact["logp"]})
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@with_torch
 @pytest.mark.parametrize("size", [1e-6, 1.0, 2.0**14])
 def test_upstream_of_any_size_in_float16(half_products, backend, size):
     """Without headroom 1e-6 * p is below float16's smallest number and 2^17 above its largest."""
@@ -129,7 +131,7 @@ def test_upstream_of_any_size_in_float16(half_products, backend, size):
         assert (actual - expected).abs().max() <= 6e-8
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@with_torch
 @pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("outputs", [(), ALL_OUTPUTS], ids=["logp", "outputs"])

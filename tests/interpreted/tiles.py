@@ -1,4 +1,4 @@
-"""The tile kernels in Triton's interpreter against float64, operand by operand.
+"""The tile kernels of both GPU backends against float64, operand by operand.
 
 Blocks are small, so that loops and ragged ends are met with little data: a program and step costs about 1 ms here.
 """
@@ -14,14 +14,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
 from spo_kernels import _backend
-from spo_kernels.kernels.config import Launch
-from spo_kernels.kernels.scale_rows import scale_rows
-from spo_kernels.kernels.tile_grad import tile_grad
-from spo_kernels.kernels.tile_stats import tile_stats
-from spo_kernels.tiles import torch_tiles
 from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats
 
-SMALL = Launch(unroll=2, lanes=32, num_warps=1)
+# unroll, lanes and warps of the Triton kernels
+SMALL = (2, 32, 1)
 each_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 
 # ---- tile_stats
@@ -40,14 +36,14 @@ def expected_stats(logits, label_logit):
 @pytest.mark.parametrize("moments", [False, True], ids=["logp", "moments"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("columns", [1, 7, 64, 131])
-def test_stats_of_two_tiles(columns, bias, moments, transform):
+def test_stats_of_two_tiles(kernels, columns, bias, moments, transform):
     tiles = [made(columns, bias, seed) for seed in (1, 2)]
     stats = TokenStats.start(ROWS, tiles[0][0], moments)
     seen, label_logit = [], torch.full((ROWS,), -torch.inf, dtype=torch.float64)
     for step, (tile, values, labels) in enumerate(tiles):
         labels = labels if step == 0 else labels.flip(0)
         before = tile.clone()
-        tile_stats(tile, values, labels, transform, stats, launch=SMALL)
+        kernels.tile_stats(tile, values, labels, transform, stats, launch=SMALL)
         assert torch.equal(tile, before)
         logits = logits64(tile.double(), values, transform)
         seen.append(logits)
@@ -63,20 +59,20 @@ def test_stats_of_two_tiles(columns, bias, moments, transform):
 @pytest.mark.parametrize("launch", [None, SMALL], ids=["row", "twice"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("moments", [False, True], ids=["logp", "moments"])
-def test_exponentials(dtype, launch, moments, transform):
+def test_exponentials(kernels, dtype, launch, moments, transform):
     """`rescale` and the operand, in place or in another dtype, after a first tile whose maximum may be larger."""
     columns = 131
     first, values, labels = made(columns, True, 1)
     tile, _, _ = made(columns, True, 2)
     stats = TokenStats.start(ROWS, tile, moments)
-    tile_stats(first, values, labels, transform, stats)
+    kernels.tile_stats(first, values, labels, transform, stats)
     old = stats.max.clone()
     product = tile.double().requires_grad_()
     logits = logits64(product, values, transform)
     (slope,) = torch.autograd.grad(logits.sum(), product)
     rescale = torch.full((ROWS,), torch.nan)
     out = None if dtype == torch.float32 else torch.full(tile.shape, torch.nan, dtype=dtype)
-    tile_stats(tile, values, labels, transform, stats, rescale, out, launch=launch)
+    kernels.tile_stats(tile, values, labels, transform, stats, rescale, out, launch=launch)
 
     new = torch.maximum(old.double(), logits.detach().amax(1))
     expected = (logits.detach() - new[:, None]).exp() * slope.nan_to_num(0.0)
@@ -87,49 +83,49 @@ def test_exponentials(dtype, launch, moments, transform):
     close(tile if out is None else out, expected, 4e-6 if out is None else 6e-4)
 
 
-def test_no_column_yet_but_minus_infinity():
+def test_no_column_yet_but_minus_infinity(kernels):
     """exp(-inf + inf) must not appear."""
     tile = torch.full((ROWS, 40), -torch.inf)
     stats = TokenStats.start(ROWS, tile, True)
     rescale = torch.empty(ROWS)
-    tile_stats(tile, None, torch.zeros(ROWS, dtype=torch.int64), PLAIN, stats, rescale, launch=SMALL)
+    kernels.tile_stats(tile, None, torch.zeros(ROWS, dtype=torch.int64), PLAIN, stats, rescale, launch=SMALL)
     assert (stats.max == -torch.inf).all()
     for value in (stats.sum, stats.shifted_sum, stats.square_sum, rescale, tile):
         assert (value == 0).all()
     later, _, labels = made(40)
-    tile_stats(later, None, labels, PLAIN, stats, launch=SMALL)
+    kernels.tile_stats(later, None, labels, PLAIN, stats, launch=SMALL)
     close(stats.max + stats.sum.log(), later.double().logsumexp(1), 1e-6)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_non_finite_logits_show(value):
+def test_non_finite_logits_show(kernels, value):
     tile, _, labels = made(131)
     tile[3, 77] = value
     stats = TokenStats.start(ROWS, tile, True)
-    tile_stats(tile, None, labels, PLAIN, stats, launch=SMALL)
+    kernels.tile_stats(tile, None, labels, PLAIN, stats, launch=SMALL)
     lse = stats.max + stats.sum.log()
     assert not lse[3].isfinite()
     assert lse[torch.arange(ROWS) != 3].isfinite().all()
 
 
 @pytest.mark.parametrize("columns", [1, 127, 1300])
-def test_block_masses(columns):
+def test_block_masses(kernels, columns):
     tile, values, labels = made(columns, True)
     blocks = -(-columns // MASS_BLOCK)
     block_lse = torch.full((ROWS, blocks), torch.nan)
     stats = TokenStats.start(ROWS, tile, False)
-    tile_stats(tile, values, labels, PLAIN, stats, block_lse=block_lse, launch=Launch(2, 512, 4))
+    kernels.tile_stats(tile, values, labels, PLAIN, stats, block_lse=block_lse, launch=(2, 512, 4))
     logits = logits64(tile.double(), values, PLAIN)
     expected = torch.stack([piece.logsumexp(1) for piece in logits.split(MASS_BLOCK, 1)], 1)
     close(block_lse, expected)
     close(block_lse.double().logsumexp(1), stats.max.double() + stats.sum.double().log())
 
 
-def test_label_logit_is_the_maximum_to_the_bit():
+def test_label_logit_is_the_maximum_to_the_bit(kernels):
     """`correct` compares the two."""
     tile, _, _ = made(300, seed=3, spread=10.0)
     stats = TokenStats.start(ROWS, tile, False)
-    tile_stats(tile, None, tile.argmax(1), LogitTransform(0.3, 2.0), stats, launch=SMALL)
+    kernels.tile_stats(tile, None, tile.argmax(1), LogitTransform(0.3, 2.0), stats, launch=SMALL)
     assert torch.equal(stats.label_logit, stats.max)
 
 
@@ -142,7 +138,7 @@ FLOWS = [("logp",), ("lse",), ("entropy",), ("log_sum_p2",), ("logp", "lse", "en
 @pytest.mark.parametrize("flows", FLOWS, ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("columns", [1, 7, 131])
-def test_grad(columns, dtype, flows, transform):
+def test_grad(kernels, columns, dtype, flows, transform):
     """Against float64 autograd, with a label in another tile and one that is ignored."""
     tile, values, labels = made(columns, columns > 1)
     product = tile.double().requires_grad_()
@@ -170,15 +166,15 @@ def test_grad(columns, dtype, flows, transform):
         **upstream,
     )
     out = None if dtype == torch.float32 else torch.full(tile.shape, torch.nan, dtype=dtype)
-    tile_grad(tile, values, labels, transform, grads, out, launch=SMALL)
+    kernels.tile_grad(tile, values, labels, transform, grads, out, launch=SMALL)
     close(tile if out is None else out, expected.nan_to_num(0.0), 1e-5 if out is None else 2e-3)
 
 
-def test_scale_rows_leaves_rows_of_factor_one():
+def test_scale_rows_leaves_rows_of_factor_one(kernels):
     matrix = torch.randn(4, 70)
     matrix[0, 0] = torch.nan
     before, factors = matrix.clone(), torch.tensor([1.0, 0.5, 0.0, torch.nan])
-    scale_rows(matrix, factors, launch=SMALL)
+    kernels.scale_rows(matrix, factors, launch=SMALL)
     assert torch.equal(matrix[0, 1:], before[0, 1:])
     assert torch.equal(matrix[1:3], before[1:3] * factors[1:3, None])
     assert matrix[3].isnan().all()
@@ -187,7 +183,7 @@ def test_scale_rows_leaves_rows_of_factor_one():
 # ---- offsets beyond 2^31 elements
 
 
-def test_rows_more_than_two_to_the_31_elements_apart():
+def test_rows_more_than_two_to_the_31_elements_apart(kernels):
     """A stride that fits 32 bits, with a row offset that does not, in memory that is reserved and hardly touched."""
     stride, rows, columns = 2**30 + 64, 3, 40
     try:
@@ -200,23 +196,23 @@ def test_rows_more_than_two_to_the_31_elements_apart():
     labels = torch.tensor([1, 2, 3])
     tile.copy_(values)
     stats = TokenStats.start(rows, values, False)
-    tile_stats(tile, None, labels, PLAIN, stats, launch=SMALL)
+    kernels.tile_stats(tile, None, labels, PLAIN, stats, launch=SMALL)
     lse = (stats.max + stats.sum.log()).clone()
     close(lse, values.double().logsumexp(1))
-    tile_grad(tile, None, labels, PLAIN, TokenGrads(lse, logp=torch.ones(rows)), launch=SMALL)
+    kernels.tile_grad(tile, None, labels, PLAIN, TokenGrads(lse, logp=torch.ones(rows)), launch=SMALL)
     expected = -values.double().softmax(1)
     expected[torch.arange(rows), labels] += 1.0
     close(tile, expected, 1e-6)
-    scale_rows(tile, torch.full((rows,), 2.0), launch=SMALL)
+    kernels.scale_rows(tile, torch.full((rows,), 2.0), launch=SMALL)
     close(tile, 2 * expected, 1e-6)
 
 
 # ---- the backend object
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"], indirect=True)
 def test_out_receives_what_the_tile_would(backend):
-    module = torch_tiles if backend == "torch" else _backend.load_backend("triton").tiles
+    module = _backend.load_backend(backend).tiles
     tile, values, labels = made(40, True)
     grads = TokenGrads(lse_value=torch.full((ROWS,), 9.0), logp=torch.ones(ROWS))
     in_place, out = tile.clone(), torch.empty(tile.shape, dtype=torch.float16)
@@ -235,9 +231,9 @@ def test_out_receives_what_the_tile_would(backend):
         ({"out": torch.zeros(ROWS, 9)}, "out"),
     ],
 )
-def test_wrong_arguments_are_named(change, message):
+def test_wrong_arguments_are_named(backend, change, message):
     arguments = {"tile": torch.zeros(ROWS, 8), "bias": None, "labels": torch.zeros(ROWS, dtype=torch.int64)}
     grads = TokenGrads(lse_value=torch.zeros(ROWS), logp=torch.zeros(ROWS))
     arguments |= {"transform": PLAIN, "grads": grads} | change
     with pytest.raises(ValueError, match=message):
-        _backend.load_backend("triton").tiles.tile_grad(**arguments)
+        _backend.load_backend(backend).tiles.tile_grad(**arguments)

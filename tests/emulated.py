@@ -1,0 +1,62 @@
+"""The CUDA kernels on CPU tensors: csrc/cuda compiled for the CPU, its threads as fibres (see tests/cuda_emulator)."""
+
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from spo_kernels import _backend, _build, _cuda
+from spo_kernels.tiles import cuda_tiles
+
+ROOT = Path(__file__).parent.parent
+_EMULATOR = ("tests/cuda_emulator/emulator.cpp",)
+_HEADERS = tuple(f"tests/cuda_emulator/{name}.h" for name in ("cuda_bf16", "cuda_fp16", "cuda_runtime"))
+
+
+@cache
+def build():
+    """The module `_C_cuda`, emulated; a skip where no compiler can make it."""
+    try:
+        recipe = _build.cpu_recipe()
+        flags = f"-O1 -std=c++17 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -I {ROOT}/tests/cuda_emulator"
+        command = " ".join([_build.compiler(), flags, *_build.pybind11_flags(), "-x c++ -c $in -o $out"])
+        return _build.load_or_build(
+            _build.Recipe(
+                module="_C_cuda",
+                root=ROOT,
+                sources=(*_build.CUDA_SOURCES, *_EMULATOR),
+                headers=(*_build.CUDA_HEADERS, *_HEADERS),
+                compile={".cpp": command, ".cu": command},
+                link=f"{_build.compiler()} -shared $in -o $out",
+                identity=recipe.identity,
+            )
+        )
+    except _build.BuildError as error:
+        if "the compiler failed" in str(error):
+            raise
+        pytest.skip(f"the CUDA kernels cannot be compiled for the CPU: {error}")
+
+
+class EmulatedTiles(cuda_tiles.CudaTiles):
+    """On CPU tensors, where there is no device to make current and no stream."""
+
+    device = 0
+
+    def _guard(self, tensor):
+        return nullcontext()
+
+    def _queue(self, tensor):
+        return self.device, 0
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch):
+    """backend="cuda" runs emulated, on CPU tensors."""
+    module = build()
+    monkeypatch.setattr(_cuda, "load", lambda: (module, "emulated"))
+    monkeypatch.setattr(_cuda, "why_not", lambda device, dtype: None)
+    monkeypatch.setattr(cuda_tiles, "CudaTiles", EmulatedTiles)
+    _backend.load_backend.cache_clear()
+    yield EmulatedTiles(module)
+    _backend.load_backend.cache_clear()

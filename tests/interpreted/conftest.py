@@ -1,0 +1,69 @@
+"""The GPU kernels on CPU tensors: Triton's in its interpreter, CUDA's emulated."""
+
+import importlib.util
+
+import pytest
+from emulated import emulated_cuda  # noqa: F401
+
+
+class TritonKernels:
+    """The launchers of spo_kernels.kernels; `launch` is (unroll, lanes, num_warps)."""
+
+    def tile_stats(self, *arguments, launch=None, **options):
+        from spo_kernels.kernels.tile_stats import tile_stats
+
+        tile_stats(*arguments, launch=_launch(launch), **options)
+
+    def tile_grad(self, *arguments, launch=None):
+        from spo_kernels.kernels.tile_grad import tile_grad
+
+        tile_grad(*arguments, launch=_launch(launch))
+
+    def scale_rows(self, *arguments, launch=None):
+        from spo_kernels.kernels.scale_rows import scale_rows
+
+        scale_rows(*arguments, launch=_launch(launch))
+
+    def pair_loss(self, *arguments, **options):
+        from spo_kernels.kernels.pair_loss import pair_loss
+
+        return pair_loss(*arguments, **options)
+
+
+def _launch(numbers):
+    from spo_kernels.kernels.config import Launch
+
+    return None if numbers is None else Launch(*numbers)
+
+
+class CudaKernels:
+    """The same from csrc/cuda, which choose their own launches."""
+
+    def __init__(self, tiles):
+        self._tiles = tiles
+        self.pair_loss = tiles.pair_loss
+
+    def tile_stats(self, tile, bias, labels, transform, stats, rescale=None, out=None, block_lse=None, launch=None):
+        self._tiles.tile_stats(tile, bias, labels, transform, stats, rescale, out, block_lse)
+
+    def tile_grad(self, *arguments, launch=None):
+        self._tiles.tile_grad(*arguments)
+
+    def scale_rows(self, *arguments, launch=None):
+        self._tiles.scale_rows(*arguments)
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    """Each GPU backend by name, able to run here; torch where a test asks for it."""
+    if request.param == "cuda":
+        request.getfixturevalue("emulated_cuda")
+    elif request.param == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    return request.param
+
+
+@pytest.fixture
+def kernels(request, backend):
+    """Its kernels."""
+    return TritonKernels() if backend == "triton" else CudaKernels(request.getfixturevalue("emulated_cuda"))
