@@ -231,7 +231,9 @@ inline dim3 threads_for(int64_t columns, int most) {
 
 // Columns are counted in 32 bits inside a row, a block's step beyond the last included; rows in 64.
 inline int int_columns(int64_t columns) {
-  if (columns > (int64_t{1} << 30)) throw std::invalid_argument("a tile has at most 2^30 columns");
+  if (columns > (int64_t{1} << 30)) {
+    throw std::invalid_argument("expected at most 2^30 columns, got " + std::to_string(columns));
+  }
   return static_cast<int>(columns);
 }
 
