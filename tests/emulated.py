@@ -18,24 +18,24 @@ _HEADERS = tuple(f"tests/cuda_emulator/{name}.h" for name in ("cuda_bf16", "cuda
 def build():
     """The module `_C_cuda`, emulated; a skip where no compiler can make it."""
     try:
-        recipe = _build.cpu_recipe()
+        host = _build.cpu_recipe()
+        compiler = _build.compiler()
         flags = f"-O1 -std=c++17 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -I {ROOT}/tests/cuda_emulator"
-        command = " ".join([_build.compiler(), flags, *_build.pybind11_flags(), "-x c++ -c $in -o $out"])
-        return _build.load_or_build(
-            _build.Recipe(
-                module="_C_cuda",
-                root=ROOT,
-                sources=(*_build.CUDA_SOURCES, *_EMULATOR),
-                headers=(*_build.CUDA_HEADERS, *_HEADERS),
-                compile={".cpp": command, ".cu": command},
-                link=f"{_build.compiler()} -shared $in -o $out",
-                identity=recipe.identity,
-            )
-        )
+        command = " ".join([compiler, flags, *_build.pybind11_flags(), "-x c++ -c $in -o $out"])
     except _build.BuildError as error:
-        if "the compiler failed" in str(error):
-            raise
         pytest.skip(f"the CUDA kernels cannot be compiled for the CPU: {error}")
+    recipe = _build.Recipe(
+        module="_C_cuda",
+        root=ROOT,
+        sources=(*_build.CUDA_SOURCES, *_EMULATOR),
+        headers=(*_build.CUDA_HEADERS, *_HEADERS),
+        compile={".cpp": command, ".cu": command},
+        link=f"{compiler} -shared $in -o $out",
+        identity=host.identity,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPO_CACHE_DIR", str(ROOT / "build"))
+        return _build.load_or_build(recipe)
 
 
 class EmulatedTiles(cuda_tiles.CudaTiles):

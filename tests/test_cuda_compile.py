@@ -1,0 +1,96 @@
+"""The CUDA extension compiled and linked for each architecture; needs nvcc and no GPU."""
+
+import importlib.util
+import re
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from spo_kernels import _build
+
+pytestmark = pytest.mark.skipif(_build.nvcc() is None, reason=_build.NO_NVCC)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# two blocks of 512 threads, or four of 256, share the 65536 registers of a multiprocessor
+REGISTERS = {"tile_stats": 64, "tile_grad": 64, "scale_rows": 64, "pair_loss": 64, "probe": 16}
+# dtypes of tile and operand, with and without the optional outputs
+KERNELS = {"tile_stats": 16, "tile_grad": 10, "scale_rows": 1, "pair_loss": 1, "probe": 1}
+
+_ENTRY = re.compile(
+    r"Compiling entry function '\w*?(?P<name>[a-z]\w*?)_kernel\w*' for '(?P<arch>sm_\d+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def test_every_kernel_for_every_architecture(tmp_path):
+    """One test, because the compilers take half a minute. Their warnings are errors."""
+    recipe = _build.cuda_recipe(";".join(name.removeprefix("sm_") for name in ARCHITECTURES))
+    strict = {".cpp": " -Wall -Wextra -Werror", ".cu": " -Werror=all-warnings -Xptxas -v"}
+    recipe = replace(recipe, compile={suffix: command + strict[suffix] for suffix, command in recipe.compile.items()})
+    library = tmp_path / "_C_cuda.so"
+    report = _build.run_ninja(recipe, tmp_path, library)
+    check_resources(report)
+    check_symbols(library)
+    check_without_a_gpu(library)
+
+
+def check_resources(report):
+    """No spill, no stack, no local memory, and registers that let enough threads share a multiprocessor."""
+    rows = [match.groupdict() for match in _ENTRY.finditer(report)]
+    for architecture in ARCHITECTURES:
+        mine = [row for row in rows if row["arch"] == architecture]
+        names = [next(name for name in KERNELS if row["name"].endswith(name)) for row in mine]
+        assert {name: names.count(name) for name in names} == KERNELS, architecture
+        assert [row for row in mine if int(row["stack"]) or int(row["stores"]) or int(row["loads"])] == []
+        for name, row in zip(names, mine, strict=True):
+            assert int(row["registers"]) <= REGISTERS[name], row
+    # local memory that is no stack would be named in a line of its own
+    assert "lmem" not in report
+
+
+def check_symbols(library):
+    """Torch brings a CUDA runtime of its own, maybe of another version: neither may find the other's symbols."""
+    for option in ("--defined-only", "--undefined-only"):
+        symbols = subprocess.run(["nm", "-D", option, library], capture_output=True, text=True, check=True).stdout
+        assert not re.search(r"\bcu(da)?[A-Z]\w+", symbols)
+
+
+def check_without_a_gpu(library):
+    """The module loads all the same, and says what is missing."""
+    spec = importlib.util.spec_from_file_location("spo_kernels._C_cuda", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # a device that no machine has
+    assert "cudaError" in module.why_not(10_000)
+    with pytest.raises(RuntimeError, match=r"scale_rows of \[4, 8\] on device 10000: .*cudaError"):
+        module.scale_rows((4096, 8, 0), rows=4, columns=8, factors=4096, queue=(10_000, 0))
+    with pytest.raises(ValueError, match="2\\^30 columns, got 1099511627776"):
+        module.scale_rows((4096, 8, 0), rows=4, columns=2**40, factors=4096, queue=(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("90", ["-gencode=arch=compute_90,code=sm_90"]),
+        ("8.0;90a", ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]),
+        ("100+PTX", ["-gencode=arch=compute_100,code=sm_100", "-gencode=arch=compute_100,code=compute_100"]),
+    ],
+)
+def test_architectures(text, flags):
+    assert _build.gencode_flags(text) == flags
+
+
+@pytest.mark.parametrize("text", ["", "hopper", "90,80", "9"])
+def test_bad_architectures(text):
+    with pytest.raises(_build.BuildError, match="SPO_CUDA_ARCHS"):
+        _build.gencode_flags(text)
+
+
+def test_architecture_of_a_device():
+    """Its own where nvcc knows it, else PTX of the newest before it."""
+    assert _build.architecture_of((9, 0)) == "90"
+    assert _build.architecture_of((99, 0)).endswith("+PTX")
+    with pytest.raises(_build.BuildError, match=r"compute capability 1\.0"):
+        _build.architecture_of((1, 0))
