@@ -10,7 +10,8 @@ from torch import Tensor
 
 from spo_kernels._backend import Backend
 from spo_kernels._products import Products, accumulator_dtype, headroom
-from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
+from spo_kernels._sparse_blocks import BlockChooser
+from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats
 
 DEFAULT_WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
@@ -100,8 +101,8 @@ def plan_tiles(tokens: int, hidden: Tensor, head: Head, backend: Backend, worksp
         rows = (rows + 1) // 2
     widest = vocab if workspace_bytes else min(vocab, _DEFAULT_COLUMNS.get(device, vocab))
     columns = max(1, min(widest, (budget - rows * row) // (rows * cell + column)))
-    if columns > 64 and columns < vocab:
-        columns -= columns % 64
+    if MASS_BLOCK < columns < vocab:
+        columns -= columns % MASS_BLOCK
     return TileShape(rows, columns)
 
 
@@ -131,8 +132,11 @@ def forward(
     *,
     moments: bool,
     logp_grad: Tensor | None,
+    chooser: BlockChooser | None = None,
 ) -> TokenStats:
     """Softmax statistics of every token: one product; with `logp_grad`, two.
+
+    `chooser` is shown the masses of vocabulary blocks; not together with `logp_grad`.
 
     `logp_grad` (hidden's shape) receives `u = d logp / d hidden`, from the running sum
     `A = Σ_{v≠label} exp(logit_v - max) logit'_v W_v` that is rescaled whenever the maximum moves:
@@ -159,11 +163,14 @@ def forward(
             tile, out = buffers.tile(end - row, stop - col)
             backend.products.matmul(states, weight.t(), out=tile)
             bias = head.bias_slice(col, stop, wide)
-            backend.tiles.tile_stats(tile, bias, labels - col, head.transform, part, rescale, out)
+            masses = None if chooser is None else chooser.masses(end - row, col, stop)
+            backend.tiles.tile_stats(tile, bias, labels - col, head.transform, part, rescale, out, masses)
             if total is not None and rescale is not None:
                 if col > 0:
                     backend.tiles.scale_rows(total, rescale)
                 backend.products.matmul(tile if out is None else out, weight, out=total, accumulate=col > 0)
+        if chooser is not None:
+            chooser.choose(row, end, part, labels)
         if total is not None and logp_grad is not None:
             _finish_logp_grad_(total, head, labels, part, tile_shape)
             tokens.put(logp_grad, row, end, total)
@@ -190,7 +197,6 @@ def backward(
     grads: TokenGrads,
     backend: Backend,
     tile_shape: TileShape,
-    *,
     hidden_out: Tensor | None,
     weight_out: Tensor | None,
     bias_out: Tensor | None,
