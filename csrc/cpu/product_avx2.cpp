@@ -25,7 +25,7 @@ struct FloatKernel {
     return to_float<kScalar>(data, index);
   }
 
-  static inline void multiply(const float* a, const float* b, int64_t steps, float* c, int64_t c_stride, int64_t rows,
+  static inline void multiply(const float* a, const float* b, int64_t steps, float* const* c, int64_t rows,
                               int64_t columns, bool accumulate) {
     __m256 sum[kRows][kVectors];
     for (auto& row : sum)
@@ -44,7 +44,7 @@ struct FloatKernel {
       for (int j = 0; j < kVectors; ++j) _mm256_storeu_ps(block[i] + kLanes * j, sum[i][j]);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j)
-        c[i * c_stride + j] = accumulate ? c[i * c_stride + j] + block[i][j] : block[i][j];
+        c[i][j] = accumulate ? c[i][j] + block[i][j] : block[i][j];
   }
 };
 

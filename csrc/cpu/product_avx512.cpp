@@ -14,13 +14,13 @@ namespace {
 constexpr int kLanes = 16;
 
 template <int kRows, int kVectors>
-inline void store_block(const __m512 (&sum)[kRows][kVectors], float* c, int64_t c_stride, int64_t rows,
-                        int64_t columns, bool accumulate) {
+inline void store_block(const __m512 (&sum)[kRows][kVectors], float* const* c, int64_t rows, int64_t columns,
+                        bool accumulate) {
   for (int64_t i = 0; i < rows; ++i)
     for (int j = 0; kLanes * j < columns; ++j) {
       const int64_t left = columns - kLanes * j;
       const __mmask16 mask = left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-      float* place = c + i * c_stride + kLanes * j;
+      float* place = c[i] + kLanes * j;
       __m512 value = sum[i][j];
       if (accumulate) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, place));
       _mm512_mask_storeu_ps(place, mask, value);
@@ -39,7 +39,7 @@ struct FloatKernel {
     return to_float<kScalar>(data, index);
   }
 
-  static inline void multiply(const float* a, const float* b, int64_t steps, float* c, int64_t c_stride, int64_t rows,
+  static inline void multiply(const float* a, const float* b, int64_t steps, float* const* c, int64_t rows,
                               int64_t columns, bool accumulate) {
     __m512 sum[kRows][kVectors];
     for (auto& row : sum)
@@ -55,7 +55,7 @@ struct FloatKernel {
         for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm512_fmadd_ps(left, right[j], sum[i][j]);
       }
     }
-    store_block(sum, c, c_stride, rows, columns, accumulate);
+    store_block(sum, c, rows, columns, accumulate);
   }
 };
 
@@ -77,7 +77,7 @@ struct BFloat16Kernel {
   }
 
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c"))) static void multiply(
-      const uint16_t* a, const uint16_t* b, int64_t steps, float* c, int64_t c_stride, int64_t rows, int64_t columns,
+      const uint16_t* a, const uint16_t* b, int64_t steps, float* const* c, int64_t rows, int64_t columns,
       bool accumulate) {
     __m512 sum[kRows][kVectors];
     for (auto& row : sum)
@@ -95,7 +95,7 @@ struct BFloat16Kernel {
         for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
       }
     }
-    store_block(sum, c, c_stride, rows, columns, accumulate);
+    store_block(sum, c, rows, columns, accumulate);
   }
 };
 
