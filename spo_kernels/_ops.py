@@ -11,9 +11,9 @@ from torch import Tensor
 
 from spo_kernels._backend import load_backend
 from spo_kernels._checks import check_label_range
-from spo_kernels._driver import Head, TokenRows, backward, forward, plan_tiles
+from spo_kernels._driver import Head, TileShape, TokenRows, backward, forward, plan_tiles
 from spo_kernels._products import accumulator_dtype
-from spo_kernels._sparse import possible, probe, sparse_backward, sparse_forward
+from spo_kernels._sparse import kept_slices, possible, probe, sparse_forward
 from spo_kernels._sparse_blocks import KeptBlocks, block_width
 from spo_kernels.sparsity import Sparsity
 from spo_kernels.tiles.spec import LogitTransform, TokenGrads
@@ -258,12 +258,13 @@ def linear_logprob_bwd(
         common = (states, head, tokens, grads, chosen)
         outs = (None if finished else hidden_out, grad_weight if need_weight else None, bias_sum)
         with torch.autocast(hidden.device.type, enabled=False):
+            slices = None
             if sparse:
                 width = block_width(labels.numel(), weight.shape[0], labels.device.type)
                 kept = KeptBlocks(codes, code_counts.tolist(), width)
-                sparse_backward(*common, kept, tile_shape.rows, *outs)
-            else:
-                backward(*common, tile_shape, *outs)
+                slices = kept_slices(kept, tokens.labels.numel(), weight.shape[0], tile_shape.rows, lse.dtype)
+                tile_shape = TileShape(tile_shape.rows, width)
+            backward(*common, tile_shape, *outs, slices)
     if bias_sum is not None:
         grad_bias = bias_sum.to(weight.dtype)
     return grad_hidden, grad_weight, grad_bias

@@ -5,17 +5,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from spo_kernels._backend import Backend
-from spo_kernels._driver import Head, TileBuffers, TileShape, TokenRows, forward
-from spo_kernels._products import accumulator_dtype, headroom
+from spo_kernels._driver import Head, TileShape, TokenRows, VocabularySlice, forward
+from spo_kernels._products import accumulator_dtype
 from spo_kernels._sparse_blocks import BlockChooser, KeptBlocks, block_width, weights_of
 from spo_kernels.sparsity import Sparsity
-from spo_kernels.tiles.spec import MASS_BLOCK, TokenGrads, TokenStats
+from spo_kernels.tiles.spec import MASS_BLOCK, TokenStats
 
 # above this share the exact backward is the faster one: products of gathered rows run at about 0.7 of the rate
 _WORTH = 0.6
@@ -79,66 +78,17 @@ def probe(
     return sparse_forward(hidden, head, some, backend, tile_shape, sparsity, codes, moments=False).pays
 
 
-def sparse_backward(
-    hidden: Tensor,
-    head: Head,
-    tokens: TokenRows,
-    grads: TokenGrads,
-    backend: Backend,
-    kept: KeptBlocks,
-    max_rows: int,
-    hidden_out: Tensor | None,
-    weight_out: Tensor | None,
-    bias_out: Tensor | None,
-) -> None:
-    """Gradients from the kept blocks: for each, logits of its tokens again, then the gradients' products.
-
-    A block of the weight's gradient is written once; hidden's is accumulated over blocks in the accumulator dtype.
-    """
-    n, vocab, products = tokens.labels.numel(), head.weight.shape[0], backend.products
-    wide, operand_dtype = accumulator_dtype(hidden.dtype), products.operand_dtype(hidden)
-    buffers = TileBuffers(hidden, min(n, max_rows) * kept.width, products)
-    unit = None
-    if buffers.narrow is not None and buffers.narrow.dtype == torch.float16:
-        unit = headroom(list(grads.upstream().values()), head.transform.scale)
-        grads = grads if unit is None else grads.scale_upstream(1.0 / unit)
-    hidden_sum = None if hidden_out is None else hidden.new_zeros((n, hidden.shape[1]), dtype=wide)
-    for block, members in enumerate(_members(kept, n)):
-        col, stop = block * kept.width, min((block + 1) * kept.width, vocab)
-        weight = head.weight[col:stop].to(operand_dtype)
-        bias = head.bias_slice(col, stop, wide)
-        weight_sum = None
-        if weight_out is not None:
-            direct = weight_out.dtype == wide
-            weight_sum = weight_out[col:stop] if direct else weight.new_empty(weight.shape, dtype=wide)
-            if members.numel() == 0:
-                weight_sum.zero_()
-        for start in range(0, members.numel(), max_rows):
-            some = members[start : start + max_rows]
-            states = hidden[some if tokens.rows is None else tokens.rows[some]].to(operand_dtype)
-            tile, out = buffers.tile(some.numel(), stop - col)
-            products.matmul(states, weight.t(), out=tile)
-            piece = grads.map(partial(torch.index_select, dim=0, index=some))
-            piece = piece.scale_upstream(weights_of(kept.codes[block, some], wide))
-            backend.tiles.tile_grad(tile, bias, tokens.labels[some] - col, head.transform, piece, out)
-            operand = tile if out is None else out
-            if weight_sum is not None:
-                products.matmul(operand.t(), states, out=weight_sum, accumulate=start > 0)
-            if hidden_sum is not None:
-                gradient = hidden_sum.new_empty(states.shape)
-                products.matmul(operand, weight, out=gradient)
-                hidden_sum.index_add_(0, some, gradient)
-            if bias_out is not None:
-                bias_out[col:stop] += operand.sum(0, dtype=wide)
-        if weight_out is not None and weight_sum is not None and weight_out.dtype != wide:
-            weight_out[col:stop] = weight_sum if unit is None else weight_sum.mul_(unit)
-    if unit is not None and bias_out is not None:
-        bias_out.mul_(unit)
-    if hidden_out is not None and hidden_sum is not None:
-        tokens.put(hidden_out, 0, n, hidden_sum if unit is None else hidden_sum.mul_(unit))
+def kept_slices(
+    kept: KeptBlocks, tokens: int, vocab: int, max_rows: int, dtype: torch.dtype
+) -> Iterator[VocabularySlice]:
+    """The kept pairs as the backward takes them: a block's tokens, `max_rows` at a time. `dtype` is the gradients'."""
+    for block, members in enumerate(_members(kept, tokens)):
+        parts = [(part, weights_of(kept.codes[block, part], dtype)) for part in members.split(max_rows) if part.numel()]
+        start = block * kept.width
+        yield VocabularySlice(start, min(start + kept.width, vocab), parts)
 
 
-def _members(kept: KeptBlocks, n: int) -> Iterator[Tensor]:
+def _members(kept: KeptBlocks, tokens: int) -> Iterator[Tensor]:
     """The tokens of each block, ascending."""
     first = 0
     while first < len(kept.counts):
@@ -146,6 +96,6 @@ def _members(kept: KeptBlocks, n: int) -> Iterator[Tensor]:
         while last < len(kept.counts) and (last == first or listed + kept.counts[last] <= _LISTED_PAIRS):
             listed += kept.counts[last]
             last += 1
-        members = kept.codes[first:last, :n].nonzero()[:, 1]
+        members = kept.codes[first:last, :tokens].nonzero()[:, 1].contiguous()
         yield from members.split(kept.counts[first:last])
         first = last
