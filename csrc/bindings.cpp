@@ -63,16 +63,34 @@ py::list product_names() {
   return names;
 }
 
-void product(const std::string& name, const std::array<std::int64_t, 4>& a, const std::array<std::int64_t, 4>& b,
-             std::uintptr_t c, int64_t c_stride, int64_t m, int64_t n, int64_t k, bool accumulate, int threads) {
+// A list of `count` rows of a matrix that has `limit` of them, or null.
+const int64_t* row_list(const char* name, std::uintptr_t address, int64_t count, int64_t limit) {
+  const auto* rows = at<const int64_t>(address);
+  for (int64_t i = 0; rows != nullptr && i < count; ++i)
+    if (rows[i] < 0 || rows[i] >= limit)
+      throw py::index_error(std::string(name) + "[" + std::to_string(i) + "] = " + std::to_string(rows[i]) +
+                            " is outside [0, " + std::to_string(limit) + ")");
+  return rows;
+}
+
+// (address, row stride, column stride, scalar, address of the row list or 0, rows of the matrix)
+using OperandTuple = std::array<std::int64_t, 6>;
+
+spo::Operand operand(const OperandTuple& from, const char* list_name, int64_t rows) {
+  return {at<const void>(static_cast<std::uintptr_t>(from[0])), from[1], from[2], static_cast<spo::Scalar>(from[3]),
+          row_list(list_name, static_cast<std::uintptr_t>(from[4]), rows, from[5])};
+}
+
+void product(const std::string& name, const OperandTuple& a, const OperandTuple& b,
+             const std::array<std::int64_t, 4>& out, int64_t m, int64_t n, int64_t k, bool accumulate, int threads) {
   static const auto usable = usable_products();
   const auto found = usable.find(name);
   if (found == usable.end()) throw std::invalid_argument("product '" + name + "' cannot run on this machine");
-  const auto operand = [](const std::array<std::int64_t, 4>& from) {
-    return spo::Operand{at<const void>(static_cast<std::uintptr_t>(from[0])), from[1], from[2],
-                        static_cast<spo::Scalar>(from[3])};
-  };
-  found->second(operand(a), operand(b), at<float>(c), c_stride, {m, n, k}, accumulate, threads);
+  const spo::Operand left = operand(a, "a_rows", m), right = operand(b, "b_rows", k);
+  const spo::Result result{at<float>(static_cast<std::uintptr_t>(out[0])), out[1],
+                           row_list("out_rows", static_cast<std::uintptr_t>(out[2]), m, out[3])};
+  py::gil_scoped_release released;
+  found->second(left, right, result, {m, n, k}, accumulate, threads);
 }
 
 bool made_by_amd() {
@@ -106,9 +124,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("vector_width", &vector_width, "The widest vectors that the kernels use on this machine.");
   module.def("made_by_amd", &made_by_amd, "Whether AMD made this machine's processor.");
   module.def("product_names", &product_names, "The products that this build has and this machine can run.");
-  module.def("product", &product, py::call_guard<py::gil_scoped_release>(), "name"_a, py::kw_only(), "a"_a, "b"_a,
-             "c"_a, "c_stride"_a, "m"_a, "n"_a, "k"_a, "accumulate"_a, "threads"_a,
-             "c (+)= a b; an operand is (address, row stride, column stride, scalar: 0 float, 1 bfloat16, 2 half).");
+  module.def("product", &product, "name"_a, py::kw_only(), "a"_a, "b"_a, "out"_a, "m"_a, "n"_a, "k"_a, "accumulate"_a,
+             "threads"_a,
+             "out (+)= a b. An operand is (address, row stride, column stride, scalar: 0 float, 1 bfloat16, 2 half, "
+             "row list's address or 0, rows), the result (address, row stride, row list's address or 0, rows).");
   module.def("tile_stats", &tile_stats, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "rows"_a,
              "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "max"_a, "sum"_a, "label_logit"_a,
              "shifted_sum"_a, "square_sum"_a, "rescale"_a, "block_lse"_a, "block_lse_stride"_a, "threads"_a);
