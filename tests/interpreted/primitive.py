@@ -93,8 +93,9 @@ def test_compiles_as_one_graph(backend, loss):
 def half_products(monkeypatch):
     """Products of half-precision operands with a float32 result, which the CPU library lacks."""
 
-    def matmul(self, a, b, out, *, accumulate=False):
+    def matmul(self, a, b, out, *, accumulate=False, a_rows=None, b_rows=None, out_rows=None):
         assert a.dtype == b.dtype, "an operand was left to be cast"
+        assert a_rows is b_rows is out_rows is None
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), out=out)
 
     monkeypatch.setattr(_products.VendorProducts, "operand_dtype", lambda self, inputs: inputs.dtype)
