@@ -21,11 +21,13 @@ SOURCES = (
     "csrc/cpu/product.cpp",
     "csrc/cpu/product_avx2.cpp",
     "csrc/cpu/product_avx512.cpp",
+    "csrc/cpu/product_avx512_bf16.cpp",
     "csrc/cpu/tiles.cpp",
 )
 HEADERS = (
     "csrc/cpu/math.h",
     "csrc/cpu/product.h",
+    "csrc/cpu/product_avx512.h",
     "csrc/cpu/product_blocks.h",
     "csrc/cpu/tiles.h",
     "csrc/scalar.h",

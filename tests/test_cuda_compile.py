@@ -69,29 +69,3 @@ def check_without_a_gpu(library):
         module.scale_rows((4096, 8, 0), rows=4, columns=8, factors=4096, queue=(10_000, 0))
     with pytest.raises(ValueError, match="2\\^30 columns, got 1099511627776"):
         module.scale_rows((4096, 8, 0), rows=4, columns=2**40, factors=4096, queue=(0, 0))
-
-
-@pytest.mark.parametrize(
-    ("text", "flags"),
-    [
-        ("90", ["-gencode=arch=compute_90,code=sm_90"]),
-        ("8.0;90a", ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]),
-        ("100+PTX", ["-gencode=arch=compute_100,code=sm_100", "-gencode=arch=compute_100,code=compute_100"]),
-    ],
-)
-def test_architectures(text, flags):
-    assert _build.gencode_flags(text) == flags
-
-
-@pytest.mark.parametrize("text", ["", "hopper", "90,80", "9"])
-def test_bad_architectures(text):
-    with pytest.raises(_build.BuildError, match="SPO_CUDA_ARCHS"):
-        _build.gencode_flags(text)
-
-
-def test_architecture_of_a_device():
-    """Its own where nvcc knows it, else PTX of the newest before it."""
-    assert _build.architecture_of((9, 0)) == "90"
-    assert _build.architecture_of((99, 0)).endswith("+PTX")
-    with pytest.raises(_build.BuildError, match=r"compute capability 1\.0"):
-        _build.architecture_of((1, 0))

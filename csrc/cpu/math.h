@@ -1,4 +1,4 @@
-// Branch-free exp and tanh for float, written so that the compiler vectorises loops over them.
+// Branch-free exp for float, written so that the compiler vectorises loops over them.
 #pragma once
 
 #include <cmath>
@@ -36,19 +36,10 @@ SPO_INLINE float fast_exp(float x) {
   return x < -87.0f ? 0.0f : poly * power;
 }
 
-// tanh(x), relative error below 2e-7. Near 0 an odd polynomial (minimax fit of (tanh(x)/x - 1)/x^2 on
-// |x| < 0.625, 2e-8), elsewhere 1 - 2/(e^{2|x|} + 1), which would cancel near 0.
-SPO_INLINE float fast_tanh(float x) {
-  const float a = std::fabs(x);
-  const float t = x * x;
-  float poly = -6.104945778791928e-3f;
-  poly = poly * t + 2.100363925866059e-2f;
-  poly = poly * t - 5.385249689370352e-2f;
-  poly = poly * t + 1.3332782257758055e-1f;
-  poly = poly * t - 3.333332909943444e-1f;
-  const float near = x + x * t * poly;
-  const float far = std::copysign(1.0f - 2.0f / (fast_exp(2.0f * a) + 1.0f), x);
-  return a < 0.625f ? near : far;
-}
+// What scalar.h needs of a CPU.
+struct CpuMath {
+  static SPO_INLINE float exp(float x) { return fast_exp(x); }
+  static SPO_INLINE float divide(float a, float b) { return a / b; }
+};
 
 }  // namespace spo

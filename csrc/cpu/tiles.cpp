@@ -1,9 +1,9 @@
 #include "tiles.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
+#include "../scalar.h"
 #include "math.h"
 
 // One build serves every x86-64: the loader picks the clone for the widest vectors the machine has.
@@ -15,8 +15,6 @@
 
 namespace spo {
 namespace {
-
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 SPO_INLINE bool is_identity(const LogitTransform& f) {
   return f.bias == nullptr && f.scale == 1.0f && f.softcap == 0.0f;
@@ -34,19 +32,11 @@ SPO_INLINE void to_logits(const float* x, float* z, int64_t n, const LogitTransf
     for (int64_t i = 0; i < n; ++i) z[i] = x[i] * scale;
   }
   if (f.softcap != 0.0f) {
-    const float cap = f.softcap, inverse = 1.0f / f.softcap;
+    const float cap = f.softcap, inverse = inverse_cap(f);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) z[i] = cap * fast_tanh(z[i] * inverse);
+    for (int64_t i = 0; i < n; ++i) z[i] = cap * tanh_of<CpuMath>(z[i] * inverse);
   }
 }
-
-// d logit / d product, from the logit; inverse_cap is 1 / softcap, or 0 without one (then the logit may be -inf).
-SPO_INLINE float slope(float logit, float scale, float inverse_cap) {
-  const float ratio = inverse_cap == 0.0f ? 0.0f : logit * inverse_cap;
-  return scale * (1.0f - ratio * ratio);
-}
-
-SPO_INLINE float inverse_cap(const LogitTransform& f) { return f.softcap != 0.0f ? 1.0f / f.softcap : 0.0f; }
 
 template <bool kMoments, bool kRescale>
 SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row, float* scratch) {
@@ -62,15 +52,14 @@ SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row
   float new_max = old_max;
 #pragma omp simd reduction(max : new_max)
   for (int64_t i = 0; i < n; ++i) new_max = z[i] > new_max ? z[i] : new_max;
-  // a row whose columns so far are all -inf would otherwise give exp(-inf + inf) = nan
-  const float base = new_max == kMinusInf ? 0.0f : new_max;
+  const float base = finite_base(new_max);
   const float drop = old_max - base;
   const float shrink = std::exp(drop);
 
   const float scale = tile.transform.scale, inverse = inverse_cap(tile.transform);
   // a float that has grown by thousands of nearly equal terms rounds each of them the same way: short sums in
   // float, their sum in double
-  double sum = 0.0, shifted_sum = 0.0, square_sum = 0.0;
+  Sums<double> sums{};
   float* block_lse = stats.block_lse != nullptr ? stats.block_lse + row * stats.block_lse_stride : nullptr;
   for (int64_t begin = 0; begin < n; begin += kMassBlock) {
     const int64_t end = std::min(begin + kMassBlock, n);
@@ -85,8 +74,7 @@ SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row
       const float e = exponentials[i - begin];
       block += e;
       if (kMoments) {
-        // exp(-inf) * -inf counts as 0
-        block_shifted += e == 0.0f ? 0.0f : e * (z[i] - base);
+        block_shifted += moment(e, z[i] - base);
         block_square += e * e;
       }
     }
@@ -95,18 +83,17 @@ SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row
       for (int64_t i = begin; i < end; ++i) x[i] = exponentials[i - begin] * slope(z[i], scale, inverse);
     }
     if (block_lse != nullptr) block_lse[begin / kMassBlock] = base + std::log(block);
-    sum += block;
-    shifted_sum += block_shifted;
-    square_sum += block_square;
+    sums = sums + Sums<double>{block, block_shifted, block_square};
   }
 
-  const double carried = stats.sum[row] == 0.0f ? 0.0 : static_cast<double>(stats.sum[row]) * shrink;
+  const Sums<double> old{stats.sum[row], kMoments ? stats.shifted_sum[row] : 0.0f,
+                         kMoments ? stats.square_sum[row] : 0.0f};
+  sums = rebased(old, drop, shrink) + sums;
+  stats.sum[row] = static_cast<float>(sums.sum);
   if (kMoments) {
-    const double moved = carried == 0.0 ? 0.0 : carried * drop;
-    stats.shifted_sum[row] = static_cast<float>(stats.shifted_sum[row] * shrink + moved + shifted_sum);
-    stats.square_sum[row] = static_cast<float>(stats.square_sum[row] * shrink * shrink + square_sum);
+    stats.shifted_sum[row] = static_cast<float>(sums.shifted);
+    stats.square_sum[row] = static_cast<float>(sums.square);
   }
-  stats.sum[row] = static_cast<float>(carried + sum);
   stats.max[row] = new_max;
   if (kRescale) {
     stats.rescale[row] = shrink;
@@ -130,42 +117,26 @@ SPO_CLONES void stats_rows(const Tile& tile, const TokenStats& stats, int64_t be
   }
 }
 
-SPO_INLINE float value_or_zero(const float* values, int64_t row) { return values != nullptr ? values[row] : 0.0f; }
-
-template <bool kExtras>
+template <bool kMoments>
 SPO_INLINE void grad_row(const Tile& tile, const TokenGrads& grads, int64_t row) {
   const int64_t n = tile.columns;
   float* x = tile.data + row * n;
   if (!is_identity(tile.transform)) to_logits(x, x, n, tile.transform);
   const float scale = tile.transform.scale, inverse = inverse_cap(tile.transform);
-  const float lse = grads.lse[row];
-  const float g_logp = value_or_zero(grads.grad_logp, row);
-  const float g_entropy = value_or_zero(grads.grad_entropy, row), entropy = value_or_zero(grads.entropy, row);
-  const float g_squares = value_or_zero(grads.grad_log_sum_p2, row), squares = value_or_zero(grads.log_sum_p2, row);
-  const float weight = value_or_zero(grads.grad_lse, row) - g_logp - 2.0f * g_squares;
+  const RowGrads g = row_grads(grads, row);
   const int64_t label = tile.labels[row];
   const bool has_label = label >= 0 && label < n;
-  const float at_label = has_label ? g_logp * slope(x[label], scale, inverse) : 0.0f;
+  const float at_label = has_label ? g.logp * slope(x[label], scale, inverse) : 0.0f;
 
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float logit = x[i];
-    const float log_p = logit - lse;
-    const float p = fast_exp(log_p);
-    float grad = p * weight;
-    if (kExtras) {
-      grad -= p == 0.0f ? 0.0f : g_entropy * p * (log_p + entropy);
-      grad += 2.0f * g_squares * fast_exp(2.0f * log_p - squares);
-    }
-    x[i] = grad * slope(logit, scale, inverse);
-  }
+  for (int64_t i = 0; i < n; ++i) x[i] = logit_grad<CpuMath, kMoments>(x[i], g) * slope(x[i], scale, inverse);
   if (has_label) x[label] += at_label;
 }
 
 SPO_CLONES void grad_rows(const Tile& tile, const TokenGrads& grads, int64_t begin, int64_t end) {
-  const bool extras = grads.grad_entropy != nullptr || grads.grad_log_sum_p2 != nullptr;
+  const bool moments = grads.grad_entropy != nullptr || grads.grad_log_sum_p2 != nullptr;
   for (int64_t row = begin; row < end; ++row) {
-    if (extras) {
+    if (moments) {
       grad_row<true>(tile, grads, row);
     } else {
       grad_row<false>(tile, grads, row);
