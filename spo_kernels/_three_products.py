@@ -39,9 +39,12 @@ def plan_path(
     if not trained or per_pair or traced or tokens.numel() == 0 or capturing(call.labels):
         return PathPlan("two_pass", 4)
     needed = token_outputs_of(objective)
-    if needed and forced in ("packed", "factorised"):
-        raise ValueError(f"path = {forced!r} cannot be taken: its objective needs {', '.join(needed)} of every token")
-    if needed:
+    reason = f"its objective needs {', '.join(needed)} of every token" if needed else None
+    if call.options.sparsity.mode != "exact":
+        reason = "a sparse backward takes two passes"
+    if reason is not None and forced in ("packed", "factorised"):
+        raise ValueError(f"path = {forced!r} cannot be taken: {reason}")
+    if reason is not None:
         return PathPlan("two_pass", 4)
     backend = load_backend(call.options.backend)
     # float16 operands need gradients brought into their range, one scale for all tiles: see `headroom`
