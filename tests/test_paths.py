@@ -64,7 +64,7 @@ def need(backend):
 
 
 @pytest.mark.usefixtures("poisoned_buffers")
-@pytest.mark.parametrize("lengths", [[5, 3, 7, 0], [9, 4], [0, 0, 3, 2], [0, 5], [6] * 8], ids=str)
+@pytest.mark.parametrize("lengths", [[5, 3, 7, 0], [9, 4], [0, 0, 3, 2], [0, 2], [6] * 8], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype, backend", KINDS, ids=str)
 def test_paths_agree(dtype, backend, objective, lengths):
