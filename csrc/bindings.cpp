@@ -24,10 +24,11 @@ T* at(std::uintptr_t address) {
 
 void tile_stats(std::uintptr_t tile, int64_t rows, int64_t columns, std::uintptr_t bias, std::uintptr_t labels,
                 float scale, float softcap, std::uintptr_t max, std::uintptr_t sum, std::uintptr_t label_logit,
-                std::uintptr_t shifted_sum, std::uintptr_t square_sum, std::uintptr_t rescale, int threads) {
+                std::uintptr_t shifted_sum, std::uintptr_t square_sum, std::uintptr_t rescale, std::uintptr_t block_lse,
+                int64_t block_lse_stride, int threads) {
   spo::tile_stats({at<float>(tile), rows, columns, at<int64_t>(labels), {at<float>(bias), scale, softcap}},
                   {at<float>(max), at<float>(sum), at<float>(label_logit), at<float>(shifted_sum),
-                   at<float>(square_sum), at<float>(rescale)},
+                   at<float>(square_sum), at<float>(rescale), at<float>(block_lse), block_lse_stride},
                   threads);
 }
 
@@ -119,6 +120,7 @@ constexpr bool kOpenMP = false;
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU tile kernels of spo_kernels";
   module.attr("openmp") = kOpenMP;
+  module.attr("mass_block") = spo::kMassBlock;
   module.def("vector_width", &vector_width, "The widest vectors that the kernels use on this machine.");
   module.def("made_by_amd", &made_by_amd, "Whether AMD made this machine's processor.");
   module.def("product_names", &product_names, "The products that this build has and this machine can run.");
@@ -128,7 +130,7 @@ PYBIND11_MODULE(_C, module) {
              "row list's address or 0, rows), the result (address, row stride, row list's address or 0, rows).");
   module.def("tile_stats", &tile_stats, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "rows"_a,
              "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "max"_a, "sum"_a, "label_logit"_a,
-             "shifted_sum"_a, "square_sum"_a, "rescale"_a, "threads"_a);
+             "shifted_sum"_a, "square_sum"_a, "rescale"_a, "block_lse"_a, "block_lse_stride"_a, "threads"_a);
   module.def("tile_grad", &tile_grad, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "rows"_a,
              "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "lse"_a, "grad_logp"_a, "grad_lse"_a,
              "grad_entropy"_a, "entropy"_a, "grad_log_sum_p2"_a, "log_sum_p2"_a, "threads"_a);

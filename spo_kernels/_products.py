@@ -29,6 +29,10 @@ class Products(Protocol):
         """Bytes per cell of the copy that is made of a tile before it enters a product."""
         ...
 
+    def reads_row_lists(self, inputs: Tensor) -> bool:
+        """Whether listed rows of `inputs` are read in place, not copied first."""
+        ...
+
     def matmul(
         self,
         a: Tensor,
@@ -72,6 +76,10 @@ class VendorProducts:
         """See `Products`."""
         dtype = self.operand_dtype(inputs)
         return dtype.itemsize if dtype in HALF_DTYPES else 0
+
+    def reads_row_lists(self, inputs: Tensor) -> bool:
+        """See `Products`."""
+        return False
 
     def matmul(
         self,
@@ -174,6 +182,10 @@ class NativeProducts(VendorProducts):
     def copy_bytes(self, inputs: Tensor) -> int:
         """None: a tile is rounded panel by panel."""
         return 0
+
+    def reads_row_lists(self, inputs: Tensor) -> bool:
+        """See `Products`."""
+        return self._name(inputs.dtype) is not None
 
     def matmul(
         self,

@@ -1,6 +1,7 @@
 """What an objective sees of a batch of preference pairs."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class PairLogps:
         ref_chosen, ref_rejected: The same under the reference, detached; None without a reference.
         chosen_lengths, rejected_lengths: Response tokens that count, int64.
         sft_value: Value of the lower-level SFT loss for each pair, detached; None where it was not given.
+        inputs: Further numbers of each pair by name, detached `[B]`, such as ODPO's "offset".
     """
 
     chosen: Tensor
@@ -28,6 +30,7 @@ class PairLogps:
     chosen_lengths: Tensor
     rejected_lengths: Tensor
     sft_value: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def reference(self, needed_by: str) -> tuple[Tensor, Tensor]:
         """Reference log-probabilities of chosen and rejected.
@@ -42,17 +45,28 @@ class PairLogps:
             )
         return self.ref_chosen, self.ref_rejected
 
+    def input(self, name: str, needed_by: str) -> Tensor:
+        """The per-pair input of that name, `[B]`.
+
+        Raises:
+            ValueError: It was not given; the message names `needed_by`.
+        """
+        if name not in self.inputs:
+            raise ValueError(f"{needed_by} needs pair_inputs[{name!r}], a tensor of one value per pair")
+        return self.inputs[name]
+
 
 @dataclass(frozen=True)
 class PairInputs:
     """What is known of B pairs before the policy's log-probabilities: everything in `PairLogps` but those.
 
-    `reference` and `lengths` are `[2B]`, chosen first.
+    `reference` and `lengths` are `[2B]`, chosen first; `named` is `PairLogps.inputs`.
     """
 
     reference: Tensor | None
     lengths: Tensor
     sft_value: Tensor | None
+    named: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pairs(self, sums: Tensor, start: int = 0, stop: int | None = None) -> PairLogps:
         """Pairs start..stop, whose log-probabilities `sums` are chosen first."""
@@ -67,6 +81,7 @@ class PairInputs:
             chosen_lengths=self.lengths[chosen],
             rejected_lengths=self.lengths[rejected],
             sft_value=None if self.sft_value is None else self.sft_value[chosen],
+            inputs={name: values[chosen] for name, values in self.named.items()},
         )
 
 
@@ -75,6 +90,10 @@ class Objective(Protocol):
 
     An objective may also have `beta` (scales the logged rewards, 1 if absent) and `coupling`, which declares what
     a pair's loss depends on ("batch" if absent) and lets a trained head cost three products instead of four.
+
+    With `token_outputs`, names from "logp", "entropy" and "log_sum_p2" (see `linear_logprob`), it finds their sums
+    over each response's tokens, unweighted and detached, among the per-pair inputs: "chosen_logp", "rejected_logp"
+    and so on. They are known only after a pass over the vocabulary, so that a trained head costs four products.
     """
 
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -107,6 +126,18 @@ def implicit_rewards(objective: Objective, pairs: PairLogps) -> tuple[Tensor, Te
 def coupling_of(objective: Objective) -> Coupling:
     """What the objective declares; nothing declared counts as "batch"."""
     return getattr(objective, "coupling", "batch")
+
+
+def token_outputs_of(objective: Objective) -> tuple[str, ...]:
+    """What the objective declares to need of every token; see `Objective`.
+
+    Raises:
+        ValueError: It declares something else.
+    """
+    names: tuple[str, ...] = getattr(objective, "token_outputs", ())
+    for name in names:
+        check_choice("a name in the objective's token_outputs", name, ("logp", "entropy", "log_sum_p2"))
+    return names
 
 
 def check_positive(name: str, value: float) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 from spo_kernels.losses.dpo import DPO
 from spo_kernels.losses.pairs import Objective
 from spo_kernels.losses.spo import SPO
+from spo_kernels.losses.wpo import WPO
 
-LOSSES: dict[str, type] = {"dpo": DPO, "spo": SPO}
+LOSSES: dict[str, type] = {"dpo": DPO, "spo": SPO, "wpo": WPO}
 
 # made once: torch.compile can look an objective up, but cannot trace a dataclass's construction and checks
 _DEFAULTS: dict[str, Objective] = {name: loss() for name, loss in LOSSES.items()}

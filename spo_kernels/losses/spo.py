@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from spo_kernels.losses.dpo import DPO
-from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, check_choice, check_not_negative, coupling_of
+from spo_kernels.losses.pairs import (
+    Coupling,
+    Objective,
+    PairLogps,
+    check_choice,
+    check_not_negative,
+    coupling_of,
+    token_outputs_of,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,11 @@ class SPO:
         """The penalty adds a term of the chosen response to whatever the base depends on."""
         base = coupling_of(self.base)
         return "pair" if base == "margin" else base
+
+    @property
+    def token_outputs(self) -> tuple[str, ...]:
+        """What the base needs of every token."""
+        return token_outputs_of(self.base)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
