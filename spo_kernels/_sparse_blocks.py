@@ -58,6 +58,7 @@ class BlockChooser:
         self._buffer = like.new_empty(0)
         self.dropped_mass = like.new_zeros(tokens)
         self.kept_share = like.new_zeros(tokens)
+        self.expected = like.new_zeros((), dtype=torch.float64)  # pairs that are kept, on average over seeds
 
     def masses(self, rows: int, start: int, stop: int) -> Tensor:
         """Where the masses of columns start..stop belong; `start` is a multiple of MASS_BLOCK."""
@@ -70,8 +71,17 @@ class BlockChooser:
         """Choose for tokens start..stop, whose masses and final statistics are known."""
         lse = stats.max + stats.sum.log()
         mass = self._merge((self._buffer - lse[:, None]).exp_())
-        codes = self._certified(mass) if self._sparsity.mode == "certified" else self._unbiased(mass, start)
-        codes.scatter_(1, labels[:, None] // self._width, 1)
+        at_label = labels[:, None] // self._width
+        if self._sparsity.mode == "certified":
+            probability = self._certified(mass)
+            codes = probability.to(torch.uint8)
+        else:
+            level = self._level(mass)
+            probability = torch.exp2(-level / _LEVELS_PER_OCTAVE)
+            drawn = self._uniform(start, *mass.shape) < probability
+            codes = torch.where(drawn, level + 1.0, 0.0).to(torch.uint8)
+        codes.scatter_(1, at_label, 1)
+        self.expected += probability.scatter_(1, at_label, 1.0).sum(dtype=torch.float64)
         kept = codes != 0
         self._codes[:, start:stop] = codes.t()
         self.dropped_mass[start:stop] = mass.masked_fill_(kept, 0.0).sum(1)
@@ -98,14 +108,12 @@ class BlockChooser:
             middle = (low * high).sqrt_()
             fits = mass.masked_fill(mass >= middle, 0.0).sum(1, keepdim=True) <= tolerance
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-        return (mass < low).logical_not_().to(torch.uint8)
+        return (mass < low).logical_not_().to(mass.dtype)
 
-    def _unbiased(self, mass: Tensor, first_token: int) -> Tensor:
-        """Codes of blocks that were drawn; probabilities are rounded up to the next level. A nan is kept."""
+    def _level(self, mass: Tensor) -> Tensor:
+        """8 log2(1 / probability), a whole number: probabilities are rounded up to the next. A nan is kept."""
         level = (mass / self._sparsity.tolerance).log2_().mul_(-_LEVELS_PER_OCTAVE).floor_()
-        level = level.clamp_(0, _MAX_LEVEL).nan_to_num_(0.0)
-        drawn = self._uniform(first_token, *mass.shape) < torch.exp2(-level / _LEVELS_PER_OCTAVE)
-        return torch.where(drawn, level + 1.0, 0.0).to(torch.uint8)
+        return level.clamp_(0, _MAX_LEVEL).nan_to_num_(0.0)
 
     def _uniform(self, first_token: int, tokens: int, blocks: int) -> Tensor:
         """Numbers in [0, 1), float64, by a hash of seed, token and block: no matter how tokens are tiled."""

@@ -63,7 +63,8 @@ def need(backend):
         pytest.skip(f"{backend}: {status.detail}")
 
 
-@pytest.mark.parametrize("lengths", [[5, 3, 7, 0], [9, 4], [0, 0, 3, 2], [6] * 8], ids=str)
+@pytest.mark.usefixtures("poisoned_buffers")
+@pytest.mark.parametrize("lengths", [[5, 3, 7, 0], [9, 4], [0, 0, 3, 2], [0, 2], [6] * 8], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype, backend", KINDS, ids=str)
 def test_paths_agree(dtype, backend, objective, lengths):
@@ -103,10 +104,10 @@ def test_products_are_counted(monkeypatch, backend, path, products):
     for owner in (VendorProducts, NativeProducts):
         original = owner.matmul
 
-        def counted(self, a, b, out, *, accumulate=False, original=original, owner=owner):
+        def counted(self, a, b, out, *, accumulate=False, original=original, owner=owner, **lists):
             if type(self) is owner:
                 cells.append(a.shape[0] * a.shape[1] * b.shape[1])
-            original(self, a, b, out, accumulate=accumulate)
+            original(self, a, b, out, accumulate=accumulate, **lists)
 
         monkeypatch.setattr(owner, "matmul", counted)
     lengths = [5, 3, 7, 2]
@@ -200,6 +201,7 @@ PROBLEM = PairProblem(
     vocab=32768,
     row_bytes=32768 * 4,
     column_bytes=0,
+    slice_bytes=0,
     accumulator_bytes=32768 * 1024 * 4,
     workspace_bytes=0,
 )

@@ -22,10 +22,12 @@
 namespace spo {
 namespace {
 
-// 1536 rows of A, or 3 MiB, at once: a panel of B is packed again for each such block, at 1 % of its products' time
-constexpr int64_t kBlockRows = 1536;
-// what a thread packs of A at a time: 64 lanes are 4 cache lines side by side where the operand's lanes are
+// 2048 rows of A, or 4 MiB, at once: a panel of B is packed again for each such block, at 1 % of its products' time
+constexpr int64_t kBlockRows = 2048;
+// what a thread packs of A at a time: 4 cache lines of lanes, or a page along k, whichever lie side by side
 constexpr int64_t kPackLanes = 64, kPackDepth = 256;
+// lanes side by side are a cache line or two per k, far apart: no machine prefetches that by itself
+constexpr int64_t kPrefetch = 16;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t pieces(int64_t value, int64_t step) { return (value + step - 1) / step; }
@@ -56,6 +58,12 @@ inline float to_float(const void* data, int64_t index) {
   }
 }
 
+template <Scalar kScalar>
+inline void prefetch(const void* data, int64_t index) {
+  constexpr int64_t kSize = kScalar == Scalar::kFloat ? 4 : 2;
+  _mm_prefetch(static_cast<const char*>(data) + index * kSize, _MM_HINT_T0);
+}
+
 // A part of an operand, `lanes` by `depth`; beyond it there are zeros.
 template <typename Kernel, Scalar kScalar>
 struct Source {
@@ -83,6 +91,8 @@ struct Source {
     const int64_t count = smaller(kLanes, lanes - lane), steps = smaller(kStep, depth - k);
     if (count == kLanes && steps == kStep && lane_axis.side_by_side()) {
       const int64_t start = lane_axis(lane);
+      for (int64_t ahead = k + kPrefetch; ahead < smaller(k + kPrefetch + kStep, depth); ++ahead)
+        prefetch<kScalar>(data, start + k_axis(ahead));
       return Kernel::template load_along_lanes<kScalar>(data, start + k_axis(k), start + k_axis(k + kStep - 1));
     }
     Packed values[kLanes * kStep] = {};
@@ -95,18 +105,20 @@ struct Source {
   // out[lane * row_size + k]
   void pack_rows(Packed* out, int64_t row_size) const {
     constexpr int64_t kSquare = kLanes * kStep;
-    for (int64_t k = 0; k < depth; k += kSquare)
-      if (lane_axis.side_by_side())
-        for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-          Units units[kLanes];
-          for (int64_t i = 0; i < kLanes; ++i) units[i] = along_lanes(lane, k + i * kStep);
-          Kernel::transpose(units);
-          for (int64_t i = 0; i < smaller(kLanes, lanes - lane); ++i)
-            Kernel::store_units(out + (lane + i) * row_size + k, units[i]);
-        }
-      else
-        for (int64_t lane = 0; lane < lanes; ++lane)
+    if (!lane_axis.side_by_side()) {
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int64_t k = 0; k < depth; k += kSquare)
           Kernel::store_units(out + lane * row_size + k, along_k(lane, k));
+      return;
+    }
+    for (int64_t k = 0; k < depth; k += kSquare)
+      for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+        Units units[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) units[i] = along_lanes(lane, k + i * kStep);
+        Kernel::transpose(units);
+        for (int64_t i = 0; i < smaller(kLanes, lanes - lane); ++i)
+          Kernel::store_units(out + (lane + i) * row_size + k, units[i]);
+      }
   }
 
   // out[(k / kStep) * kColumns * kStep + lane * kStep + k % kStep]
