@@ -18,16 +18,18 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/python tests/lint_cpp.py
 
 bench: $(VENV)/ready
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt cut-cross-entropy liger-kernel triton trl
 	$(BIN)/python -m benchmarks.run
 
-# the tests compile the CUDA extension themselves, where there is nvcc; torch alone first, pinned: without the pin pip would take the newest build and its CUDA packages
+# torch alone first, pinned: without the pin pip would take the newest build and its CUDA packages; the tests compile
+# the CUDA extension themselves, where there is nvcc
 $(VENV)/ready: pyproject.toml setup.py constraints.txt spo_kernels/_build.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	SPO_SKIP_CUDA_BUILD=1 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	SPO_SKIP_CUDA_BUILD=1 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
 	touch $@
 
 clean:

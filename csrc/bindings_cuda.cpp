@@ -48,9 +48,8 @@ void tile_stats(const MatrixTuple& products, const MatrixTuple& out, int64_t row
 }
 
 void tile_grad(const MatrixTuple& products, const MatrixTuple& out, int64_t rows, int64_t columns, Address labels,
-               const TransformTuple& transform, Address lse, Address grad_logp, Address grad_lse,
-               Address grad_entropy, Address entropy, Address grad_log_sum_p2, Address log_sum_p2,
-               const QueueTuple& queue) {
+               const TransformTuple& transform, Address lse, Address grad_logp, Address grad_lse, Address grad_entropy,
+               Address entropy, Address grad_log_sum_p2, Address log_sum_p2, const QueueTuple& queue) {
   spo::tile_grad(tile_of(products, out, rows, columns, labels, transform),
                  {at<float>(lse), at<float>(grad_logp), at<float>(grad_lse), at<float>(grad_entropy),
                   at<float>(entropy), at<float>(grad_log_sum_p2), at<float>(log_sum_p2)},
@@ -63,13 +62,13 @@ void scale_rows(const MatrixTuple& x, int64_t rows, int64_t columns, Address fac
 
 void pair_loss(Address logp, Address labels, Address bounds, bool wide_bounds, int64_t pairs, int64_t tokens,
                int64_t width, int64_t ignore_index, Address reference, Address value, float beta, bool use_reference,
-               int penalty, float weight, float epsilon, bool mean, float factor, Address summary,
-               Address coefficients, const QueueTuple& queue) {
-  spo::pair_loss({at<float>(logp), at<int64_t>(labels), at<void>(bounds), wide_bounds, pairs, tokens, width,
-                  ignore_index},
-                 {at<float>(reference), at<float>(value), beta, use_reference, static_cast<spo::Penalty>(penalty),
-                  weight, epsilon, mean, factor},
-                 at<float>(summary), at<float>(coefficients), queue_of(queue));
+               int penalty, float weight, float epsilon, bool mean, float factor, Address summary, Address coefficients,
+               const QueueTuple& queue) {
+  spo::pair_loss(
+      {at<float>(logp), at<int64_t>(labels), at<void>(bounds), wide_bounds, pairs, tokens, width, ignore_index},
+      {at<float>(reference), at<float>(value), beta, use_reference, static_cast<spo::Penalty>(penalty), weight, epsilon,
+       mean, factor},
+      at<float>(summary), at<float>(coefficients), queue_of(queue));
 }
 
 }  // namespace
@@ -82,15 +81,14 @@ PYBIND11_MODULE(_C_cuda, module) {
   module.attr("mass_block") = spo::kMassBlock;
   module.def("why_not", &spo::why_not, Released(), "device"_a, "Empty, or why the kernels cannot run there.");
   module.def("tile_stats", &tile_stats, Released(), py::kw_only(), "products"_a, "out"_a, "rows"_a, "columns"_a,
-             "labels"_a, "transform"_a, "max"_a, "sum"_a, "label_logit"_a, "shifted_sum"_a, "square_sum"_a,
-             "rescale"_a, "block_lse"_a, "block_lse_stride"_a, "queue"_a);
+             "labels"_a, "transform"_a, "max"_a, "sum"_a, "label_logit"_a, "shifted_sum"_a, "square_sum"_a, "rescale"_a,
+             "block_lse"_a, "block_lse_stride"_a, "queue"_a);
   module.def("tile_grad", &tile_grad, Released(), py::kw_only(), "products"_a, "out"_a, "rows"_a, "columns"_a,
              "labels"_a, "transform"_a, "lse"_a, "grad_logp"_a, "grad_lse"_a, "grad_entropy"_a, "entropy"_a,
              "grad_log_sum_p2"_a, "log_sum_p2"_a, "queue"_a);
   module.def("scale_rows", &scale_rows, Released(), "x"_a, py::kw_only(), "rows"_a, "columns"_a, "factors"_a,
              "queue"_a);
   module.def("pair_loss", &pair_loss, Released(), py::kw_only(), "logp"_a, "labels"_a, "bounds"_a, "wide_bounds"_a,
-             "pairs"_a, "tokens"_a, "width"_a, "ignore_index"_a, "reference"_a, "value"_a, "beta"_a,
-             "use_reference"_a, "penalty"_a, "weight"_a, "epsilon"_a, "mean"_a, "factor"_a, "summary"_a,
-             "coefficients"_a, "queue"_a);
+             "pairs"_a, "tokens"_a, "width"_a, "ignore_index"_a, "reference"_a, "value"_a, "beta"_a, "use_reference"_a,
+             "penalty"_a, "weight"_a, "epsilon"_a, "mean"_a, "factor"_a, "summary"_a, "coefficients"_a, "queue"_a);
 }

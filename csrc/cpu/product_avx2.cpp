@@ -26,8 +26,7 @@ struct FloatKernel {
   template <Scalar kScalar>
   static inline __m256 load_along_k(const void* data, int64_t index) {
     if constexpr (kScalar == Scalar::kFloat) return _mm256_loadu_ps(static_cast<const float*>(data) + index);
-    const __m128i bits =
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(data) + index));
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(data) + index));
     if constexpr (kScalar == Scalar::kHalf) return _mm256_cvtph_ps(bits);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }

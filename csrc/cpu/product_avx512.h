@@ -26,7 +26,8 @@ inline void transpose_units(__m512i (&x)[kVectorLanes]) {
   // now x[4 q + c] holds column c + 4 p of rows 4 q .. 4 q + 3 in its quarter p
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    const __m512i low01 = _mm512_shuffle_i32x4(x[c], x[c + 4], 0x44), high01 = _mm512_shuffle_i32x4(x[c], x[c + 4], 0xee);
+    const __m512i low01 = _mm512_shuffle_i32x4(x[c], x[c + 4], 0x44),
+                  high01 = _mm512_shuffle_i32x4(x[c], x[c + 4], 0xee);
     const __m512i low23 = _mm512_shuffle_i32x4(x[c + 8], x[c + 12], 0x44),
                   high23 = _mm512_shuffle_i32x4(x[c + 8], x[c + 12], 0xee);
     y[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
@@ -102,8 +103,8 @@ inline __m512 load_floats(const void* data, int64_t index) {
   if constexpr (kScalar == Scalar::kFloat) {
     return _mm512_loadu_ps(static_cast<const float*>(data) + index);
   } else {
-    const __m256i bits = _mm256_loadu_si256(
-        reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + index));
+    const __m256i bits =
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + index));
     if constexpr (kScalar == Scalar::kHalf) return _mm512_cvtph_ps(bits);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }

@@ -25,8 +25,7 @@ struct BFloat16s {
   }
   template <Scalar kScalar>
   static inline __m512i load_along_k(const void* data, int64_t index) {
-    if constexpr (kScalar == Scalar::kBFloat16)
-      return _mm512_loadu_si512(static_cast<const uint16_t*>(data) + index);
+    if constexpr (kScalar == Scalar::kBFloat16) return _mm512_loadu_si512(static_cast<const uint16_t*>(data) + index);
     return (__m512i)_mm512_cvtne2ps_pbh(load_floats<kScalar>(data, index + 16), load_floats<kScalar>(data, index));
   }
   template <Scalar kScalar>
@@ -38,12 +37,12 @@ struct BFloat16s {
       };
       return _mm512_or_si512(load(even), _mm512_slli_epi32(load(odd), 16));
     }
-    const __m512i one_by_one = (__m512i)_mm512_cvtne2ps_pbh(load_floats<kScalar>(data, odd),
-                                                            load_floats<kScalar>(data, even));
+    const __m512i one_by_one =
+        (__m512i)_mm512_cvtne2ps_pbh(load_floats<kScalar>(data, odd), load_floats<kScalar>(data, even));
     // word i of the even and word i of the odd k, side by side
-    const __m512i pairs = _mm512_or_si512(
-        _mm512_cvtepu16_epi32(_mm512_castsi512_si256(one_by_one)),
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(one_by_one, 1)), 16));
+    const __m512i pairs =
+        _mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(one_by_one)),
+                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(one_by_one, 1)), 16));
     return pairs;
   }
   static inline __m512 multiply_add(__m512i left, __m512i right, __m512 sum) {

@@ -107,8 +107,7 @@ struct Source {
     constexpr int64_t kSquare = kLanes * kStep;
     if (!lane_axis.side_by_side()) {
       for (int64_t lane = 0; lane < lanes; ++lane)
-        for (int64_t k = 0; k < depth; k += kSquare)
-          Kernel::store_units(out + lane * row_size + k, along_k(lane, k));
+        for (int64_t k = 0; k < depth; k += kSquare) Kernel::store_units(out + lane * row_size + k, along_k(lane, k));
       return;
     }
     for (int64_t k = 0; k < depth; k += kSquare)
@@ -177,8 +176,8 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
   // one line more than needed, so that rows do not fall on the same sets of L1
   const int64_t padded = rounded_up(smaller(kDepth, shape.k), kLine), a_size = padded + kLine;
   const int64_t b_size = kColumns * padded;
-  auto* a_rows = static_cast<Packed*>(product_scratch(
-      (block * a_size + (share ? column_panels : threads) * b_size) * static_cast<int64_t>(sizeof(Packed))));
+  auto* a_rows = static_cast<Packed*>(product_scratch((block * a_size + (share ? column_panels : threads) * b_size) *
+                                                      static_cast<int64_t>(sizeof(Packed))));
   Packed* b_panels = a_rows + block * a_size;
 
 #pragma omp parallel num_threads(threads)
@@ -214,7 +213,8 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
           for (int64_t row = begin; row < smaller(begin + chunk, rows); row += kRows) {
             const int64_t count = smaller(kRows, rows - row);
             float* places[kRows];
-            for (int64_t i = 0; i < kRows; ++i) places[i] = c.data + c_rows(first + row + smaller(i, count - 1)) + column;
+            for (int64_t i = 0; i < kRows; ++i)
+              places[i] = c.data + c_rows(first + row + smaller(i, count - 1)) + column;
             Kernel::multiply(a_rows + row * a_size, a_size, b_panel, pieces(depth, kStep), places, count,
                              smaller(kColumns, shape.n - column), accumulate || k > 0);
           }

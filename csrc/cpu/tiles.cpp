@@ -145,7 +145,7 @@ SPO_CLONES void grad_rows(const Tile& tile, const TokenGrads& grads, int64_t beg
 }
 
 template <typename Rows>
-void parallel_rows(int64_t rows, int threads, const Rows& run) {
+void parallel_rows(int64_t rows, [[maybe_unused]] int threads, const Rows& run) {
   constexpr int64_t kBlock = 16;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t begin = 0; begin < rows; begin += kBlock) run(begin, std::min(begin + kBlock, rows));

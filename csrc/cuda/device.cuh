@@ -201,8 +201,8 @@ __device__ __forceinline__ Sums<float> lanes_sum(const Sums<float>& x) {
 // has a last error of its own: nobody else's is read or cleared. A failure that an earlier kernel left behind in
 // the context, which every later call returns, is reported here and cannot be cleared.
 template <typename... Parameters, typename... Arguments>
-void launch(const std::string& name, std::initializer_list<int64_t> shape, void (*kernel)(Parameters...), int64_t blocks,
-            dim3 threads, const Queue& queue, const Arguments&... arguments) {
+void launch(const std::string& name, std::initializer_list<int64_t> shape, void (*kernel)(Parameters...),
+            int64_t blocks, dim3 threads, const Queue& queue, const Arguments&... arguments) {
   if (blocks == 0) return;
   cudaError_t error = cudaErrorInvalidConfiguration;
   if (blocks < (int64_t{1} << 31)) {
@@ -223,8 +223,8 @@ void launch(const std::string& name, std::initializer_list<int64_t> shape, void 
 
 // Threads of a block: whole warps for one row of up to `most`, 32 for each of 4 rows of up to 512 columns.
 inline dim3 threads_for(int64_t columns, int most) {
-  if (columns <= kWarp * kHeld) return dim3(kWarp, 4);
-  int threads = 128;
+  if (columns <= int64_t{kWarp} * kHeld) return dim3(kWarp, 4);
+  int64_t threads = 128;
   while (threads < most && threads * kHeld < columns) threads *= 2;
   return dim3(static_cast<unsigned>(threads));
 }

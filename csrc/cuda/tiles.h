@@ -79,7 +79,6 @@ struct PairForm {
 
 // `summary` [7, pairs]: loss, rewards of chosen and rejected, their difference and order, log-probs of both;
 // `coefficients`, one per token: factor * d loss / d logp.
-void pair_loss(const PairTokens& tokens, const PairForm& form, float* summary, float* coefficients,
-               const Queue& queue);
+void pair_loss(const PairTokens& tokens, const PairForm& form, float* summary, float* coefficients, const Queue& queue);
 
 }  // namespace spo

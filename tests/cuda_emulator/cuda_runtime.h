@@ -5,11 +5,12 @@
 // last: a result that depends on the order lacks a barrier.
 #pragma once
 
+#include <math.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <math.h>
 
 #define __global__
 #define __device__
