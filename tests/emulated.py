@@ -50,13 +50,18 @@ class EmulatedTiles(cuda_tiles.CudaTiles):
         return self.device, 0
 
 
+def install(patch):
+    """From now on backend="cuda" runs emulated, on CPU tensors."""
+    module = build()
+    patch.setattr(_cuda, "load", lambda: (module, "emulated"))
+    patch.setattr(_cuda, "why_not", lambda device, dtype: None)
+    patch.setattr(cuda_tiles, "CudaTiles", EmulatedTiles)
+    _backend.load_backend.cache_clear()
+
+
 @pytest.fixture
 def emulated_cuda(monkeypatch):
-    """backend="cuda" runs emulated, on CPU tensors."""
-    module = build()
-    monkeypatch.setattr(_cuda, "load", lambda: (module, "emulated"))
-    monkeypatch.setattr(_cuda, "why_not", lambda device, dtype: None)
-    monkeypatch.setattr(cuda_tiles, "CudaTiles", EmulatedTiles)
-    _backend.load_backend.cache_clear()
-    yield EmulatedTiles(module)
+    """The emulated tiles, for one test the cuda backend's."""
+    install(monkeypatch)
+    yield EmulatedTiles(build())
     _backend.load_backend.cache_clear()

@@ -1,10 +1,12 @@
 """Where the GPU tests run, and what they share.
 
-With SPO_GPU_DRY_RUN=1 and TRITON_INTERPRET=1 what needs no CUDA runs on the CPU: a check of the tests themselves.
+With SPO_GPU_DRY_RUN=1 and TRITON_INTERPRET=1 what needs no CUDA runs on the CPU, the CUDA kernels emulated: a check of
+the tests themselves.
 """
 
 import os
 
+import emulated
 import pytest
 import torch
 
@@ -17,11 +19,20 @@ DEVICE = torch.device("cpu" if DRY else "cuda")
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not (CUDA or DRY), reason="torch sees no NVIDIA or AMD GPU")]
 needs_cuda = pytest.mark.skipif(not CUDA, reason="torch sees no NVIDIA or AMD GPU")
-_BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(not backend_info()[name].available, reason=backend_info()[name].detail))
-    for name in ("triton", "torch")
-]
-each_backend = pytest.mark.parametrize("backend", _BACKENDS)
+if DRY and not CUDA:
+    emulated.install(pytest.MonkeyPatch())
+
+
+def backends(*names):
+    """A parametrization; those that are missing are skipped with their reasons."""
+    info = backend_info()
+    marks = {name: pytest.mark.skipif(not info[name].available, reason=info[name].detail) for name in names}
+    return pytest.mark.parametrize("backend", [pytest.param(name, marks=marks[name]) for name in names])
+
+
+each_backend = backends("triton", "cuda", "torch")
+# those with kernels of their own
+each_kernel_backend = backends("triton", "cuda")
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 

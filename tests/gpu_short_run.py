@@ -1,14 +1,19 @@
-"""Every Triton kernel once or twice on small ragged inputs: what compute-sanitizer watches."""
+"""Every kernel of one backend once or twice on small ragged inputs: what compute-sanitizer watches.
+
+`python tests/gpu_short_run.py [triton|cuda] [loss|tiles]`: through the public functions, or the tile kernels alone.
+"""
+
+import sys
 
 import torch
 
 from spo_kernels import fused_spo_loss, linear_logprob
+from spo_kernels._backend import load_backend
 from spo_kernels.losses import DPO, SPO
+from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats, mass_blocks
 
 
-def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
+def run_loss(backend: str, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         hidden = torch.randn(4, 7, 24, device=device, dtype=dtype, requires_grad=True)
         weight = torch.randn(1031, 24, device=device, dtype=dtype, requires_grad=True)
@@ -18,20 +23,49 @@ def main() -> None:
         outputs = ("entropy", "log_sum_p2")
         for workspace in (None, 20_000):
             logp, extras = linear_logprob(
-                hidden, weight, labels, bias=bias, outputs=outputs, workspace_bytes=workspace, backend="triton"
+                hidden, weight, labels, bias=bias, outputs=outputs, workspace_bytes=workspace, backend=backend
             )
             (logp.sum() + extras["entropy"].sum() + extras["log_sum_p2"].sum()).backward()
-            linear_logprob(hidden, weight.detach(), labels, logit_softcap=9.0, backend="triton").sum().backward()
+            linear_logprob(hidden, weight.detach(), labels, logit_softcap=9.0, backend=backend).sum().backward()
         reference = torch.zeros(4, device=device)
         for loss in (DPO(), SPO(penalty="hinge")):
             for path in ("two_pass", "packed", "factorised"):
                 value, _ = fused_spo_loss(
-                    hidden, weight, labels, loss=loss, ref_logps=reference, path=path, backend="triton"
+                    hidden, weight, labels, loss=loss, ref_logps=reference, path=path, backend=backend
                 )
                 value.backward()
         assert all(tensor.grad.isfinite().all() for tensor in (hidden, weight, bias))
+
+
+def run_tiles(backend: str, device: str) -> None:
+    tiles = load_backend(backend).tiles
+    transform = LogitTransform(0.7, 30.0)
+    rows = 5
+    for columns in (1, 33, 512, 1031, 8192, 8197):
+        products = torch.randn(rows, columns, device=device)
+        bias, factors = torch.randn(columns, device=device), torch.rand(rows, device=device)
+        labels = torch.arange(rows, device=device) * columns // 3
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            out = torch.zeros(rows, columns, dtype=dtype, device=device)
+            stats = TokenStats.start(rows, products, True)
+            masses = torch.zeros(rows, mass_blocks(columns), device=device)
+            tiles.tile_stats(products, bias, labels, transform, stats, None, block_lse=masses)
+            tiles.tile_stats(products.clone(), bias, labels, transform, stats, factors.clone(), out)
+            lse = stats.max + stats.sum.log()
+            flows = dict.fromkeys(
+                ("logp", "lse", "entropy", "entropy_value", "log_sum_p2", "log_sum_p2_value"), factors
+            )
+            tiles.tile_grad(products.clone(), bias, labels, transform, TokenGrads(lse, **flows), out)
+        tiles.scale_rows(products, factors)
+        assert products.isfinite().all() and out.isfinite().all()
+
+
+def main(backend: str = "triton", what: str = "loss") -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    {"loss": run_loss, "tiles": run_tiles}[what](backend, device)
     print("ran on", device)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

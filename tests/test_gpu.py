@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from gpu_inputs import DEVICE, DRY, each_backend, each_dtype, moved, on_device, on_gpu
+from gpu_inputs import DEVICE, DRY, each_backend, each_dtype, each_kernel_backend, moved, on_device, on_gpu
 
 from spo_kernels import fused_spo_loss, linear_logprob, sequence_logps
+from spo_kernels._backend import load_backend
 from spo_kernels.losses import DPO, SPO
 from spo_kernels.testing import (
     Batch,
@@ -142,12 +143,13 @@ def test_fused_spo_loss(backend, loss, packed, path, dtype):
         assert (ours - expected).norm() <= max(tolerance, 1e-5) * expected.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 4095, 8191, 8192, 8193, 20000])
+@each_kernel_backend
+@pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 511, 513, 4095, 8191, 8192, 8193, 20000])
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.8, 20.0)], ids=["plain", "softcap"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tiles_of_any_width(columns, transform, dtype):
+def test_tiles_of_any_width(backend, columns, transform, dtype):
     """The kernels against the torch tiles in float64, with the operand in place and in half precision."""
-    tiles = pytest.importorskip("spo_kernels.tiles.triton_tiles")
+    tiles = load_backend(backend).tiles
     rows = 3
     tile = 5 * torch.randn(rows, columns, device=DEVICE)
     labels = torch.tensor([0, columns - 1, columns], device=DEVICE)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_inputs import CUDA, DEVICE, each_backend, each_dtype, moved, needs_cuda, on_gpu
+from gpu_inputs import CUDA, DEVICE, each_backend, each_dtype, each_kernel_backend, moved, needs_cuda, on_gpu
+from test_ops import Recorder
 
 from spo_kernels import fused_spo_loss, linear_logprob
+from spo_kernels._backend import load_backend
 from spo_kernels.testing import Batch, eager_logprob, random_batch
 from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
 
@@ -30,7 +32,7 @@ def near(ours, expected):
     assert (ours - expected).norm() <= 5e-3 * expected.norm() + 1e-6
 
 
-def loss_of(hidden, weight, labels, reference, backend="triton", path=None):
+def loss_of(hidden, weight, labels, reference, backend, path=None):
     options = {"loss": "dpo", "ref_logps": reference, "backend": backend, "path": path}
     value, metrics = fused_spo_loss(hidden, weight, labels, **options)
     return value, metrics["rewards/margins"]
@@ -42,32 +44,34 @@ def dpo_inputs(dtype=torch.bfloat16, tokens=33, vocab=2048, width=64, seed=0):
 
 
 @needs_cuda
+@each_kernel_backend
 @each_dtype
-def test_opcheck(dtype):
-    batch = moved(random_batch((2, 5), 64, 16, dtype=dtype, bias=True, ignored=0.3))
-    tensors = (batch.hidden, batch.weight, batch.bias, batch.labels)
-    options = (1.0, None, -100, False, None, "triton")
-    forward = torch.ops.spo_kernels.linear_logprob_fwd.default
-    torch.library.opcheck(forward, (*tensors, *options, True, True))
-    logp, lse, _, entropy, p2, *rest = forward(*tensors, *options, True, True)
-    grads = [torch.ones_like(logp) for _ in range(4)]
-    backward = torch.ops.spo_kernels.linear_logprob_bwd.default
-    torch.library.opcheck(backward, (*tensors, lse, entropy, p2, *rest, *grads, *options, True, True, True))
-    pair = torch.ops.spo_kernels.pair_loss.default
-    reference = torch.zeros(2, device=DEVICE)
-    form = (0.1, True, "nll", 1.0, 0.0, "reference", True)
-    torch.library.opcheck(pair, (logp, batch.labels, None, reference, None, -100, 1.0, *form))
+def test_opcheck(dtype, backend):
+    """Every operator with the arguments that a call gives it."""
+    batch = moved(random_batch((4, 5), 64, 16, dtype=dtype, bias=True, ignored=0.3))
+    hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    with Recorder() as recorder:
+        outputs = ("entropy", "log_sum_p2")
+        logp, extras = linear_logprob(hidden, weight, batch.labels, bias=batch.bias, outputs=outputs, backend=backend)
+        (logp.sum() + extras["entropy"].sum()).backward()
+        loss_of(hidden, weight, batch.labels, torch.zeros(4, device=DEVICE), backend)[0].backward()
+    names = {func.overloadpacket.__name__ for func, _, _ in recorder.calls}
+    assert names >= {"linear_logprob_fwd", "linear_logprob_bwd", "pair_loss"}
+    for func, args, kwargs in recorder.calls:
+        args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        torch.library.opcheck(func, tuple(args), kwargs)
 
 
 @needs_cuda
+@each_kernel_backend
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiles_as_one_graph(mode):
+def test_compiles_as_one_graph(mode, backend):
     batch, reference = dpo_inputs()
     compiled = torch.compile(loss_of, fullgraph=True, mode=mode)
     results = []
     for function in (loss_of, compiled, compiled, compiled):
         hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
-        value, margin = function(hidden, weight, batch.labels, reference)
+        value, margin = function(hidden, weight, batch.labels, reference, backend)
         value.backward()
         results.append([value.detach().clone(), margin.clone(), hidden.grad.clone(), weight.grad.clone()])
     for compiled_result in results[1:]:
@@ -76,8 +80,9 @@ def test_compiles_as_one_graph(mode):
 
 
 @needs_cuda
+@each_kernel_backend
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-def test_graph_capture(frozen):
+def test_graph_capture(frozen, backend):
     """Forward and backward are recorded once and replayed with other hidden states, labels and ignored positions."""
     batch, reference = dpo_inputs()
     hidden = batch.hidden.clone().requires_grad_()
@@ -85,7 +90,7 @@ def test_graph_capture(frozen):
     labels = batch.labels.clone()
 
     def step():
-        value, margin = loss_of(hidden, weight, labels, reference)
+        value, margin = loss_of(hidden, weight, labels, reference, backend)
         hidden.grad = weight.grad = None
         value.backward()
         return value, margin
@@ -108,7 +113,7 @@ def test_graph_capture(frozen):
         graph.replay()
         fresh = other.hidden.clone().requires_grad_()
         head = weight.detach().clone().requires_grad_(not frozen)
-        expected, expected_margin = loss_of(fresh, head, other.labels, reference)
+        expected, expected_margin = loss_of(fresh, head, other.labels, reference, backend)
         expected.backward()
         near(value, expected)
         near(margin, expected_margin)
@@ -118,18 +123,19 @@ def test_graph_capture(frozen):
 
 
 @needs_cuda
+@each_kernel_backend
 @each_head
-def test_the_host_waits_once(trained):
+def test_the_host_waits_once(trained, backend):
     """For the number of tokens that count, in the forward; the backward knows it. Three products wait for lengths."""
     batch, reference = dpo_inputs()
     hidden = batch.hidden.requires_grad_("hidden" in trained)
     weight = batch.weight.requires_grad_("weight" in trained)
-    loss_of(hidden, weight, batch.labels, reference, path="two_pass")[0].backward()
+    loss_of(hidden, weight, batch.labels, reference, backend, path="two_pass")[0].backward()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            value, _ = loss_of(hidden, weight, batch.labels, reference, path="two_pass")
+            value, _ = loss_of(hidden, weight, batch.labels, reference, backend, path="two_pass")
         waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
         torch.cuda.set_sync_debug_mode("error")
         value.backward()
@@ -151,20 +157,49 @@ def test_autocast_and_strides(backend):
 
 
 @needs_cuda
+@each_kernel_backend
 @pytest.mark.skipif(CUDA and torch.cuda.device_count() < 2, reason="one GPU")
-def test_another_device_than_the_current_one():
+def test_another_device_than_the_current_one(backend):
     batch = random_batch((2, 5), 300, 16)
     batch = Batch(batch.hidden.to("cuda:1"), batch.weight.to("cuda:1"), batch.labels.to("cuda:1"))
-    ours = linear_logprob(batch.hidden, batch.weight, batch.labels, backend="triton")
+    ours = linear_logprob(batch.hidden, batch.weight, batch.labels, backend=backend)
     torch.testing.assert_close(ours, eager_logprob(batch.hidden, batch.weight, batch.labels))
+    assert torch.cuda.current_device() == 0
+
+
+@needs_cuda
+@each_kernel_backend
+def test_two_streams_at_once(backend):
+    """Each with tiles and gradients of its own, launched in turns: the bits of one alone."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    inputs = [dpo_inputs(tokens=257, vocab=8200, seed=seed) for seed in range(2)]
+
+    def gradients(batch, reference):
+        hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
+        value, _ = loss_of(hidden, weight, batch.labels, reference, backend)
+        value.backward()
+        return value.detach(), hidden.grad, weight.grad
+
+    alone = [gradients(*batch) for batch in inputs]
+    torch.cuda.synchronize()
+    found = [[], []]
+    for _ in range(5):
+        for stream, batch, results in zip(streams, inputs, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(gradients(*batch))
+    torch.cuda.synchronize()
+    for expected, results in zip(alone, found, strict=True):
+        for result in results:
+            assert all(torch.equal(ours, value) for ours, value in zip(result, expected, strict=True))
 
 
 # ---- memory
 
 
 @needs_cuda
+@each_kernel_backend
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
-def test_peak_memory(trained):
+def test_peak_memory(trained, backend):
     """Gradients, the workspace and per-token rows: 1 GiB of logits would show."""
     n, width, vocab, workspace = 4096, 1024, 65536, 64 * MIB
     hidden = torch.randn(n, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
@@ -172,7 +207,7 @@ def test_peak_memory(trained):
     labels = torch.randint(vocab, (n,), device=DEVICE)
 
     def step():
-        linear_logprob(hidden, weight, labels, workspace_bytes=workspace, backend="triton").sum().backward()
+        linear_logprob(hidden, weight, labels, workspace_bytes=workspace, backend=backend).sum().backward()
 
     step()
     hidden.grad = weight.grad = None
@@ -187,9 +222,10 @@ def test_peak_memory(trained):
 
 
 @needs_cuda
-def test_more_than_two_to_the_31_elements():
+@each_kernel_backend
+def test_more_than_two_to_the_31_elements(backend):
     """The last rows of a tile of 2.2e9 float32, and of its bfloat16 operand."""
-    tiles = pytest.importorskip("spo_kernels.tiles.triton_tiles")
+    tiles = load_backend(backend).tiles
     rows, columns = 270_000, 8192
     needed = rows * columns * 6 + 2048 * MIB
     free = torch.cuda.mem_get_info()[0]
@@ -222,13 +258,20 @@ def _sanitizer():
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
 
 
+# initcheck must see whatever writes what the kernels read, so it watches a run of nothing but them and torch's own
+SANITIZED = [("memcheck", "loss", "_"), ("initcheck", "tiles", ""), ("synccheck", "tiles", "_")]
+SANITIZED += [("racecheck", "loss", "tile_"), ("racecheck", "loss", "pair_loss")]
+
+
 @needs_cuda
+@each_kernel_backend
 @pytest.mark.skipif(_sanitizer() is None, reason="no compute-sanitizer in PATH or CUDA_HOME")
-@pytest.mark.parametrize(("tool", "kernel"), [("memcheck", "_"), ("racecheck", "_tile_"), ("racecheck", "_pair_loss")])
-def test_sanitizer(tool, kernel):
+@pytest.mark.parametrize(("tool", "what", "kernel"), SANITIZED)
+def test_sanitizer(tool, what, kernel, backend):
     """Ragged sizes, without torch's caching allocator, so that a stray access is seen. Only our kernels can race."""
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
-    command = [_sanitizer(), "--tool", tool, "--error-exitcode", "9", "--kernel-regex", f"kns={kernel}"]
-    command += [sys.executable, str(ROOT / "tests" / "gpu_short_run.py")]
+    command = [_sanitizer(), "--tool", tool, "--error-exitcode", "9"]
+    command += ["--kernel-regex", f"kns={kernel}"] if kernel else []
+    command += [sys.executable, str(ROOT / "tests" / "gpu_short_run.py"), backend, what]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -16,7 +16,7 @@ if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
     COMPILERS.append("inductor")
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Notes each call of this package's own operators, as (operator, arguments, keyword arguments)."""
 
     def __init__(self):
@@ -53,7 +53,7 @@ def test_opcheck(backend, dtype, trained, inputs, options):
     """On the raw operators, with the very arguments that the public function sends."""
     batch = random_batch((3, 5), 29, 12, dtype=dtype, **inputs)
     upstream = random_upstream(batch, options.get("outputs", ()))
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         evaluate(linear_logprob, batch, upstream, trained=trained, backend=backend, **options)
     names = {func.overloadpacket.__name__ for func, _, _ in recorder.calls}
     assert "linear_logprob_fwd" in names
