@@ -1,15 +1,23 @@
 """Bytes that the tile kernels move per logit: on paper, and what they then reach of the copy rate on this device.
 
-`python -m benchmarks.gpu_roofline` prints the paper on any machine, and the measurement where there is a GPU.
+`python -m benchmarks.gpu_roofline` prints the paper on any machine, and the measurement where there is a GPU;
+`TRITON_INTERPRET=1 python -m benchmarks.gpu_roofline --dry-run` goes through all of it without one.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from spo_kernels import backend_info
+from spo_kernels._backend import load_backend
+from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats, mass_blocks
 
 from .gpu_measure import Stopwatch
 
@@ -54,49 +62,95 @@ def paper() -> str:
     return "\n".join(lines)
 
 
-def measure(rows: int = 4096, columns: int = 8192, repeats: int = 20) -> list[dict[str, object]]:
-    """GB/s of every kernel by its paper bytes, beside a copy of the same tile."""
-    from spo_kernels.tiles import triton_tiles
-    from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
+# a bandwidth that a kernel should reach where its tile is this large
+TILE = (4096, 32768)
+# the driver's own tile, whose rows wait in registers
+NARROW_TILE = (4096, 8192)
+DRY_TILE = (4, 300)
+BACKENDS = ("triton", "cuda")
 
-    device = torch.device("cuda")
-    clock = Stopwatch(device)
-    tile = 4 * torch.randn(rows, columns, device=device)
+
+def measure(device: torch.device, *, dry: bool = False) -> list[dict[str, Any]]:
+    """GB/s of every kernel of each backend by its paper bytes, and of a copy of the same tile."""
+    clock, repeats = Stopwatch(device), 3 if dry else 20
+    rows: list[dict[str, Any]] = []
+    for shape in (DRY_TILE,) if dry else (TILE, NARROW_TILE):
+        tile = 4 * torch.randn(*shape, device=device)
+        target = torch.empty_like(tile)
+        copy = _timed("copy_", 2 * READ, shape, lambda tile=tile, target=target: target.copy_(tile), clock, repeats)
+        rows.append({"backend": "torch", **copy, "of_copy": 1.0})
+        del target
+        for backend in BACKENDS:
+            status = backend_info()[backend]
+            if not status.available:
+                rows.append({"backend": backend, "tile": list(shape), "reason": status.detail})
+                continue
+            for name, size, run in _kernel_runs(backend, tile):
+                row = _timed(name, size, shape, run, clock, repeats)
+                rows.append({"backend": backend, **row, "of_copy": row["gb_s"] / copy["gb_s"]})
+    return rows
+
+
+def _kernel_runs(backend: str, tile: Tensor) -> list[tuple[str, int, Callable[[], object]]]:
+    """Each kernel's name, bytes per logit and a call that leaves the tile as it is."""
+    tiles = load_backend(backend).tiles
+    (rows, columns), device = tile.shape, tile.device
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
     labels = torch.randint(columns, (rows,), device=device)
     rescale = torch.empty(rows, device=device)
-    stats = TokenStats.start(rows, tile[0], False)
-    moments = TokenStats.start(rows, tile[0], True)
+    masses = torch.empty(rows, mass_blocks(columns), device=device)
+    stats, moments = (TokenStats.start(rows, tile[0], kind) for kind in (False, True))
     grads = TokenGrads(lse_value=tile.logsumexp(1), logp=torch.ones(rows, device=device))
     plain, capped = LogitTransform(), LogitTransform(1.0, 30.0)
-    runs: list[tuple[str, int, Callable[[], object]]] = [
-        ("copy float32", 8, lambda: tile.clone()),
-        ("tile_stats", 4, lambda: triton_tiles.tile_stats(tile, None, labels, plain, stats, None)),
-        ("tile_stats, softcap", 4, lambda: triton_tiles.tile_stats(tile, None, labels, capped, stats, None)),
-        ("tile_stats, all outputs", 4, lambda: triton_tiles.tile_stats(tile, None, labels, plain, moments, None)),
-        ("tile_stats + operand", 6, lambda: triton_tiles.tile_stats(tile, None, labels, plain, stats, rescale, out)),
-        ("tile_grad", 6, lambda: triton_tiles.tile_grad(tile, None, labels, plain, grads, out)),
-        ("tile_grad, softcap", 6, lambda: triton_tiles.tile_grad(tile, None, labels, capped, grads, out)),
+    operand = READ + WRITE if columns <= NARROW_TILE[1] else 2 * READ + WRITE
+
+    def statistics(transform: LogitTransform, into: TokenStats, *rest: Tensor | None) -> Callable[[], object]:
+        return lambda: tiles.tile_stats(tile, None, labels, transform, into, *(rest or (None,)))
+
+    def gradient(transform: LogitTransform) -> Callable[[], object]:
+        return lambda: tiles.tile_grad(tile, None, labels, transform, grads, out)
+
+    return [
+        ("tile_stats", READ, statistics(plain, stats)),
+        ("tile_stats, softcap", READ, statistics(capped, stats)),
+        ("tile_stats, all outputs", READ, statistics(plain, moments)),
+        ("tile_stats, masses", READ, statistics(plain, stats, None, None, masses)),
+        ("tile_stats + operand", operand, statistics(plain, stats, rescale, out)),
+        ("tile_grad", READ + WRITE, gradient(plain)),
+        ("tile_grad, softcap", READ + WRITE, gradient(capped)),
     ]
-    results = []
-    for name, size, run in runs:
-        for _ in range(3):
-            run()
-        ms = sorted(clock(run, hide_launch=True) for _ in range(repeats))[repeats // 2]
-        results.append({"kernel": name, "bytes_per_logit": size, "ms": ms, "gb_s": size * rows * columns / ms / 1e6})
-    return results
 
 
-def measured_table(results: list[dict[str, object]]) -> str:
-    lines = ["| kernel, tile 4096 x 8192 | bytes per logit | ms | GB/s |", "|---|---|---|---|"]
-    lines += [f"| {r['kernel']} | {r['bytes_per_logit']} | {r['ms']:.3f} | {r['gb_s']:.0f} |" for r in results]
+def _timed(
+    name: str, size: int, shape: tuple[int, int], run: Callable[[], object], clock: Stopwatch, repeats: int
+) -> dict[str, Any]:
+    for _ in range(3):
+        run()
+    ms = sorted(clock(run, hide_launch=True) for _ in range(repeats))[repeats // 2]
+    rate = size * shape[0] * shape[1] / ms / 1e6
+    return {"kernel": name, "tile": list(shape), "bytes_per_logit": size, "ms": ms, "gb_s": rate}
+
+
+def measured_table(results: list[dict[str, Any]]) -> str:
+    """Measured rows, and why others are missing."""
+    lines = ["| backend | kernel | tile | bytes per logit | ms | GB/s | of copy |", "|---|---|---|---|---|---|---|"]
+    for r in results:
+        tile = " x ".join(map(str, r["tile"]))
+        if "reason" in r:
+            lines.append(f"| {r['backend']} | {r['reason']} | {tile} | | | | |")
+            continue
+        cells = f"{r['bytes_per_logit']} | {r['ms']:.3f} | {r['gb_s']:.0f} | {r['of_copy']:.0%}"
+        lines.append(f"| {r['backend']} | {r['kernel']} | {tile} | {cells} |")
     return "\n".join(lines)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_roofline", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="a tiny tile on the CPU, Triton's kernels interpreted")
+    dry = parser.parse_args().dry_run
     print(paper())
-    if torch.cuda.is_available():
-        results = measure()
+    if dry or torch.cuda.is_available():
+        results = measure(torch.device("cpu" if dry else "cuda"), dry=dry)
         print("\n" + measured_table(results))
         print(json.dumps({"paper": [asdict(row) for row in PAPER], "measured": results}))
 

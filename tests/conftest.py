@@ -2,11 +2,14 @@
 
 import os
 
+import emulated
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import spo_kernels
+
+emulated_cuda = emulated.emulated_cuda
 
 settings.register_profile(
     "spo", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]

@@ -9,7 +9,7 @@ import mmap
 
 import pytest
 import torch
-from emulated import EmulatedTiles, build, emulated_cuda  # noqa: F401
+from emulated import EmulatedTiles, build
 
 from spo_kernels.tiles import torch_tiles
 from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats, mass_blocks

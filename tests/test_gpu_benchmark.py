@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+import torch
+
 from benchmarks import gpu, gpu_roofline
 
 
@@ -12,6 +15,21 @@ def test_bytes_per_logit_on_paper():
     assert moved["tile_stats + operand"] == (4, 2)
     assert moved["tile_grad"] == (4, 2)
     assert "| tile_grad | 4 B | 2 B | 6 |" in gpu_roofline.paper()
+
+
+def test_bandwidth_of_the_kernels_alone(emulated_cuda):
+    """Every kernel beside a copy of the same tile; a backend that is missing says why."""
+    rows = gpu_roofline.measure(torch.device("cpu"), dry=True)
+    measured = {row["kernel"] for row in rows if row["backend"] == "cuda"}
+    assert measured >= {"tile_stats", "tile_stats, masses", "tile_stats + operand", "tile_grad"}
+    copy = next(row for row in rows if row["kernel"] == "copy_")
+    for row in rows:
+        if "ms" in row:
+            assert row["gb_s"] == pytest.approx(row["bytes_per_logit"] * 4 * 300 / row["ms"] / 1e6)
+            assert row["of_copy"] == pytest.approx(row["gb_s"] / copy["gb_s"])
+    table = gpu_roofline.measured_table(rows)
+    assert "| cuda | tile_grad | 4 x 300 | 6 |" in table
+    assert "| triton | " in table
 
 
 def test_a_provider_that_dies_costs_its_own_rows(tmp_path, capsys, monkeypatch):

@@ -3,7 +3,6 @@
 import importlib.util
 
 import pytest
-from emulated import emulated_cuda  # noqa: F401
 
 
 class TritonKernels:
