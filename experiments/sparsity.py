@@ -4,7 +4,8 @@
 
 A small Llama is trained on solutions (SFT), then on preference pairs with SPO(DPO), three times from the same weights
 and batches: with the exact gradient, the certified one and the unbiased one. At every preference step the exact
-gradient is computed too and compared with the one that is used. Written: results.json, results.md, and a figure of
+gradient is computed too and compared with the one that is used. The sparse
+modes are made to run sparse even where the library would find that too much is kept for it to pay. Written: results.json, results.md, and a figure of
 the share of (token, vocabulary block) pairs that is kept, by SFT step and by position in the response.
 """
 
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from experiments.gsm8k import build_model  # noqa: E402
-from spo_kernels import Sparsity, fused_spo_loss, linear_logprob, sequence_logps  # noqa: E402
+from spo_kernels import Sparsity, _sparse, fused_spo_loss, linear_logprob, sequence_logps  # noqa: E402
 from spo_kernels.losses import DPO, SPO  # noqa: E402
 
 VOCABULARY = 8192
@@ -50,6 +51,7 @@ def main() -> None:
     if output.exists():
         sys.exit(f"{output} exists; remove it or give another --output")
     torch.set_num_threads(options.threads)
+    _sparse._WORTH = 1.0
     began = time.perf_counter()
     build_model(output / "init", Path(options.data) / "sft.jsonl", VOCABULARY)
     model, tokenizer = load(output / "init")
@@ -147,10 +149,7 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
 
 @torch.enable_grad()
 def kept_shares(hidden: Tensor, head: Tensor, labels: Tensor, tolerance: float) -> Tensor:
-    """ρ of every label, nan where it does not count; nothing is differentiated.
-
-    Where the sparse backward would not pay, the exact one runs, and ρ is 1.
-    """
+    """ρ of every label, nan where it does not count; nothing is differentiated."""
     leaf = hidden.detach().requires_grad_()
     names = ("kept_share",)
     sparsity = Sparsity("certified", tolerance)
@@ -218,7 +217,7 @@ def prefer(
             {
                 **metrics,
                 "cosine": F.cosine_similarity(flat(used), flat(exact), dim=0).item(),
-                "cosine of the head": F.cosine_similarity(used[head].flatten(), exact[head].flatten(), dim=0).item(),
+                "cosine of the head": F.cosine_similarity(flat([used[head]]), flat([exact[head]]), dim=0).item(),
             }
         )
         for parameter, value in zip(model.parameters(), used, strict=True):
