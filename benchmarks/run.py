@@ -117,6 +117,9 @@ def run_table(setting: Setting, plan: Plan, names: list[str], start: Launch) -> 
         print(f"float64 loss: {report['float64_loss']:.6f}")
     print()
     print(table.render(setting, report["rows"]))
+    model = table.cost_model(report["rows"])
+    if model is not None:
+        print(model)
     return report
 
 
