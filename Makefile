@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # processes that the tests run in; each uses one thread for torch
 TEST_PROCESSES ?= 2
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
 .PHONY: test demo lint bench clean
 

@@ -5,6 +5,7 @@
 # Other arguments go to `python -m benchmarks.gpu`. Environment:
 #   PYTHON          the interpreter (default: .venv/bin/python, else python3)
 #   TEST_SECONDS    for the tests, 0 to leave them out (default: 420)
+#   WITHOUT_TRITON  1: the tests run in a process that cannot import Triton
 #   BENCH_MINUTES   for the benchmark, 0 to leave it out (default: 11)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -45,7 +46,9 @@ NOTE="GPU tests were not run"
 if [ "$TEST_SECONDS" -gt 0 ]; then
     LOG=$RESULTS/gpu-tests.log
     say "GPU tests, at most $TEST_SECONDS s, log in $LOG"
-    timeout "$TEST_SECONDS" "$PYTHON" -m pytest -q -p no:cacheprovider -p no:xdist "${SELECTION[@]}" \
+    RUNNER=(-m pytest)
+    [ "${WITHOUT_TRITON:-0}" = 1 ] && RUNNER=(tests/without_triton.py)
+    timeout "$TEST_SECONDS" "$PYTHON" "${RUNNER[@]}" -q -p no:cacheprovider -p no:xdist "${SELECTION[@]}" \
         tests/test_gpu.py tests/test_gpu_system.py >"$LOG" 2>&1
     TESTS=$?
     tail -n 25 "$LOG"

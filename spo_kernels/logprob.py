@@ -155,7 +155,7 @@ def linear_logprob(
             and up to 64 MiB beside the workspace for masses and lists.
         workspace_bytes: Bound on temporaries beside inputs, gradients and per-token values. Default 32 MiB
             on a CPU, 512 MiB on a GPU.
-        backend: "torch", "cpp" or "triton"; None takes SPO_BACKEND or else the best that is available.
+        backend: "torch", "cpp", "triton" or "cuda"; None takes SPO_BACKEND or else the best that is available.
 
     Returns:
         logp in float32 (float64 for float64 inputs), shaped like `labels`, 0 where ignored. With `outputs`:

@@ -4,6 +4,7 @@ With SPO_GPU_DRY_RUN=1 and TRITON_INTERPRET=1 what needs no CUDA runs on the CPU
 the tests themselves.
 """
 
+import importlib
 import os
 
 import emulated
@@ -34,6 +35,14 @@ each_backend = backends("triton", "cuda", "torch")
 # those with kernels of their own
 each_kernel_backend = backends("triton", "cuda")
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def importable(name):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def moved(batch):

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_inputs import CUDA, DEVICE, each_backend, each_dtype, each_kernel_backend, moved, needs_cuda, on_gpu
+from gpu_inputs import (
+    CUDA,
+    DEVICE,
+    each_backend,
+    each_dtype,
+    each_kernel_backend,
+    importable,
+    moved,
+    needs_cuda,
+    on_gpu,
+)
 from test_ops import Recorder
 
 from spo_kernels import fused_spo_loss, linear_logprob
@@ -64,6 +74,7 @@ def test_opcheck(dtype, backend):
 
 @needs_cuda
 @each_kernel_backend
+@pytest.mark.skipif(not importable("triton"), reason="torch.compile itself needs Triton on a GPU")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiles_as_one_graph(mode, backend):
     batch, reference = dpo_inputs()

@@ -36,6 +36,17 @@ def _check_target(tile: Tensor, out: Tensor | None) -> Tensor:
     return out
 
 
+def _check_pairs(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
+) -> None:
+    if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != like.device):
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{name}: expected {names} {list(shape)} on {like.device}, "
+            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        )
+
+
 class CudaTiles:
     """See `TileBackend` for the meaning of each argument; rows may be strided, columns not.
 
@@ -149,6 +160,11 @@ class CudaTiles:
         logp, labels = logp.contiguous(), labels.contiguous()
         pairs, summary, coefficients = pair_outputs(logp, cu_seqlens)
         bounds, sums, values = (None if x is None else x.contiguous() for x in (cu_seqlens, reference, value))
+        _check_pairs("logp", logp, logp.shape, (torch.float32,), logp)
+        _check_pairs("labels", labels, logp.shape, (torch.int64,), logp)
+        _check_pairs("cu_seqlens", bounds, (2 * pairs + 1,), (torch.int32, torch.int64), logp)
+        _check_pairs("reference", sums, (2 * pairs,), (torch.float32,), logp)
+        _check_pairs("value", values, (pairs,), (torch.float32,), logp)
         with self._guard(logp):
             self._native.pair_loss(
                 logp=logp.data_ptr(),
