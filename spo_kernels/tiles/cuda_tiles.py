@@ -68,6 +68,20 @@ class CudaTiles:
         """The device's number and the caller's stream on it."""
         return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
 
+    def _tile(
+        self, tile: Tensor, target: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform
+    ) -> dict[str, Any]:
+        """The arguments that both passes take."""
+        return {
+            "products": _matrix(tile),
+            "out": _matrix(target),
+            "rows": tile.shape[0],
+            "columns": tile.shape[1],
+            "labels": labels.data_ptr(),
+            "transform": (_address(bias), transform.scale, transform.softcap or 0.0),
+            "queue": self._queue(tile),
+        }
+
     def tile_stats(
         self,
         tile: Tensor,
@@ -85,12 +99,7 @@ class CudaTiles:
         check_masses(tile, block_lse, rescale)
         with self._guard(tile):
             self._native.tile_stats(
-                products=_matrix(tile),
-                out=_matrix(target),
-                rows=tile.shape[0],
-                columns=tile.shape[1],
-                labels=labels.data_ptr(),
-                transform=(_address(bias), transform.scale, transform.softcap or 0.0),
+                **self._tile(tile, target, bias, labels, transform),
                 max=_address(stats.max),
                 sum=_address(stats.sum),
                 label_logit=_address(stats.label_logit),
@@ -99,7 +108,6 @@ class CudaTiles:
                 rescale=_address(rescale),
                 block_lse=_address(block_lse),
                 block_lse_stride=0 if block_lse is None else block_lse.stride(0),
-                queue=self._queue(tile),
             )
 
     def tile_grad(
@@ -116,12 +124,7 @@ class CudaTiles:
         target = _check_target(tile, out)
         with self._guard(tile):
             self._native.tile_grad(
-                products=_matrix(tile),
-                out=_matrix(target),
-                rows=tile.shape[0],
-                columns=tile.shape[1],
-                labels=labels.data_ptr(),
-                transform=(_address(bias), transform.scale, transform.softcap or 0.0),
+                **self._tile(tile, target, bias, labels, transform),
                 lse=_address(grads.lse_value),
                 grad_logp=_address(grads.logp),
                 grad_lse=_address(grads.lse),
@@ -129,7 +132,6 @@ class CudaTiles:
                 entropy=_address(grads.entropy_value),
                 grad_log_sum_p2=_address(grads.log_sum_p2),
                 log_sum_p2=_address(grads.log_sum_p2_value),
-                queue=self._queue(tile),
             )
 
     def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:
