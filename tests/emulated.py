@@ -1,10 +1,15 @@
-"""The CUDA kernels on CPU tensors: csrc/cuda compiled for the CPU, its threads as fibres (see tests/cuda_emulator)."""
+"""The CUDA kernels on CPU tensors: csrc/cuda compiled for the CPU, its threads as fibres (see tests/cuda_emulator).
 
+Also on a GPU: the same tests there, with tensors that are moved for each call.
+"""
+
+import dataclasses
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from spo_kernels import _backend, _build, _cuda
 from spo_kernels.tiles import cuda_tiles
@@ -48,6 +53,39 @@ class EmulatedTiles(cuda_tiles.CudaTiles):
 
     def _queue(self, tensor):
         return self.device, 0
+
+
+class TilesOnGpu:
+    """The backend itself, for tensors that lie on the CPU: each call moves their memory there and back."""
+
+    def __init__(self, tiles):
+        self._tiles = tiles
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            moved = {}
+            arguments = [_on_gpu(value, moved) for value in arguments]
+            options = {key: _on_gpu(value, moved) for key, value in options.items()}
+            result = getattr(self._tiles, name)(*arguments, **options)
+            for here, there in moved.values():
+                here.copy_(there)
+            return result
+
+        return call
+
+
+def _on_gpu(value, moved):
+    """A tensor's whole memory copied, so that it lies as it lay: strides, offset, and what it shares with others."""
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{name: _on_gpu(part, moved) for name, part in vars(value).items()})
+    if not isinstance(value, torch.Tensor):
+        return value
+    storage = value.untyped_storage()
+    key = storage.data_ptr(), value.dtype
+    if key not in moved:
+        whole = value.new_empty(0).set_(storage)
+        moved[key] = whole, whole.cuda()
+    return moved[key][1].as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def install(patch):

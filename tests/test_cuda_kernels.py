@@ -1,4 +1,4 @@
-"""The CUDA kernels emulated on the CPU, in every launch geometry, against the torch tiles in float64.
+"""The CUDA kernels, emulated on the CPU and on a GPU, in every launch geometry against the torch tiles in float64.
 
 What all GPU kernels are asked stands in tests/interpreted; this is what the CUDA ones could get wrong on their own:
 which thread holds which column, ragged ends, unaligned rows, dtypes of tiles, barriers, and memory beyond a row.
@@ -9,8 +9,9 @@ import mmap
 
 import pytest
 import torch
-from emulated import EmulatedTiles, build
+from emulated import EmulatedTiles, TilesOnGpu, build
 
+from spo_kernels import _backend, _cuda
 from spo_kernels.tiles import torch_tiles
 from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats, mass_blocks
 
@@ -23,10 +24,15 @@ OPERANDS += [(half, None) for half in HALVES] + [(half, half) for half in HALVES
 each_operand = pytest.mark.parametrize(("dtype", "out_dtype"), OPERANDS, ids=str)
 
 
-@pytest.fixture(scope="module")
-def tiles():
-    """The backend on CPU tensors."""
-    return EmulatedTiles(build())
+@pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def tiles(request):
+    """The backend for CPU tensors."""
+    if request.param == "emulated":
+        return EmulatedTiles(build())
+    module, detail = _cuda.load()
+    if module is None:
+        pytest.skip(detail)
+    return TilesOnGpu(_backend.load_backend("cuda").tiles)
 
 
 def made(rows, columns, dtype=torch.float32):
@@ -252,7 +258,8 @@ def test_empty_tiles(tiles, rows, columns):
 # ---- errors
 
 
-def test_a_failed_launch_names_kernel_and_shapes(tiles, monkeypatch):
+def test_a_failed_launch_names_kernel_and_shapes(monkeypatch):
+    tiles = EmulatedTiles(build())
     monkeypatch.setattr(tiles, "device", -1)
     tile, labels = torch.zeros(3, 40), torch.zeros(3, dtype=torch.int64)
     stats = TokenStats.start(3, tile, False)
@@ -273,5 +280,5 @@ def test_operands_that_no_kernel_writes(tiles, dtype, out):
         tiles.tile_grad(tile, None, torch.zeros(2, dtype=torch.int64), PLAIN, grads, torch.zeros(2, 8, dtype=out))
 
 
-def test_mass_block_is_the_specifications(tiles):
+def test_mass_block_is_the_specifications():
     assert build().mass_block == MASS_BLOCK
