@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spo_kernels.losses.composite import Composite, check_objective
 from spo_kernels.losses.dpo import DPO
-from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, coupling_of, token_outputs_of
+from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, coupling_of
 
 
 @dataclass(frozen=True)
-class WPO:
+class WPO(Composite):
     """`w * base` with `w = min(1, exp(ā_w + ā_l))`, `ā = mean_t [log πθ(y_t) - log Σ_v πθ(v)²]`, w detached.
 
     The weight is from the authors' code (wzhouad/WPO): each token's probability relative to that of a token sampled
@@ -26,15 +27,13 @@ class WPO:
     clamp: bool = True
 
     def __post_init__(self) -> None:
-        if not callable(self.base):
-            raise TypeError(f"base must be an objective (a callable), got {self.base!r}")
+        check_objective("base", self.base)
         if not isinstance(self.clamp, bool):
             raise TypeError(f"clamp must be True or False, got {self.clamp!r}")
 
-    @property
-    def beta(self) -> float:
-        """The base's β, which scales the logged rewards."""
-        return getattr(self.base, "beta", 1.0)
+    def parts(self) -> tuple[Objective, ...]:
+        """The base."""
+        return (self.base,)
 
     @property
     def coupling(self) -> Coupling:
@@ -44,7 +43,7 @@ class WPO:
     @property
     def token_outputs(self) -> tuple[str, ...]:
         """What the weight needs, and what the base does."""
-        return tuple(dict.fromkeys(("logp", "log_sum_p2", *token_outputs_of(self.base))))
+        return tuple(dict.fromkeys(("logp", "log_sum_p2", *super().token_outputs)))
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
