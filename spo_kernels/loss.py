@@ -11,7 +11,8 @@ from spo_kernels._checks import check_head_inputs, check_tensor, check_token_wei
 from spo_kernels._pair_loss import PairKernel
 from spo_kernels._products import accumulator_dtype
 from spo_kernels._three_products import plan_path, three_products
-from spo_kernels.logprob import LogprobCall, prepare_call
+from spo_kernels.kl import linear_kl
+from spo_kernels.logprob import OUTPUTS, LogprobCall, prepare_call
 from spo_kernels.losses import Objective, PairLogps, implicit_rewards, named_loss
 from spo_kernels.losses.pairs import PairInputs, check_choice, pair_losses, token_outputs_of
 from spo_kernels.paths import PATHS
@@ -123,7 +124,8 @@ def fused_spo_loss(
         check_token_weights("ref_token_weights", ref_token_weights, labels)
     names = token_outputs_of(objective)
     computed = labels if names else weighted_labels(labels, token_weights, ignore_index)
-    outputs = (*(name for name in names if name != "logp"), *(("correct", "entropy") if token_metrics else ()))
+    moments = [name for name in names if name in OUTPUTS]
+    outputs = (*moments, *(("correct", "entropy") if token_metrics else ()))
     call = prepare_call(hidden, weight, computed, bias=bias, outputs=outputs, outputs_carry_grad=False, **options)
     dtype = accumulator_dtype(call.hidden.dtype)
     reference = _reference_sums(
@@ -136,10 +138,17 @@ def fused_spo_loss(
         spo_value = spo_value.detach().to(dtype)
     inputs = PairInputs(reference, lengths, spo_value, named)
     tokens = lengths if computed is labels else count_tokens(computed, cu_seqlens, ignore_index)
+    kl = None
+    if "kl" in names:
+        if ref_hidden is None or ref_weight is None:
+            raise ValueError("the objective needs the KL divergence from the reference: pass ref_hidden and ref_weight")
+        kl = linear_kl(hidden, weight, ref_hidden, ref_weight, labels, bias=bias, ref_bias=ref_bias, **options)
     plan = plan_path(call, objective, tokens, path, per_pair=reduction == "none")
     scale = 1.0 / max(pairs_count, 1) if reduction == "mean" else 1.0
     if plan.path == "two_pass":
-        result, metrics, token_sums = _two_pass(call, objective, inputs, token_weights, cu_seqlens, reduction, scale)
+        result, metrics, token_sums = _two_pass(
+            call, objective, inputs, kl, token_weights, cu_seqlens, reduction, scale
+        )
     else:
         result, losses, sums, token_sums = three_products(call, objective, inputs, tokens, token_weights, plan, scale)
         metrics = _metrics(objective, inputs.pairs(sums), losses)
@@ -155,6 +164,7 @@ def _two_pass(
     call: LogprobCall,
     objective: Objective,
     inputs: PairInputs,
+    kl: Tensor | None,
     token_weights: Tensor | None,
     cu_seqlens: Tensor | None,
     reduction: str,
@@ -172,8 +182,9 @@ def _two_pass(
     )
     named = dict(inputs.named)
     for name in token_outputs_of(objective):
-        values = logp if name == "logp" else extras[name]
-        named[f"chosen_{name}"], named[f"rejected_{name}"] = sum_sequences(values.detach(), cu_seqlens).chunk(2)
+        values = kl if name == "kl" else (logp if name == "logp" else extras[name]).detach()
+        assert values is not None
+        named[f"chosen_{name}"], named[f"rejected_{name}"] = sum_sequences(values, cu_seqlens).chunk(2)
     inputs = replace(inputs, named=named)
     kernel = None
     if reduction != "none" and token_weights is None:

@@ -32,6 +32,7 @@ from spo_kernels.losses.simpo import AlphaPO, SigmoidNorm, SimPO
 from spo_kernels.losses.spo import SPO
 from spo_kernels.losses.squares import SPPO, CalDPO, SPPOHard
 from spo_kernels.losses.state import has_state
+from spo_kernels.losses.tdpo import TDPO
 from spo_kernels.losses.weighted_sum import WeightedSum
 from spo_kernels.losses.wpo import WPO
 
@@ -83,6 +84,7 @@ LOSSES: dict[str, type] = {
     "spo": SPO,
     "sppo": SPPO,
     "sppo_hard": SPPOHard,
+    "tdpo": TDPO,
     "uncertainty_dpo": UncertaintyDPO,
     "wpo": WPO,
 }

@@ -199,6 +199,11 @@ def dpop(x: Points, b: float, lam: float) -> tuple[Array, Array, Array]:
     return -logsig(z), -b * sig(-z) * (1 + lam * (x.r_w <= 0)), b * sig(-z)
 
 
+def tdpo(x: Points, b: float, a: float) -> tuple[Array, Array, Array]:
+    z = b * (x.delta - a * (x.inputs["rejected_kl"] - x.inputs["chosen_kl"]))
+    return both(-logsig(z), -b * sig(-z))
+
+
 def wpo(x: Points, clamp: bool = True) -> tuple[Array, Array, Array]:
     mean_w = (x.inputs["chosen_logp"] - x.inputs["chosen_log_sum_p2"]) / x.m_w
     mean_l = (x.inputs["rejected_logp"] - x.inputs["rejected_log_sum_p2"]) / x.m_l

@@ -17,6 +17,8 @@ INPUTS = {
     "chosen_probability": (0.5, 1.0),
     "rejected_probability": (0.0, 0.5),
     "kl": (-1.0, 4.0),
+    "chosen_kl": (0.0, 30.0),
+    "rejected_kl": (0.0, 30.0),
     "chosen_logp": (-60.0, 0.0),
     "rejected_logp": (-60.0, 0.0),
     "chosen_log_sum_p2": (-60.0, 0.0),
