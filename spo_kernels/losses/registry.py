@@ -91,6 +91,7 @@ LOSSES: dict[str, type] = {
 
 # made once: torch.compile can look an objective up, but cannot trace a dataclass's construction and checks
 _DEFAULTS: dict[str, Objective] = {name: loss() for name, loss in LOSSES.items()}
+_STATEFUL = frozenset(name for name, loss in _DEFAULTS.items() if has_state(loss))
 
 
 def named_loss(name: str) -> Objective:
@@ -101,7 +102,7 @@ def named_loss(name: str) -> Objective:
             one object by name would share between all its users.
     """
     _check_name(name)
-    if has_state(_DEFAULTS[name]):
+    if name in _STATEFUL:
         raise ValueError(
             f"loss = {name!r} keeps running statistics: make it once with build_loss({name!r}) and pass that object"
         )
