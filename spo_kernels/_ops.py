@@ -48,7 +48,7 @@ def capturing(labels: Tensor) -> bool:
     return labels.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _count_tokens(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
+def find_counted(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
     """Flat positions of the labels that count, padded with zeros to all of them, and their number in CPU memory.
 
     The number is kept there so that the backward need not wait for the device to learn it again.
@@ -65,14 +65,15 @@ def _count_tokens(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tenso
 
 
 @dataclass(frozen=True)
-class _Counted:
+class CountedLabels:
     """Which labels count: those at `positions` (None: all), or those where `mask` is True."""
 
     positions: Tensor | None
     mask: Tensor | None
 
     @classmethod
-    def of(cls, positions: Tensor, count: Tensor) -> "_Counted":
+    def of(cls, positions: Tensor, count: Tensor) -> "CountedLabels":
+        """What `find_counted` found."""
         n = int(count)
         if n == _MASKED:
             return cls(None, positions.bool())
@@ -127,8 +128,8 @@ def linear_logprob_fwd(
     check_label_range(labels, weight.shape[0], ignore_index)
     states = hidden.reshape(-1, hidden.shape[-1])
     head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
-    padded_positions, count = _count_tokens(labels, ignore_index, shift)
-    counted = _Counted.of(padded_positions, count)
+    padded_positions, count = find_counted(labels, ignore_index, shift)
+    counted = CountedLabels.of(padded_positions, count)
     tokens = counted.tokens(labels, shift)
     grad_dtype = logp_grad_dtype(hidden)
     logp_grad = hidden.new_empty(0, dtype=grad_dtype)
@@ -185,7 +186,7 @@ def linear_logprob_bwd(
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`."""
     states = hidden.reshape(-1, hidden.shape[-1])
     head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
-    counted = _Counted.of(padded_positions, count)
+    counted = CountedLabels.of(padded_positions, count)
     tokens = counted.tokens(labels, shift)
     grads = TokenGrads(
         lse_value=lse,

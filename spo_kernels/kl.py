@@ -1,28 +1,31 @@
-"""`linear_kl`: KL divergence of a policy's next-token distributions from a reference's, without `[N, V]` logits.
+"""`linear_kl`: KL divergence of a policy's next-token distributions from a reference's, without `[N, V]` logits."""
 
-With reference logits a, policy logits b and p, q their softmaxes, KL(p‖q) = Σ p (a - b) - lse(a) + lse(b). Both models'
-tiles of the same tokens and columns are in work together, and the three sums are merged tile by tile. Backward:
-d KL / d b = q - p, from the same two tiles recomputed.
-"""
-
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_kernels._backend import Backend, load_backend
+from spo_kernels._backend import load_backend
 from spo_kernels._checks import check_head_inputs, check_label_range
-from spo_kernels._driver import Head, TokenRows, plan_tiles
-from spo_kernels._products import accumulator_dtype, headroom
-from spo_kernels.logprob import LogprobCall, prepare_call
+from spo_kernels._driver import Head
+from spo_kernels._kl import Models, backward, forward
+from spo_kernels._ops import CountedLabels, find_counted
+from spo_kernels._products import accumulator_dtype
+from spo_kernels.logprob import LogprobOptions, prepare_call
 from spo_kernels.tiles import torch_tiles
 from spo_kernels.tiles.spec import LogitTransform
-from spo_kernels.tiles.torch_tiles import logit_slope, to_logits
 
-# rows of a tile handled at a time, so that temporaries stay small
-_PIECES = 16
+_library = torch.library.Library("spo_kernels", "FRAGMENT")
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, Tensor labels,"
+    " float logit_scale, float? logit_softcap, int ignore_index, bool shift, int? workspace_bytes, str backend"
+)
+_library.define(f"linear_kl_fwd({_INPUTS}) -> (Tensor kl, Tensor ref_lse, Tensor lse)")
+_library.define(
+    f"linear_kl_bwd({_INPUTS}, Tensor ref_lse, Tensor lse, Tensor grad, bool need_hidden, bool need_weight,"
+    " bool need_bias) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
 
 
 def linear_kl(
@@ -51,7 +54,7 @@ def linear_kl(
 
     Differentiable in `hidden`, `weight` and `bias`; the reference is constant. Cost in products of `[N, H] x [H, V]`: 2
     forward, and backward 2 and one for each of hidden and weight that needs a gradient. What happens between products
-    is done by torch operations on every backend. torch.compile breaks its graph here.
+    is done by torch operations on every backend.
 
     Args:
         hidden, weight, bias: The policy's, as in `linear_logprob`.
@@ -83,8 +86,13 @@ def linear_kl(
         )
     if accumulator_dtype(policy.hidden.dtype) != accumulator_dtype(reference.hidden.dtype):
         raise TypeError(f"ref_hidden is {ref_hidden.dtype}, but hidden is {hidden.dtype}: float64 needs both")
-    check_label_range(labels, weight.shape[0], ignore_index)
-    kl: Tensor = LinearKLFunction.apply(policy.hidden, policy.weight, policy.bias, policy, reference)
+    tensors = (
+        reference.hidden.detach(),
+        reference.weight.detach(),
+        None if reference.bias is None else reference.bias.detach(),
+        labels,
+    )
+    kl: Tensor = LinearKLFunction.apply(policy.hidden, policy.weight, policy.bias, *tensors, policy.options)
     return kl
 
 
@@ -93,193 +101,95 @@ class LinearKLFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, policy: LogprobCall, reference: LogprobCall
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        ref_bias: Tensor | None,
+        labels: Tensor,
+        options: LogprobOptions,
     ) -> Tensor:
         """Returns the divergences, shaped like labels."""
-        tokens = _tokens(policy)
-        # what of them is differentiable is saved with the graph, and only there
-        models = _Models.of(hidden, weight, bias, policy, reference)
-        with torch.autocast(hidden.device.type, enabled=False):
-            kl, ref_lse, lse = _forward(models, tokens)
-        ctx.save_for_backward(hidden, weight, bias, ref_lse, lse)
-        ctx.calls = (replace(policy, hidden=hidden.new_empty(0), weight=hidden.new_empty(0), bias=None), reference)
-        out = kl.new_zeros(policy.labels.numel())
-        out[_positions(policy)] = kl
-        return out.view(policy.labels.shape)
+        tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels)
+        kl, ref_lse, lse = _fwd(*tensors, *options.op_arguments())
+        ctx.save_for_backward(*tensors, ref_lse, lse)
+        ctx.options = options
+        result: Tensor = kl
+        return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight and bias."""
         if torch.is_grad_enabled():
             raise RuntimeError("linear_kl does not support double backward (create_graph=True was passed)")
-        hidden, weight, bias, ref_lse, lse = ctx.saved_tensors
-        policy, reference = ctx.calls
-        models = _Models.of(hidden, weight, bias, policy, reference)
-        grad = upstream.reshape(-1)[_positions(policy)]
-        with torch.autocast(hidden.device.type, enabled=False):
-            grads = _backward(models, _tokens(policy), ref_lse, lse, grad, ctx.needs_input_grad[:3])
-        d_hidden, d_weight, d_bias = grads
-        return None if d_hidden is None else d_hidden.view(hidden.shape), d_weight, d_bias, None, None
+        *tensors, ref_lse, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        result = _bwd(*tensors, *ctx.options.op_arguments(), ref_lse, lse, upstream, *needs)
+        return (*(g if need else None for g, need in zip(result, needs, strict=True)), *[None] * 5)
 
 
-def _positions(call: LogprobCall) -> Tensor:
-    counts = call.labels != call.options.ignore_index
-    if call.options.shift:
-        counts[..., :1] = False
-    return counts.flatten().nonzero()[:, 0]
+def _models(*arguments: Any) -> tuple[Models, CountedLabels]:
+    """The ops' common arguments as the loops take them."""
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, scale, softcap, *rest = arguments
+    ignore_index, shift, workspace_bytes, backend = rest
+    check_label_range(labels, weight.shape[0], ignore_index)
+    transform = LogitTransform(scale, softcap)
+    models = Models(
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        head=Head(weight, bias, transform),
+        ref_hidden=ref_hidden.reshape(-1, ref_hidden.shape[-1]),
+        ref_head=Head(ref_weight, ref_bias, transform),
+        backend=replace(load_backend(backend), tiles=torch_tiles),
+        workspace_bytes=workspace_bytes,
+    )
+    return models, CountedLabels.of(*find_counted(labels, ignore_index, shift))
 
 
-def _tokens(call: LogprobCall) -> TokenRows:
-    positions = _positions(call)
-    return TokenRows(positions - 1 if call.options.shift else positions, call.labels.flatten()[positions])
+@torch.no_grad()
+def linear_kl_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergences and both models' log-sum-exps, labels' shape; see the schema and `linear_kl`."""
+    models, counted = _models(*arguments)
+    labels, shift = arguments[6], arguments[10]
+    with torch.autocast(labels.device.type, enabled=False):
+        found = forward(models, counted.tokens(labels, shift))
+    kl, ref_lse, lse = (counted.spread(values, labels.shape) for values in found)
+    return kl, ref_lse, lse
 
 
-@dataclass(frozen=True)
-class _Models:
-    """Both models and how their tiles are made."""
-
-    hidden: Tensor  # [rows, H]
-    head: Head
-    ref_hidden: Tensor  # [rows, H_ref]
-    ref_head: Head
-    backend: Backend
-    workspace_bytes: int | None
-
-    @classmethod
-    def of(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, policy: LogprobCall, reference: LogprobCall
-    ) -> "_Models":
-        options = policy.options
-        transform = LogitTransform(options.logit_scale, options.logit_softcap)
-        return cls(
-            hidden=hidden.reshape(-1, hidden.shape[-1]),
-            head=Head(weight, bias, transform),
-            ref_hidden=reference.hidden.detach().reshape(-1, reference.hidden.shape[-1]),
-            ref_head=Head(
-                reference.weight.detach(), None if reference.bias is None else reference.bias.detach(), transform
-            ),
-            backend=replace(load_backend(options.backend), tiles=torch_tiles),
-            workspace_bytes=options.workspace_bytes,
-        )
-
-    def tiles(self, tokens: TokenRows) -> Iterator["_Tile"]:
-        """Every tile of the plane, a slice of the vocabulary after the other."""
-        n, vocab = tokens.labels.numel(), self.head.weight.shape[0]
-        sides = ((self.hidden, self.head), (self.ref_hidden, self.ref_head))
-        shapes = [plan_tiles(n, states, head, self.backend, self.workspace_bytes, models=2) for states, head in sides]
-        rows, columns = (min(getattr(shape, name) for shape in shapes) for name in ("rows", "columns"))
-        wide = accumulator_dtype(self.hidden.dtype)
-        buffers = [self.hidden.new_empty(min(n, rows) * columns, dtype=wide) for _ in sides]
-        for col in range(0, vocab, columns):
-            span = slice(col, min(col + columns, vocab))
-            operands = [self.backend.products.operand_dtype(states) for states, _ in sides]
-            weights = [head.weight[span].to(dtype) for (_, head), dtype in zip(sides, operands, strict=True)]
-            biases = [head.bias_slice(span.start, span.stop, wide) for _, head in sides]
-            for row in range(0, n, rows):
-                part = slice(row, min(row + rows, n))
-                products, taken = [], []
-                for (states, _), weight, buffer in zip(sides, weights, buffers, strict=True):
-                    taken.append(tokens.take(states, part.start, part.stop, weight.dtype))
-                    tile = buffer[: (part.stop - row) * weight.shape[0]].view(-1, weight.shape[0])
-                    self.backend.products.matmul(taken[-1], weight.t(), out=tile)
-                    products.append(tile)
-                yield _Tile(part, span, taken[0], weights[0], products[0], products[1], biases[0], biases[1])
+@torch.no_grad()
+def linear_kl_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, empty where they are not needed."""
+    *common, ref_lse, lse, grad, need_hidden, need_weight, need_bias = arguments
+    models, counted = _models(*common)
+    hidden, weight, labels, shift = common[0], common[1], common[6], common[10]
+    tokens = counted.tokens(labels, shift)
+    ref_lse, lse, grad = (counted.gather(values) for values in (ref_lse, lse, grad))
+    with torch.autocast(labels.device.type, enabled=False):
+        found = backward(models, tokens, ref_lse, lse, grad, (need_hidden, need_weight, need_bias))
+    d_hidden, d_weight, d_bias = (weight.new_empty(0) if value is None else value for value in found)
+    return d_hidden.view(hidden.shape) if need_hidden else d_hidden, d_weight, d_bias
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """Products of both models for the same tokens and columns."""
-
-    rows: slice
-    columns: slice
-    states: Tensor  # the policy's hidden states of the tokens
-    weight: Tensor  # the policy's head in the columns
-    products: Tensor
-    ref_products: Tensor
-    bias: Tensor | None
-    ref_bias: Tensor | None
-
-    def logits(self, transform: LogitTransform) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Piece by piece: its rows in the tile, the reference's logits and the policy's."""
-        step = max(1, -(-self.products.shape[0] // _PIECES))
-        for start in range(0, self.products.shape[0], step):
-            piece = slice(start, min(start + step, self.products.shape[0]))
-            ref_logits = to_logits(self.ref_products[piece], self.ref_bias, transform)
-            yield piece, ref_logits, to_logits(self.products[piece], self.bias, transform)
+for _op in (linear_kl_fwd, linear_kl_bwd):
+    _library.impl(_op.__name__, _op, "CompositeExplicitAutograd")
+_fwd = torch.ops.spo_kernels.linear_kl_fwd.default
+_bwd = torch.ops.spo_kernels.linear_kl_bwd.default
 
 
-def _merge(maximum: Tensor, total: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge logits into a running softmax in place; their exponentials, and by how much earlier sums shrink."""
-    new = torch.maximum(maximum, logits.amax(1))
-    # a row whose columns so far are all -inf would otherwise give exp(-inf + inf) = nan
-    finite = new.masked_fill(new == -torch.inf, 0.0)
-    shrink = (maximum - finite).exp()
-    exponential = (logits - finite[:, None]).exp_()
-    total.mul_(shrink).add_(exponential.sum(1))
-    maximum.copy_(new)
-    return exponential, shrink
+@torch.library.register_fake("spo_kernels::linear_kl_fwd", lib=_library)
+def _fwd_fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    labels, dtype = rest[5], accumulator_dtype(hidden.dtype)
+    kl, ref_lse, lse = (torch.empty(labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
+    return kl, ref_lse, lse
 
 
-def _forward(models: _Models, tokens: TokenRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergences, and both models' log-sum-exps, of the tokens."""
-    n = tokens.labels.numel()
-    like = models.hidden.new_zeros(n, dtype=accumulator_dtype(models.hidden.dtype))
-    maxima, sums = [torch.full_like(like, -torch.inf) for _ in range(2)], [torch.zeros_like(like) for _ in range(2)]
-    gap = torch.zeros_like(like)  # Σ e^(a - max a) (a - b)
-    for tile in models.tiles(tokens):
-        for piece, ref_logits, logits in tile.logits(models.head.transform):
-            at = slice(tile.rows.start + piece.start, tile.rows.start + piece.stop)
-            _merge(maxima[1][at], sums[1][at], logits)
-            exponential, shrink = _merge(maxima[0][at], sums[0][at], ref_logits)
-            # where the reference gives no probability, the policy's may be anything
-            difference = ref_logits.sub_(logits).masked_fill_(exponential == 0, 0.0)
-            gap[at] = gap[at] * shrink + exponential.mul_(difference).sum(1)
-    ref_lse, lse = (maximum + total.log() for maximum, total in zip(maxima, sums, strict=True))
-    return gap / sums[0] - ref_lse + lse, ref_lse, lse
-
-
-def _backward(
-    models: _Models,
-    tokens: TokenRows,
-    ref_lse: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the policy's hidden states, head and bias."""
-    hidden, head, products = models.hidden, models.head, models.backend.products
-    wide = accumulator_dtype(hidden.dtype)
-    unit = None
-    if hidden.dtype == torch.float16 and products.copy_bytes(hidden):
-        unit = headroom([grad], head.transform.scale)
-        grad = grad if unit is None else grad / unit
-    need_hidden, need_weight, need_bias = needs
-    n, width = tokens.labels.numel(), hidden.shape[1]
-    d_hidden = hidden.new_zeros((n, width), dtype=wide) if need_hidden else None
-    d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if need_weight else None
-    d_bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if need_bias else None
-    slice_sum = None
-    for tile in models.tiles(tokens):
-        for piece, ref_logits, logits in tile.logits(head.transform):
-            at = slice(tile.rows.start + piece.start, tile.rows.start + piece.stop)
-            slope = logit_slope(logits, head.transform)
-            p = ref_logits.sub_(ref_lse[at, None]).exp_()
-            q = logits.sub_(lse[at, None]).exp_()
-            tile.products[piece] = q.sub_(p).mul_(slope).mul_(grad[at, None])
-        if d_hidden is not None:
-            products.matmul(tile.products, tile.weight, out=d_hidden[tile.rows], accumulate=True)
-        if d_bias is not None:
-            d_bias[tile.columns] += tile.products.sum(0)
-        if d_weight is not None:
-            if tile.rows.start == 0:
-                slice_sum = tile.weight.new_empty(tile.weight.shape, dtype=wide)
-            assert slice_sum is not None
-            products.matmul(tile.products.t(), tile.states, out=slice_sum, accumulate=tile.rows.start > 0)
-            if tile.rows.stop == n:
-                d_weight[tile.columns] = slice_sum if unit is None else slice_sum * unit
-    factor = 1.0 if unit is None else unit
-    full = None
-    if d_hidden is not None:
-        full = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        tokens.put(full, 0, n, d_hidden * factor)
-    return full, d_weight, None if d_bias is None else (d_bias * factor).to(head.weight.dtype)
+@torch.library.register_fake("spo_kernels::linear_kl_bwd", lib=_library)
+def _bwd_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = rest[-3:]
+    return (
+        torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
+        torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=hidden.device),
+        torch.empty(weight.shape[:1] if need_bias else (0,), dtype=weight.dtype, device=hidden.device),
+    )

@@ -167,6 +167,18 @@ def test_double_backward_is_refused():
         torch.autograd.grad(fused_kl(inputs, labels).sum(), inputs["hidden"], create_graph=True)
 
 
+def test_the_operators():
+    """Schema and fakes, on the raw operators."""
+    inputs, labels = make_inputs(torch.float32)
+    common = (*inputs.values(), labels, 0.7, 3.0, -100, True, None, "torch")
+    kl, *lses = torch.ops.spo_kernels.linear_kl_fwd(*common)
+    torch.library.opcheck(torch.ops.spo_kernels.linear_kl_fwd.default, common)
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(
+            torch.ops.spo_kernels.linear_kl_bwd.default, (*common, *lses, torch.ones_like(kl), *needs)
+        )
+
+
 # ---- TDPO
 
 
@@ -199,6 +211,23 @@ def test_tdpo(variant, packed):
     for value, truth in zip([loss.detach(), *(leaves[name].grad for name in NAMES)], exact, strict=True):
         torch.testing.assert_close(value, truth, rtol=1e-11, atol=1e-13)
     assert all(not value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", ["tdpo", "wpo"])
+def test_compile_fullgraph(name):
+    """Objectives that need something of every token, in one graph."""
+    torch._dynamo.reset()
+    inputs, labels = make_inputs(torch.float32)
+
+    def run(function):
+        leaves = {name: inputs[name].clone().requires_grad_() for name in NAMES}
+        loss, metrics = function(**(inputs | leaves), labels=labels, loss=name, backend="torch")
+        loss.backward()
+        return [loss.detach(), *(leaf.grad for leaf in leaves.values()), *metrics.values()]
+
+    compiled = run(torch.compile(fused_spo_loss, backend="aot_eager", fullgraph=True))
+    for found, expected in zip(compiled, run(fused_spo_loss), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_tdpo_stops_one_gradient():
