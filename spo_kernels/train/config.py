@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from spo_kernels.losses import LOSSES
 from spo_kernels.train.errors import TrainError
 
 # These may differ between a run and its resumption: they do not change the weights.
@@ -58,8 +59,8 @@ class TrainConfig:
         "objective",
         ("sft", "preference"),
     )
-    loss: str = option("spo", "preference loss, a name in spo_kernels.losses.LOSSES", "objective")
-    base_loss: str | None = option(None, "loss that spo wraps (default: dpo)", "objective")
+    loss: str = option("spo", f"preference loss: {', '.join(sorted(LOSSES))}", "objective")
+    base_loss: str | None = option(None, "loss that spo wraps, any of the same (default: dpo)", "objective")
     beta: float | None = option(
         None, "scale of the implicit reward (default: the loss's own, 0.1 for dpo)", "objective"
     )
@@ -74,7 +75,12 @@ class TrainConfig:
     spo_normalization: str | None = option(
         None, "NLL of the chosen response: mean over tokens or sum (default: mean)", "objective"
     )
-    loss_arg: tuple[str, ...] = option((), "any field of the loss as KEY=VALUE; may be repeated", "objective")
+    loss_arg: tuple[str, ...] = option(
+        (),
+        "any hyperparameter of the loss, or of the loss that it wraps, as KEY=VALUE (docs/objectives.md has them all); "
+        "may be repeated",
+        "objective",
+    )
     reference: str = option(
         "precompute",
         "reference log-probs: computed once and cached on disk, or online with a frozen copy",

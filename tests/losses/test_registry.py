@@ -77,12 +77,8 @@ def test_refused(name, given, message):
 def test_every_hyperparameter_is_validated(name, field):
     """One error, which names the hyperparameter and what came."""
     default = getattr(build_loss(name), field.name)
-    if isinstance(default, bool):
-        pytest.skip("True or False")
-    wrong = {str: ["unheard-of"], float: [math.nan, "0.1", None, -11.0], tuple: [(math.nan,), (DPO,)]}
+    wrong = {bool: ["yes", 1], str: ["unheard-of"], float: [math.nan, "0.1", None, -11.0], tuple: [(math.nan,), (DPO,)]}
     for value in wrong.get(type(default), [3, DPO]):
-        if value == -11.0 and name == "spo" and field.name == "beta":
-            continue
         with pytest.raises((ValueError, TypeError)) as caught:
             LOSSES[name](**{field.name: value})
         assert field.name in str(caught.value)
@@ -153,7 +149,7 @@ def test_needs_inputs():
         "uncertainty_dpo",
         "uncertainty_dpo-multiplicative",
     }
-    assert set().union(*found.values()) == set(INPUTS)
+    assert set().union(*found.values()) <= set(INPUTS)
     assert needs_inputs(SPO(build_loss("odpo"))) == ("offset",)
 
 
