@@ -59,7 +59,7 @@ class TrainConfig:
         "objective",
         ("sft", "preference"),
     )
-    loss: str = option("spo", f"preference loss: {', '.join(sorted(LOSSES))}", "objective")
+    loss: str = option("spo", f"preference loss, see docs/objectives.md: {', '.join(sorted(LOSSES))}", "objective")
     base_loss: str | None = option(None, "loss that spo wraps, any of the same (default: dpo)", "objective")
     beta: float | None = option(
         None, "scale of the implicit reward (default: the loss's own, 0.1 for dpo)", "objective"
@@ -75,12 +75,7 @@ class TrainConfig:
     spo_normalization: str | None = option(
         None, "NLL of the chosen response: mean over tokens or sum (default: mean)", "objective"
     )
-    loss_arg: tuple[str, ...] = option(
-        (),
-        "any hyperparameter of the loss, or of the loss that it wraps, as KEY=VALUE (docs/objectives.md has them all); "
-        "may be repeated",
-        "objective",
-    )
+    loss_arg: tuple[str, ...] = option((), "any field of the loss as KEY=VALUE; may be repeated", "objective")
     reference: str = option(
         "precompute",
         "reference log-probs: computed once and cached on disk, or online with a frozen copy",
