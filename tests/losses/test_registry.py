@@ -197,11 +197,12 @@ def test_compiles_as_one_graph(name):
         pytest.skip("its inputs come with the call")
     torch._dynamo.reset()
     batch = random_batch((4, 6), 17, 8, ignored=0.2)
-    reference = torch.tensor([-9.0, -12.0, -11.0, -10.0])
+    reference = random_batch((4, 6), 17, 8, seed=1)
+    options = {"ref_hidden": reference.hidden, "ref_weight": reference.weight}
 
     def run(wrap, loss):
         hidden = batch.hidden.clone().requires_grad_()
-        step = wrap(lambda h: fused_spo_loss(h, batch.weight, batch.labels, loss=loss, ref_logps=reference)[0])
+        step = wrap(lambda h: fused_spo_loss(h, batch.weight, batch.labels, loss=loss, **options)[0])
         result = step(hidden)
         result.backward()
         return result.detach(), hidden.grad
