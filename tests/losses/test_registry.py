@@ -1,6 +1,7 @@
 """Objectives by name: what can be built, what is refused, what is needed, and what compiles."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -25,9 +26,11 @@ from spo_kernels.losses import (
     needs_value,
 )
 from spo_kernels.testing import random_batch
+from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.objective import build_objective
 
 from .cases import CASES
-from .points import INPUTS, as_pairs, random_points
+from .points import INPUTS, as_pairs, differentiate, random_points
 
 STATEFUL = {"alpha_dpo_code", "bco", "beta_dpo"}
 NO_REFERENCE = {"alphapo", "cpo", "orpo", "sft", "simpo", "slic"}
@@ -65,6 +68,7 @@ def test_hyperparameters_find_their_objective():
         ("mpo", {"objectives": ["dpo", "dpx"], "weights": [1, 1]}, "'dpx' is unknown"),
         ("mpo", {"objectives": [], "weights": []}, "at least one"),
         ("alphapo", {"alpha": 0}, "alpha must not be 0"),
+        ("f_divergence", {"base": "bco_pair"}, "base must depend on the difference of two scores only.*got BCOPair"),
         ("discopop", {"tau": 2.0}, r"tau must be a number in \(0, 1\], got 2.0"),
     ],
 )
@@ -102,6 +106,35 @@ def test_reconstructions_say_so(name):
 
 def test_inference_says_so():
     assert "Inference, not the paper's" in BalancedDPO.__doc__
+
+
+@pytest.mark.parametrize("row", CASES)
+def test_every_form_from_the_command_line(row):
+    """--loss NAME --loss-arg KEY=VALUE builds what Python builds."""
+    given = {key: str(json.dumps(value)) for key, value in CASES[row].hyperparameters.items()}
+    options = {"loss": CASES[row].name, "loss_arg": tuple(f"{key}={value}" for key, value in given.items())}
+    config = TrainConfig(model="m", dataset="d", output_dir="o", **options).check()
+    assert build_objective(config) == build_loss(CASES[row].name, **CASES[row].hyperparameters)
+
+
+# ---- inside SPO
+
+
+@each_name
+def test_spo_around_every_objective(name):
+    """The base's losses and coefficients plus the penalty's, and a coupling no narrower than the base's."""
+    points = random_points(8)
+    pairs, base = as_pairs(points), build_loss(name)
+    losses, g_w, g_l = differentiate(build_loss(name), as_pairs(points))
+    wrapped = SPO(base, weight=0.5)
+    found = differentiate(wrapped, pairs)
+    nll, per_token = -pairs.chosen.detach() / pairs.chosen_lengths, 1 / pairs.chosen_lengths
+    for value, wanted in zip(found, (losses + 0.5 * nll, g_w - 0.5 * per_token, g_l), strict=True):
+        torch.testing.assert_close(value, wanted)
+    assert wrapped.coupling == {"margin": "pair"}.get(base.coupling, base.coupling)
+    assert needs_inputs(wrapped) == needs_inputs(base)
+    hinged = SPO(base, penalty="hinge", value="input")
+    assert differentiate(hinged, pairs)[0].isfinite().all()
 
 
 # ---- needs
