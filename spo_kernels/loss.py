@@ -66,7 +66,8 @@ def fused_spo_loss(
             `cu_seqlens`.
         weight: `[V, H]` policy head. Frozen (no gradient): 2 products; trained: 3 or 4, see `path`.
         labels: `[2B, T]` or `[N]` int64; `ignore_index` for prompt and padding.
-        loss: "dpo", "spo", or any objective: a callable from `PairLogps` to losses `[B]`.
+        loss: A name in `spo_kernels.losses.LOSSES` (its default hyperparameters; docs/objectives.md), or any
+            objective: a callable from `PairLogps` to losses `[B]`.
         bias: `[V]` policy head bias.
         ref_logps: `[2B]` the reference's log-probabilities summed over each response, chosen first.
         ref_hidden, ref_weight, ref_bias: Or the reference's hidden states (hidden's shape up to H) and head,

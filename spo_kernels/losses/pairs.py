@@ -166,6 +166,12 @@ def check_in(name: str, value: float, interval: str) -> None:
         raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:

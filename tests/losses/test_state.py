@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from spo_kernels import fused_spo_loss
-from spo_kernels.losses import SPO, DrDPO, FDivergence, WeightedSum, build_loss, needs_inputs, needs_reference
+from spo_kernels.losses import SPO, DrDPO, WeightedSum, build_loss, needs_inputs, needs_reference
 from spo_kernels.losses.state import RunningState, batch_moments
 from spo_kernels.testing import random_batch
 
@@ -58,7 +58,6 @@ WRAPPERS = {
     "itself": lambda objective: objective,
     "spo": SPO,
     "spo-dr_dpo": lambda objective: SPO(DrDPO(objective)),
-    "f_divergence": FDivergence,
     "sum": lambda objective: WeightedSum((build_loss("dpo"), objective, build_loss("sft")), (1, 1, 1)),
 }
 
