@@ -24,6 +24,7 @@ from spo_kernels.sequences import (
     sum_sequences,
     weighted_labels,
 )
+from spo_kernels.sparsity import Sparsity
 
 
 def fused_spo_loss(
@@ -49,6 +50,7 @@ def fused_spo_loss(
     reduction: str = "mean",
     token_metrics: bool = False,
     path: str | None = None,
+    sparsity: str | Sparsity = "exact",
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,13 +88,16 @@ def fused_spo_loss(
         reduction: Over pairs: "mean", "sum" or "none".
         path: "packed" or "factorised" (three products), "two_pass" (four), or None for the cheapest that the
             workspace allows; matters to a trained head only. See `spo_kernels/paths.py`.
+        sparsity: "exact", or which blocks of the vocabulary the policy's backward multiplies: "certified", "unbiased"
+            or a `Sparsity`, as in `linear_logprob`; takes the two-pass path, whose 4 products become 1 + 3ρ.
         token_metrics: Also report `entropy` (nats, mean over all counted policy tokens) and
             `mean_token_accuracy` (share of the chosen responses' tokens with the largest logit).
 
     Returns:
         The loss (0-d, or `[B]` for "none"; 0 for an empty batch), and detached 0-d metrics under TRL's names:
         loss, rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen,
-        logps/rejected (means over pairs; nan for an empty batch).
+        logps/rejected (means over pairs; nan for an empty batch). With `sparsity`: sparsity/kept (the mean of ρ over
+        tokens), sparsity/dropped_mass_max and sparsity/dropped_mass_mean (softmax mass left out, over tokens).
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
@@ -127,7 +132,16 @@ def fused_spo_loss(
     computed = labels if names else weighted_labels(labels, token_weights, ignore_index)
     moments = [name for name in names if name in OUTPUTS]
     outputs = (*moments, *(("correct", "entropy") if token_metrics else ()))
-    call = prepare_call(hidden, weight, computed, bias=bias, outputs=outputs, outputs_carry_grad=False, **options)
+    call = prepare_call(
+        hidden,
+        weight,
+        computed,
+        bias=bias,
+        outputs=outputs,
+        outputs_carry_grad=False,
+        sparsity=sparsity,
+        **options,
+    )
     dtype = accumulator_dtype(call.hidden.dtype)
     reference = _reference_sums(
         pairs_count, dtype, labels, ref_logps, ref_hidden, ref_weight, ref_bias, ref_token_weights, cu_seqlens, options
@@ -173,6 +187,7 @@ def _two_pass(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The result, pair metrics and token metric sums, by autograd on log-probabilities."""
     logp, extras = call.run()
+    sparse = _sparsity_metrics(extras, (call.labels != call.options.ignore_index).sum())
     token_sums = (
         {}
         if not call.options.moments
@@ -192,11 +207,23 @@ def _two_pass(
         kernel = PairKernel.of(objective, inputs, call.options.backend)
     if kernel is not None:
         result, metrics = kernel.loss(logp, call.labels, cu_seqlens, call.options.ignore_index, scale)
-        return result, metrics, token_sums
+        return result, metrics | sparse, token_sums
     sums = sum_sequences(logp, cu_seqlens, token_weights)
     losses = pair_losses(objective, inputs.pairs(sums))
     metrics = _metrics(objective, inputs.pairs(sums), losses)
-    return (losses if reduction == "none" else losses.sum() * scale), metrics, token_sums
+    return (losses if reduction == "none" else losses.sum() * scale), metrics | sparse, token_sums
+
+
+def _sparsity_metrics(extras: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """What the backward will leave out; nothing where that was not asked for."""
+    dropped, kept = extras["dropped_mass"].detach(), extras["kept_share"].detach()
+    if dropped.numel() == 0:
+        return {}
+    return {
+        "sparsity/kept": (kept.sum() / tokens.clamp_min(1)).float(),
+        "sparsity/dropped_mass_max": dropped.amax().float(),
+        "sparsity/dropped_mass_mean": (dropped.sum() / tokens.clamp_min(1)).float(),
+    }
 
 
 def _check_pairs(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -63,7 +63,8 @@ def need(backend):
         pytest.skip(f"{backend}: {status.detail}")
 
 
-@pytest.mark.parametrize("lengths", [[5, 3, 7, 0], [9, 4], [0, 0, 3, 2], [6] * 8], ids=str)
+@pytest.mark.usefixtures("poisoned_buffers")
+@pytest.mark.parametrize("lengths", [[5, 3, 7, 0], [9, 4], [0, 0, 3, 2], [0, 2], [6] * 8], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype, backend", KINDS, ids=str)
 def test_paths_agree(dtype, backend, objective, lengths):
@@ -177,6 +178,7 @@ PROBLEM = PairProblem(
     vocab=32768,
     row_bytes=32768 * 4,
     column_bytes=0,
+    slice_bytes=0,
     accumulator_bytes=32768 * 1024 * 4,
     workspace_bytes=0,
 )

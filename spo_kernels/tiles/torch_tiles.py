@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
+from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats
 
 # A tile is handled in this many pieces, so that temporaries stay small.
 _PIECES = 16
@@ -52,12 +52,14 @@ def tile_stats(
     stats: TokenStats,
     rescale: Tensor | None,
     out: Tensor | None = None,
+    block_lse: Tensor | None = None,
 ) -> None:
     """See `TileBackend.tile_stats`."""
     for rows in _pieces(tile):
         part = None if rescale is None else rescale[rows]
+        masses = None if block_lse is None else block_lse[rows]
         target = (tile if out is None else out)[rows]
-        _stats_piece(tile[rows], bias, labels[rows], transform, stats.rows(rows.start, rows.stop), part, target)
+        _stats_piece(tile[rows], bias, labels[rows], transform, stats.rows(rows.start, rows.stop), part, masses, target)
 
 
 def _stats_piece(
@@ -67,9 +69,13 @@ def _stats_piece(
     transform: LogitTransform,
     stats: TokenStats,
     rescale: Tensor | None,
+    block_lse: Tensor | None,
     out: Tensor,
 ) -> None:
     logits = to_logits(tile, bias, transform)
+    if block_lse is not None:
+        for i, block in enumerate(logits.split(MASS_BLOCK, 1)):
+            torch.logsumexp(block, 1, out=block_lse[:, i])
     inside = (labels >= 0) & (labels < tile.shape[1])
     columns = labels.clamp(0, tile.shape[1] - 1)[:, None]
     label_logit = logits.gather(1, columns)[:, 0]
