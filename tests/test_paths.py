@@ -104,10 +104,10 @@ def test_products_are_counted(monkeypatch, backend, path, products):
     for owner in (VendorProducts, NativeProducts):
         original = owner.matmul
 
-        def counted(self, a, b, out, *, accumulate=False, original=original, owner=owner):
+        def counted(self, a, b, out, *, accumulate=False, original=original, owner=owner, **lists):
             if type(self) is owner:
                 cells.append(a.shape[0] * a.shape[1] * b.shape[1])
-            original(self, a, b, out, accumulate=accumulate)
+            original(self, a, b, out, accumulate=accumulate, **lists)
 
         monkeypatch.setattr(owner, "matmul", counted)
     lengths = [5, 3, 7, 2]
