@@ -14,7 +14,7 @@ from spo_kernels._three_products import plan_path, three_products
 from spo_kernels.kl import linear_kl
 from spo_kernels.logprob import OUTPUTS, LogprobCall, prepare_call
 from spo_kernels.losses import Objective, PairLogps, implicit_rewards, named_loss
-from spo_kernels.losses.pairs import PairInputs, check_choice, pair_losses, token_outputs_of
+from spo_kernels.losses.pairs import PairInputs, by_side, check_choice, pair_losses, token_outputs_of
 from spo_kernels.paths import PATHS
 from spo_kernels.sequences import (
     check_cu_seqlens,
@@ -203,12 +203,11 @@ def _two_pass(
             "mean_token_accuracy": sum_sequences(extras["correct"].float(), cu_seqlens).chunk(2)[0].sum(),
         }
     )
-    named = dict(inputs.named)
-    for name in token_outputs_of(objective):
-        values = kl if name == "kl" else (logp if name == "logp" else extras[name]).detach()
-        assert values is not None
-        named[f"chosen_{name}"], named[f"rejected_{name}"] = sum_sequences(values, cu_seqlens).chunk(2)
-    inputs = replace(inputs, named=named)
+    values = {name: value.detach() for name, value in ({"logp": logp} | extras).items()}
+    if kl is not None:
+        values["kl"] = kl
+    found = by_side({name: sum_sequences(values[name], cu_seqlens) for name in token_outputs_of(objective)})
+    inputs = replace(inputs, named={**inputs.named, **found})
     kernel = None
     if reduction != "none" and token_weights is None:
         kernel = PairKernel.of(objective, inputs, call.options.backend)

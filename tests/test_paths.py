@@ -173,6 +173,7 @@ def test_undeclared_objective_takes_two_passes():
 
 PROBLEM = PairProblem(
     coupling="margin",
+    whole_pairs=False,
     pair_tokens=(1024, 1024),
     direct=True,
     vocab=32768,
@@ -194,6 +195,8 @@ PROBLEM = PairProblem(
         ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "coupling": "pair"}, "factorised"),
         ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "coupling": "batch"}, "two_pass"),
         ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "direct": False}, "factorised"),
+        ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "whole_pairs": True}, "two_pass"),
+        ({"workspace_bytes": 128 << 20, "whole_pairs": True}, "packed"),
         ({"workspace_bytes": (MIN_ROWS - 1) << 17, "pair_tokens": (4096,)}, "two_pass"),  # tiles too flat to pay
         ({"workspace_bytes": 64 << 17, "pair_tokens": (64,)}, "packed"),  # all there is in one tile
         ({"workspace_bytes": 64 << 17, "pair_tokens": (64,) * 8}, "two_pass"),
