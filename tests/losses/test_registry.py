@@ -55,7 +55,7 @@ def test_hyperparameters_find_their_objective():
     assert build_loss("dr_dpo", beta=0.5, beta_prime=2) == DrDPO(DPO(beta=0.5), 2)
     total = build_loss("mpo", objectives=["ipo", "sft"], weights=[1, 2], beta=0.3)
     assert total == WeightedSum((IPO(beta=0.3), SFT()), (1, 2))
-    assert build_loss("mpo", beta=0.3).objectives[0] == DPO(beta=0.3)
+    assert build_loss("mpo") == WeightedSum() and build_loss("mpo", beta=0.3).objectives[0] == DPO(beta=0.3)
 
 
 @pytest.mark.parametrize(
