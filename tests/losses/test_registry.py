@@ -112,7 +112,8 @@ def test_inference_says_so():
 def test_every_form_from_the_command_line(row):
     """--loss NAME --loss-arg KEY=VALUE builds what Python builds."""
     given = {key: str(json.dumps(value)) for key, value in CASES[row].hyperparameters.items()}
-    options = {"loss": CASES[row].name, "loss_arg": tuple(f"{key}={value}" for key, value in given.items())}
+    loss_arg = tuple(f"{key}={value}" for key, value in given.items())
+    options = {"loss": CASES[row].name, "loss_arg": loss_arg, "reference": "online"}
     config = TrainConfig(model="m", dataset="d", output_dir="o", **options).check()
     assert build_objective(config) == build_loss(CASES[row].name, **CASES[row].hyperparameters)
 
