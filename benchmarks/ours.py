@@ -1,4 +1,6 @@
-"""This library: `fused_spo_loss` with DPO, one row per tile backend that the installation knows, and one per path.
+"""This library: `fused_spo_loss` with DPO, one row per tile backend that the installation knows, and one per way.
+
+A way is a path of the exact gradient, or a sparse backward.
 
 A path's row has the smallest workspace, in round numbers, that the path takes at the default shape; `--workspace-mib`
 overrides it. Gradients of half precision cannot be summed in place: their paths need a [V, H] accumulator more, or
@@ -21,12 +23,16 @@ PREFIX = "ours-"
 EXPECTED_BACKENDS = ("torch", "cpp")
 # MiB of workspace: float32, half precision
 PATH_WORKSPACE = {"packed": (160, 320), "factorised": (64, 224), "two_pass": (32, 32)}
+# mode and log2 of the tolerance
+SPARSE = {"certified8": ("certified", -8), "certified10": ("certified", -10), "unbiased10": ("unbiased", -10)}
 
 
-def ours_builder(backend: str, path: str | None) -> Callable[[Problem], Step]:
+def ours_builder(backend: str, way: str | None) -> Callable[[Problem], Step]:
+    path = way if way in PATH_WORKSPACE else None
+
     def build(problem: Problem) -> Step:
         try:
-            from spo_kernels import backend_info, fused_spo_loss, linear_logprob
+            from spo_kernels import Sparsity, backend_info, fused_spo_loss, linear_logprob
             from spo_kernels.losses import DPO, PairLogps
         except ImportError as error:
             # Unlike a peer's absence, this is never a reason to skip quietly.
@@ -39,11 +45,15 @@ def ours_builder(backend: str, path: str | None) -> Callable[[Problem], Step]:
         options: dict[str, Any] = {"backend": backend, "workspace_bytes": problem.workspace_bytes}
         if path is not None and problem.workspace_bytes is None:
             options["workspace_bytes"] = PATH_WORKSPACE[path][problem.setting.dtype != "float32"] << 20
+        choice: dict[str, Any] = {"path": path}
+        if way in SPARSE:
+            mode, exponent = SPARSE[way]
+            choice["sparsity"] = Sparsity(mode, 2.0**exponent)
         tensors = (problem.hidden, problem.weight, problem.labels)
 
         def loss_of(objective: DPO) -> Tensor:
             try:
-                return fused_spo_loss(*tensors, loss=objective, ref_logps=reference, path=path, **options)[0]
+                return fused_spo_loss(*tensors, loss=objective, ref_logps=reference, **choice, **options)[0]
             except ValueError as error:
                 if path is not None and str(error).startswith("path ="):
                     raise Skip(str(error)) from error
@@ -77,19 +87,26 @@ def ours_builder(backend: str, path: str | None) -> Callable[[Problem], Step]:
 
 
 def our_variants(setting: Setting) -> list[Variant]:
-    """One variant per backend name, and per path of a trained head; without the package, the rows that say why not."""
+    """One variant per backend name, per path of a trained head, and per sparse backward where logits are not random.
+
+    Without the package, the rows that say why not.
+    """
     try:
         from spo_kernels import backend_info
 
         names = tuple(backend_info())
     except Exception:
         names = EXPECTED_BACKENDS
-    paths = [] if setting.frozen else [f"cpp-{path}" for path in PATH_WORKSPACE]
-    return [our_variant(name) for name in (*names, *paths)]
+    paths = [] if setting.frozen else list(PATH_WORKSPACE)
+    sparse = [] if setting.logits == "random" else list(SPARSE)
+    return [our_variant(name) for name in (*names, *(f"cpp-{way}" for way in (*paths, *sparse)))]
 
 
 def our_variant(name: str) -> Variant:
-    """The variant of a backend's name, or of `backend-path`."""
-    backend, _, path = name.partition("-")
-    about = f"spo_kernels, {backend} backend" + (f", path {path}" if path else "")
-    return Variant(PREFIX + name, about, ours_builder(backend, path or None))
+    """The variant of a backend's name, or of `backend-way`."""
+    backend, _, way = name.partition("-")
+    about = f"spo_kernels, {backend} backend" + (f", path {way}" if way in PATH_WORKSPACE else "")
+    if way in SPARSE:
+        mode, exponent = SPARSE[way]
+        about += f", {mode} sparse backward, tolerance 2^{exponent}"
+    return Variant(PREFIX + name, about, ours_builder(backend, way or None))

@@ -85,8 +85,10 @@ def workspace_budget(workspace_bytes: int | None, device: str) -> int:
     return workspace_bytes or DEFAULT_WORKSPACE_BYTES.get(device, DEFAULT_WORKSPACE_BYTES["cuda"])
 
 
-def plan_tiles(tokens: int, hidden: Tensor, head: Head, backend: Backend, workspace_bytes: int | None) -> TileShape:
-    """The largest tile whose temporaries fit the byte budget.
+def plan_tiles(
+    tokens: int, hidden: Tensor, head: Head, backend: Backend, workspace_bytes: int | None, *, models: int = 1
+) -> TileShape:
+    """The largest tile whose temporaries fit the byte budget, of which each of `models` heads in work has its share.
 
     Per cell: see `Backend.cell_bytes`. Per row: the gathered token, its accumulated sum and what the product packs.
     Per column: the weight row where it is cast, and its accumulated gradient or a label's weight row.
@@ -98,11 +100,11 @@ def plan_tiles(tokens: int, hidden: Tensor, head: Head, backend: Backend, worksp
     row = width * (wide + narrow) + backend.products.row_bytes
     column = width * (wide + (narrow if narrow != head.weight.dtype.itemsize else 0))
     device = hidden.device.type
-    budget = workspace_budget(workspace_bytes, device)
+    budget = workspace_budget(workspace_bytes, device) // models
     if cell + row + column > budget:
         raise ValueError(
             f"workspace_bytes = {workspace_bytes} is too small: one token and one vocabulary column of "
-            f"hidden size {width} need {cell + row + column} bytes"
+            f"hidden size {width} need {models * (cell + row + column)} bytes"
         )
 
     rows = max(1, min(tokens, _MAX_ROWS.get(device, _MAX_ROWS["cuda"])))

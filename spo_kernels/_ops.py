@@ -53,7 +53,7 @@ def capturing(labels: Tensor) -> bool:
     return labels.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _count_tokens(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
+def find_counted(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
     """Flat positions of the labels that count, padded with zeros to all of them, and their number in CPU memory.
 
     The number is kept there so that the backward need not wait for the device to learn it again.
@@ -70,14 +70,15 @@ def _count_tokens(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tenso
 
 
 @dataclass(frozen=True)
-class _Counted:
+class CountedLabels:
     """Which labels count: those at `positions` (None: all), or those where `mask` is True."""
 
     positions: Tensor | None
     mask: Tensor | None
 
     @classmethod
-    def of(cls, positions: Tensor, count: Tensor) -> "_Counted":
+    def of(cls, positions: Tensor, count: Tensor) -> "CountedLabels":
+        """What `find_counted` found."""
         n = int(count)
         if n == _MASKED:
             return cls(None, positions.bool())
@@ -150,8 +151,8 @@ def linear_logprob_fwd(
     check_label_range(labels, weight.shape[0], ignore_index)
     states = hidden.reshape(-1, hidden.shape[-1])
     head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
-    padded_positions, count = _count_tokens(labels, ignore_index, shift)
-    counted = _Counted.of(padded_positions, count)
+    padded_positions, count = find_counted(labels, ignore_index, shift)
+    counted = CountedLabels.of(padded_positions, count)
     tokens = counted.tokens(labels, shift)
     grad_dtype = logp_grad_dtype(hidden)
     logp_grad = hidden.new_empty(0, dtype=grad_dtype)
@@ -173,19 +174,16 @@ def linear_logprob_fwd(
         else:
             gradient = logp_grad.view(-1, hidden.shape[-1]) if need_logp_grad else None
             stats = forward(*common, moments=moments, logp_grad=gradient)
-    log_sum = stats.sum.log()
-    lse = stats.max + log_sum
-    entropy = log_sum_p2 = dropped_mass = kept_share = None
-    if stats.shifted_sum is not None and stats.square_sum is not None:
-        entropy = log_sum - stats.shifted_sum / stats.sum
-        log_sum_p2 = stats.square_sum.log() - 2.0 * log_sum
+    lse = stats.lse
+    entropy, log_sum_p2 = (stats.entropy, stats.log_sum_p2) if moments else (None, None)
+    dropped_mass = kept_share = None
     code_counts = torch.full(codes.shape[:1], _EXACT)
     if wanted.mode != "exact":
         dropped_mass, kept_share = torch.zeros_like(lse), torch.ones_like(lse)
     if sparse:
         code_counts = torch.tensor(found.kept.counts)
         dropped_mass, kept_share = found.dropped_mass, found.kept_share
-    always = (stats.label_logit - lse, lse, stats.label_logit == stats.max)
+    always = (stats.logp, lse, stats.label_logit == stats.max)
     values = (*always, entropy, log_sum_p2, dropped_mass, kept_share)
     outputs = (lse.new_empty(0) if v is None else counted.spread(v, labels.shape) for v in values)
     return (*outputs, logp_grad, padded_positions, count, codes, code_counts)
@@ -222,7 +220,7 @@ def linear_logprob_bwd(
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`."""
     states = hidden.reshape(-1, hidden.shape[-1])
     head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
-    counted = _Counted.of(padded_positions, count)
+    counted = CountedLabels.of(padded_positions, count)
     tokens = counted.tokens(labels, shift)
     grads = TokenGrads(
         lse_value=lse,

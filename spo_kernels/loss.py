@@ -11,9 +11,10 @@ from spo_kernels._checks import check_head_inputs, check_tensor, check_token_wei
 from spo_kernels._pair_loss import PairKernel
 from spo_kernels._products import accumulator_dtype
 from spo_kernels._three_products import plan_path, three_products
-from spo_kernels.logprob import LogprobCall, prepare_call
+from spo_kernels.kl import linear_kl
+from spo_kernels.logprob import OUTPUTS, LogprobCall, prepare_call
 from spo_kernels.losses import Objective, PairLogps, implicit_rewards, named_loss
-from spo_kernels.losses.pairs import PairInputs, check_choice, pair_losses, token_outputs_of
+from spo_kernels.losses.pairs import PairInputs, by_side, check_choice, pair_losses, token_outputs_of
 from spo_kernels.paths import PATHS
 from spo_kernels.sequences import (
     check_cu_seqlens,
@@ -67,7 +68,8 @@ def fused_spo_loss(
             `cu_seqlens`.
         weight: `[V, H]` policy head. Frozen (no gradient): 2 products; trained: 3 or 4, see `path`.
         labels: `[2B, T]` or `[N]` int64; `ignore_index` for prompt and padding.
-        loss: "dpo", "spo", or any objective: a callable from `PairLogps` to losses `[B]`.
+        loss: A name in `spo_kernels.losses.LOSSES` (its default hyperparameters; docs/objectives.md), or any
+            objective: a callable from `PairLogps` to losses `[B]`.
         bias: `[V]` policy head bias.
         ref_logps: `[2B]` the reference's log-probabilities summed over each response, chosen first.
         ref_hidden, ref_weight, ref_bias: Or the reference's hidden states (hidden's shape up to H) and head,
@@ -117,18 +119,14 @@ def fused_spo_loss(
         "backend": backend,
     }
     labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
-    if token_weights is not None:
-        check_token_weights("token_weights", token_weights, labels)
-        token_weights = token_weights.detach()
-    if ref_token_weights is None:
-        ref_token_weights = token_weights
-    elif ref_hidden is None:
+    if ref_token_weights is not None and ref_hidden is None:
         raise ValueError("ref_token_weights needs ref_hidden and ref_weight: ref_logps are already summed")
-    else:
-        check_token_weights("ref_token_weights", ref_token_weights, labels)
+    token_weights = _constant_weights("token_weights", token_weights, labels)
+    ref_token_weights = _constant_weights("ref_token_weights", ref_token_weights, labels)
     names = token_outputs_of(objective)
     computed = labels if names else weighted_labels(labels, token_weights, ignore_index)
-    outputs = (*(name for name in names if name != "logp"), *(("correct", "entropy") if token_metrics else ()))
+    moments = [name for name in names if name in OUTPUTS]
+    outputs = (*moments, *(("correct", "entropy") if token_metrics else ()))
     call = prepare_call(
         hidden,
         weight,
@@ -141,19 +139,38 @@ def fused_spo_loss(
     )
     dtype = accumulator_dtype(call.hidden.dtype)
     reference = _reference_sums(
-        pairs_count, dtype, labels, ref_logps, ref_hidden, ref_weight, ref_bias, ref_token_weights, cu_seqlens, options
+        pairs_count,
+        dtype,
+        labels,
+        ref_logps,
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        token_weights if ref_token_weights is None else ref_token_weights,
+        cu_seqlens,
+        options,
     )
-    lengths = count_tokens(labels, cu_seqlens, ignore_index)
-    named = _pair_inputs({} if pair_inputs is None else pair_inputs, pairs_count, labels.device, dtype)
     if spo_value is not None:
         check_vector("spo_value", spo_value, pairs_count, labels.device)
         spo_value = spo_value.detach().to(dtype)
-    inputs = PairInputs(reference, lengths, spo_value, named)
-    tokens = lengths if computed is labels else count_tokens(computed, cu_seqlens, ignore_index)
+    inputs = PairInputs(
+        reference=reference,
+        lengths=count_tokens(labels, cu_seqlens, ignore_index),
+        sft_value=spo_value,
+        named=_pair_inputs({} if pair_inputs is None else pair_inputs, pairs_count, labels.device, dtype),
+    )
+    tokens = inputs.lengths if computed is labels else count_tokens(computed, cu_seqlens, ignore_index)
+    kl = None
+    if "kl" in names:
+        if ref_hidden is None or ref_weight is None:
+            raise ValueError("the objective needs the KL divergence from the reference: pass ref_hidden and ref_weight")
+        kl = linear_kl(hidden, weight, ref_hidden, ref_weight, labels, bias=bias, ref_bias=ref_bias, **options)
     plan = plan_path(call, objective, tokens, path, per_pair=reduction == "none")
     scale = 1.0 / max(pairs_count, 1) if reduction == "mean" else 1.0
     if plan.path == "two_pass":
-        result, metrics, token_sums = _two_pass(call, objective, inputs, token_weights, cu_seqlens, reduction, scale)
+        result, metrics, token_sums = _two_pass(
+            call, objective, inputs, kl, token_weights, cu_seqlens, reduction, scale
+        )
     else:
         result, losses, sums, token_sums = three_products(call, objective, inputs, tokens, token_weights, plan, scale)
         metrics = _metrics(objective, inputs.pairs(sums), losses)
@@ -169,6 +186,7 @@ def _two_pass(
     call: LogprobCall,
     objective: Objective,
     inputs: PairInputs,
+    kl: Tensor | None,
     token_weights: Tensor | None,
     cu_seqlens: Tensor | None,
     reduction: str,
@@ -185,11 +203,11 @@ def _two_pass(
             "mean_token_accuracy": sum_sequences(extras["correct"].float(), cu_seqlens).chunk(2)[0].sum(),
         }
     )
-    named = dict(inputs.named)
-    for name in token_outputs_of(objective):
-        values = logp if name == "logp" else extras[name]
-        named[f"chosen_{name}"], named[f"rejected_{name}"] = sum_sequences(values.detach(), cu_seqlens).chunk(2)
-    inputs = replace(inputs, named=named)
+    values = {name: value.detach() for name, value in ({"logp": logp} | extras).items()}
+    if kl is not None:
+        values["kl"] = kl
+    found = by_side({name: sum_sequences(values[name], cu_seqlens) for name in token_outputs_of(objective)})
+    inputs = replace(inputs, named={**inputs.named, **found})
     kernel = None
     if reduction != "none" and token_weights is None:
         kernel = PairKernel.of(objective, inputs, call.options.backend)
@@ -231,6 +249,14 @@ def _check_pairs(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> i
     if hidden.shape[0] % 2:
         raise ValueError(f"hidden must hold B chosen rows, then B rejected ones; got {hidden.shape[0]} rows")
     return hidden.shape[0] // 2
+
+
+def _constant_weights(name: str, weights: Tensor | None, labels: Tensor) -> Tensor | None:
+    """The caller's token weights, checked."""
+    if weights is None:
+        return None
+    check_token_weights(name, weights, labels)
+    return weights.detach()
 
 
 def _pair_inputs(

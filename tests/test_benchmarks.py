@@ -51,12 +51,29 @@ def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["variant"]: row for row in report["rows"]}
 
 
+def test_lm_logits_list_the_sparse_backward(tmp_path: Path) -> None:
+    """Concentrated inputs, stated; the sparse rows have the exact loss and nearly the exact gradients."""
+    out = tmp_path / "report.json"
+    shape = ["--pairs", "1", "--tokens", "16", "--hidden", "256", "--vocab", "8192", "--threads", "1"]
+    few = ["--rounds", "1", "--repeats", "1", "--variants", "naive,ours-cpp-certified8", "--json", str(out)]
+    run.main([*shape, *few, "--logits", "lm"])
+    report = json.loads(out.read_text())
+    assert 10 < report["concentration"]["entries_above_2^-12"] < 200
+    assert 0.001 < report["concentration"]["mass_below_2^-12"] < 0.1
+    row = rows_of(report)["ours-cpp-certified8"]
+    if row["status"] == "skipped":
+        pytest.skip(row["reason"])
+    assert row["status"] == "ok", row["reason"]
+    assert row["loss"] == pytest.approx(report["float64_loss"], abs=1e-5)
+    assert 1e-5 < row["errors"]["dh"] < 0.05  # something was left out, and not much
+
+
 def test_table_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real processes, one per variant; the JSON has the documented keys; the variants agree on the loss."""
     out = tmp_path / "report.json"
     run.main([*TINY, "--rounds", "1", "--repeats", "2", "--variants", "floor-*,naive,ours-torch", "--json", str(out)])
     report = json.loads(out.read_text())
-    assert set(report) == {"setting", "plan", "machine", "floor_tiles_ms", "float64_loss", "rows"}
+    assert set(report) == {"setting", "plan", "machine", "floor_tiles_ms", "concentration", "float64_loss", "rows"}
     rows = rows_of(report)
     assert list(rows) == ["floor-3", "floor-4", "naive", "ours-torch"]
     for row in rows.values():
@@ -302,7 +319,12 @@ def test_long_pair_prints_the_peak(tmp_path: Path, capsys: pytest.CaptureFixture
     out = tmp_path / "pair.json"
     sizes = ["--tokens", "9", "--hidden", "8", "--vocab", "50", "--json", str(out)]
     assert long_pair.main([*sizes, "--backend", "torch", "--threads", "1"]) == 0
-    assert "peak RSS of the process" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "peak RSS of the process" in printed and "counted: 3.000" in printed
     figures = json.loads(out.read_text())["figures"]
     assert figures["peak_bytes"] >= figures["resident_before_bytes"] > 0 and figures["dh_norm"] > 0
     assert long_pair.main([*sizes, "--backend", "torch", "--limit-gib", "0.001"]) == 1
+    assert long_pair.main([*sizes, "--backend", "torch", "--limit-products", "2.9"]) == 1
+    # a workspace without room for a whole pair, nor for rows that pay: logits twice
+    assert long_pair.main([*sizes, "--backend", "torch", "--workspace-mib", "0.002"]) == 0
+    assert "counted: 4.000" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 from spo_kernels import backend_info, fused_spo_loss
 from spo_kernels._products import NativeProducts, VendorProducts
 from spo_kernels.losses import DPO, SPO
-from spo_kernels.losses.pairs import PairInputs, PairLogps, coupling_of
+from spo_kernels.losses.pairs import PairLogps
 from spo_kernels.paths import MIN_ROWS, PairProblem, choose_path
 
 HIDDEN, VOCAB = 24, 97
@@ -158,29 +158,6 @@ def test_autocast(path):
         torch.testing.assert_close(value, reference, rtol=0, atol=1.6e-2 * reference.abs().max().item())
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_declared_coupling_is_right(name):
-    """Move one log-probability and see which coefficients move."""
-    objective, count = OBJECTIVES[name], 4
-    torch.manual_seed(0)
-    inputs = PairInputs(torch.randn(2 * count), torch.full((2 * count,), 7), None)
-    sums = torch.randn(2 * count, dtype=torch.float64, requires_grad=True)
-    hessian = torch.autograd.functional.hessian(lambda s: objective(inputs.pairs(s)).sum(), sums)
-    slopes = torch.autograd.functional.jacobian(lambda s: objective(inputs.pairs(s)).sum(), sums)
-    pair_of = torch.arange(2 * count) % count
-    across_pairs = hessian[pair_of[:, None] != pair_of[None, :]]
-    within_pairs = hessian[:count, count:].diagonal()
-    coupling = coupling_of(objective)
-    assert coupling in ("margin", "sequence", "pair")
-    assert (across_pairs == 0).all()
-    if coupling == "sequence":
-        assert (within_pairs == 0).all()
-    if coupling == "margin":
-        torch.testing.assert_close(slopes[:count], -slopes[count:])
-    else:
-        assert not torch.allclose(slopes[:count], -slopes[count:])
-
-
 def test_undeclared_objective_takes_two_passes():
     def own(pairs: PairLogps):
         return -(pairs.chosen - pairs.rejected)
@@ -197,6 +174,7 @@ def test_undeclared_objective_takes_two_passes():
 
 PROBLEM = PairProblem(
     coupling="margin",
+    whole_pairs=False,
     pair_tokens=(1024, 1024),
     direct=True,
     vocab=32768,
@@ -218,6 +196,8 @@ PROBLEM = PairProblem(
         ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "coupling": "pair"}, "factorised"),
         ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "coupling": "batch"}, "two_pass"),
         ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "direct": False}, "factorised"),
+        ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "whole_pairs": True}, "two_pass"),
+        ({"workspace_bytes": 128 << 20, "whole_pairs": True}, "packed"),
         ({"workspace_bytes": (MIN_ROWS - 1) << 17, "pair_tokens": (4096,)}, "two_pass"),  # tiles too flat to pay
         ({"workspace_bytes": 64 << 17, "pair_tokens": (64,)}, "packed"),  # all there is in one tile
         ({"workspace_bytes": 64 << 17, "pair_tokens": (64,) * 8}, "two_pass"),

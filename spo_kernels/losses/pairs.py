@@ -10,6 +10,9 @@ from torch import Tensor
 # term per response; both log-probabilities of the pair; other pairs of the batch.
 Coupling = Literal["margin", "sequence", "pair", "batch"]
 
+# what an objective may ask for of every token
+TOKEN_OUTPUTS = ("logp", "entropy", "log_sum_p2", "kl")
+
 
 @dataclass(frozen=True)
 class PairLogps:
@@ -91,9 +94,10 @@ class Objective(Protocol):
     An objective may also have `beta` (scales the logged rewards, 1 if absent) and `coupling`, which declares what
     a pair's loss depends on ("batch" if absent) and lets a trained head cost three products instead of four.
 
-    With `token_outputs`, names from "logp", "entropy" and "log_sum_p2" (see `linear_logprob`), it finds their sums
-    over each response's tokens, unweighted and detached, among the per-pair inputs: "chosen_logp", "rejected_logp"
-    and so on. They are known only after a pass over the vocabulary, so that a trained head costs four products.
+    With `token_outputs`, names from "logp", "entropy", "log_sum_p2" (see `linear_logprob`) and "kl" (see `linear_kl`),
+    it finds their unweighted sums over each response's tokens among the per-pair inputs: "chosen_logp",
+    "rejected_logp" and so on. All but "kl" are detached. A trained head then costs three products where pairs fit the
+    workspace with their logits, and with "kl" always four.
     """
 
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -136,8 +140,16 @@ def token_outputs_of(objective: Objective) -> tuple[str, ...]:
     """
     names: tuple[str, ...] = getattr(objective, "token_outputs", ())
     for name in names:
-        check_choice("a name in the objective's token_outputs", name, ("logp", "entropy", "log_sum_p2"))
+        check_choice("a name in the objective's token_outputs", name, TOKEN_OUTPUTS)
     return names
+
+
+def by_side(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sequence sums `[2B]`, chosen first, as per-pair inputs: "logp" becomes "chosen_logp" and "rejected_logp"."""
+    sides = ("chosen", "rejected")
+    return {
+        f"{side}_{name}": half for name, both in sums.items() for side, half in zip(sides, both.chunk(2), strict=True)
+    }
 
 
 def check_positive(name: str, value: float) -> None:
@@ -150,6 +162,22 @@ def check_not_negative(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a finite number, 0 or above."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+
+
+def check_in(name: str, value: float, interval: str) -> None:
+    """Raise ValueError unless `value` is a number in `interval`, written as in "[0, 0.5)"."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    above = number and (value >= low if interval[0] == "[" else value > low)
+    below = number and (value <= high if interval[-1] == "]" else value < high)
+    if not (above and below):
+        raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -14,20 +14,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from spo_kernels.losses.composite import Composite, check_objective
 from spo_kernels.losses.dpo import DPO
-from spo_kernels.losses.pairs import (
-    Coupling,
-    Objective,
-    PairLogps,
-    check_choice,
-    check_not_negative,
-    coupling_of,
-    token_outputs_of,
-)
+from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, check_choice, check_not_negative, coupling_of
+from spo_kernels.losses.terms import nll
 
 
 @dataclass(frozen=True)
-class SPO:
+class SPO(Composite):
     """Reconstruction of SPO, not verified against the paper: `base + weight * NLL_w` ("nll") or
     `base + weight * max(0, NLL_w - v - ε)` ("hinge").
 
@@ -51,18 +45,16 @@ class SPO:
     normalization: str = "mean"
 
     def __post_init__(self) -> None:
-        if not callable(self.base):
-            raise TypeError(f"base must be an objective (a callable), got {self.base!r}")
+        check_objective("base", self.base)
         check_not_negative("weight", self.weight)
         check_choice("penalty", self.penalty, ("nll", "hinge"))
         check_choice("value", self.value, ("reference", "input"))
         check_not_negative("epsilon", self.epsilon)
         check_choice("normalization", self.normalization, ("mean", "sum"))
 
-    @property
-    def beta(self) -> float:
-        """The base's β, which scales the logged rewards."""
-        return getattr(self.base, "beta", 1.0)
+    def parts(self) -> tuple[Objective, ...]:
+        """The base."""
+        return (self.base,)
 
     @property
     def coupling(self) -> Coupling:
@@ -70,26 +62,16 @@ class SPO:
         base = coupling_of(self.base)
         return "pair" if base == "margin" else base
 
-    @property
-    def token_outputs(self) -> tuple[str, ...]:
-        """What the base needs of every token."""
-        return token_outputs_of(self.base)
-
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
-        penalty = self._nll(pairs.chosen, pairs)
+        penalty = nll(pairs, self.normalization)
         if self.penalty == "hinge":
             penalty = (penalty - self._value(pairs) - self.epsilon).clamp_min(0.0)
         return self.base(pairs) + self.weight * penalty
 
-    def _nll(self, logps: Tensor, pairs: PairLogps) -> Tensor:
-        if self.normalization == "sum":
-            return -logps
-        return -logps / pairs.chosen_lengths.clamp_min(1)
-
     def _value(self, pairs: PairLogps) -> Tensor:
         if self.value == "reference":
-            return self._nll(pairs.reference("SPO with value='reference'")[0], pairs)
+            return nll(pairs, self.normalization, pairs.reference("SPO with value='reference'")[0])
         if pairs.sft_value is None:
             raise ValueError("SPO with value='input' needs spo_value, a tensor of one value per pair")
         return pairs.sft_value

@@ -1,16 +1,18 @@
 """Weighted Preference Optimization (WPO, arXiv 2406.11827): pairs count by how likely the policy is to write them."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from spo_kernels.losses.composite import Composite, check_objective
 from spo_kernels.losses.dpo import DPO
-from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, coupling_of, token_outputs_of
+from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, coupling_of
 
 
 @dataclass(frozen=True)
-class WPO:
+class WPO(Composite):
     """`w * base` with `w = min(1, exp(ā_w + ā_l))`, `ā = mean_t [log πθ(y_t) - log Σ_v πθ(v)²]`, w detached.
 
     The weight is from the authors' code (wzhouad/WPO): each token's probability relative to that of a token sampled
@@ -22,29 +24,23 @@ class WPO:
         clamp: Limit the weight to 1. TRL's `use_weighting` does not: False gives its numbers.
     """
 
+    own_token_outputs: ClassVar[tuple[str, ...]] = ("logp", "log_sum_p2")
     base: Objective = field(default_factory=DPO)
     clamp: bool = True
 
     def __post_init__(self) -> None:
-        if not callable(self.base):
-            raise TypeError(f"base must be an objective (a callable), got {self.base!r}")
+        check_objective("base", self.base)
         if not isinstance(self.clamp, bool):
             raise TypeError(f"clamp must be True or False, got {self.clamp!r}")
 
-    @property
-    def beta(self) -> float:
-        """The base's β, which scales the logged rewards."""
-        return getattr(self.base, "beta", 1.0)
+    def parts(self) -> tuple[Objective, ...]:
+        """The base."""
+        return (self.base,)
 
     @property
     def coupling(self) -> Coupling:
         """What the base declares: the weight carries no gradient."""
         return coupling_of(self.base)
-
-    @property
-    def token_outputs(self) -> tuple[str, ...]:
-        """What the weight needs, and what the base does."""
-        return tuple(dict.fromkeys(("logp", "log_sum_p2", *token_outputs_of(self.base))))
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
