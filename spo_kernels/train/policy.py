@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo_kernels import fused_spo_loss, linear_logprob
+from spo_kernels import fused_spo_loss, linear_logprob, sequence_logps
 from spo_kernels.losses import Objective
 from spo_kernels.train.batches import IGNORE_INDEX
 from spo_kernels.train.model import HeadlessModel
@@ -85,6 +85,12 @@ class Policy(nn.Module):
         metrics["logps/accuracies"] = self.objective.accuracy
         pairs = len(labels) // 2
         return loss, {**{k: v * pairs for k, v in metrics.items()}, "loss": loss.detach()}
+
+    def response_logps(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities [rows] of the responses, summed over their tokens; differentiable."""
+        return sequence_logps(
+            self.headless.hidden(input_ids), self.headless.head.weight, labels, **self._options
+        )
 
     def _sft(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logp, extra = linear_logprob(
