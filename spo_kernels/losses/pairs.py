@@ -1,6 +1,7 @@
 """What an objective sees of a batch of preference pairs."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class PairLogps:
         ref_chosen, ref_rejected: The same under the reference, detached; None without a reference.
         chosen_lengths, rejected_lengths: Response tokens that count, int64.
         sft_value: Value of the lower-level SFT loss for each pair, detached; None where it was not given.
+        inputs: Further numbers of each pair by name, detached `[B]`, such as ODPO's "offset".
     """
 
     chosen: Tensor
@@ -28,6 +30,7 @@ class PairLogps:
     chosen_lengths: Tensor
     rejected_lengths: Tensor
     sft_value: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def reference(self, needed_by: str) -> tuple[Tensor, Tensor]:
         """Reference log-probabilities of chosen and rejected.
@@ -41,6 +44,16 @@ class PairLogps:
                 "or use an objective that needs none"
             )
         return self.ref_chosen, self.ref_rejected
+
+    def input(self, name: str, needed_by: str) -> Tensor:
+        """The per-pair input of that name, `[B]`.
+
+        Raises:
+            ValueError: It was not given; the message names `needed_by`.
+        """
+        if name not in self.inputs:
+            raise ValueError(f"{needed_by} needs pair_inputs[{name!r}], a tensor of one value per pair")
+        return self.inputs[name]
 
 
 @dataclass(frozen=True)
