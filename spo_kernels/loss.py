@@ -35,6 +35,7 @@ def fused_spo_loss(
     shift: bool = False,
     reduction: str = "mean",
     token_metrics: bool = False,
+    pair_logps: bool = False,
     path: str | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
@@ -67,6 +68,8 @@ def fused_spo_loss(
             workspace allows; matters to a trained head only. See `spo_kernels/paths.py`.
         token_metrics: Also report `entropy` (nats, mean over all counted policy tokens) and
             `mean_token_accuracy` (share of the chosen responses' tokens with the largest logit).
+        pair_logps: Also report `pair_logps`, `[2B]`: the policy's log-probabilities summed over each response,
+            detached, chosen first.
 
     Returns:
         The loss (0-d, or `[B]` for "none"; 0 for an empty batch), and detached 0-d metrics under TRL's names:
@@ -110,6 +113,8 @@ def fused_spo_loss(
     else:
         result, losses, sums, token_sums = three_products(call, objective, inputs, plan, scale)
         metrics = _metrics(objective, inputs.pairs(sums), losses)
+    if not pair_logps:
+        del metrics["pair_logps"]
     if token_metrics:
         # TRL's: entropy over all counted tokens, accuracy over those of the chosen responses
         metrics["entropy"] = token_sums["entropy"].float() / inputs.lengths.sum().clamp_min(1)
@@ -204,7 +209,7 @@ def _reference_sums(
 
 
 def _metrics(objective: Objective, pairs: PairLogps, losses: Tensor) -> dict[str, Tensor]:
-    """Means over pairs under TRL's names."""
+    """Means over pairs under TRL's names, and `pair_logps`."""
     chosen, rejected = implicit_rewards(objective, pairs)
     values = {
         "loss": losses,
@@ -215,4 +220,5 @@ def _metrics(objective: Objective, pairs: PairLogps, losses: Tensor) -> dict[str
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
     }
-    return {name: value.detach().float().mean() for name, value in values.items()}
+    means = {name: value.detach().float().mean() for name, value in values.items()}
+    return {**means, "pair_logps": torch.cat([pairs.chosen, pairs.rejected]).detach()}

@@ -74,6 +74,17 @@ class TrainConfig:
     spo_normalization: str | None = option(
         None, "NLL of the chosen response: mean over tokens or sum (default: mean)", "objective"
     )
+    spo_inner_steps: int = option(
+        0,
+        "SGD steps on the micro-batch's chosen responses after which the hinge's value is taken, with weights put "
+        "back; 0: none. Each costs a forward and a backward of the chosen half, and the value one more forward; in "
+        "all, a copy of the trained weights and of their gradient. A reconstruction, not verified against the paper, "
+        "whose single step is 1",
+        "objective",
+    )
+    spo_inner_lr: float | None = option(
+        None, "learning rate of --spo-inner-steps, which need one: the paper's is not known", "objective"
+    )
     loss_arg: tuple[str, ...] = option((), "any field of the loss as KEY=VALUE; may be repeated", "objective")
     reference: str = option(
         "precompute",
@@ -127,6 +138,12 @@ class TrainConfig:
     save_steps: int = option(500, "optimizer steps between checkpoints; 0: none, so no --resume", "output")
     keep_checkpoints: int = option(2, "newest checkpoints to keep; 0: all", "output")
     resume: bool = option(False, "go on from the newest complete checkpoint in OUTPUT_DIR", "output")
+    diagnostics: bool = option(
+        False,
+        "log gradient ratio, likelihood displacement and lost mass of the pairs, relative to the reference (the "
+        "model as loaded, for losses without one), whose log-probs are then precomputed",
+        "output",
+    )
     logging_steps: int = option(10, "optimizer steps between lines in metrics.jsonl", "output")
     eval_steps: int = option(0, "optimizer steps between evaluations; 0: only before and after training", "output")
     quiet: bool = option(False, "no progress bar", "output")
@@ -149,6 +166,10 @@ class TrainConfig:
             raise TrainError("--resume needs checkpoints, and --save-steps 0 writes none")
         if self.stage == "sft" and self.ref_model is not None:
             raise TrainError("--ref-model is for --stage preference: sft has no reference")
+        if (self.spo_inner_steps > 0) != (self.spo_inner_lr is not None):
+            raise TrainError("--spo-inner-steps and --spo-inner-lr go together: give both or neither")
+        if self.stage == "sft" and self.spo_inner_steps:
+            raise TrainError("--spo-inner-steps is for --stage preference: sft has no lower level")
         return self
 
     @property
@@ -182,6 +203,8 @@ _RANGES = {
     "weight_decay": _at_least(0),
     "max_grad_norm": _at_least(0),
     "seed": _at_least(0),
+    "spo_inner_steps": _at_least(0),
+    "spo_inner_lr": _ABOVE_ZERO,
     "workspace_mib": _at_least(1),
     "save_steps": _at_least(0),
     "keep_checkpoints": _at_least(0),

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spo_kernels.losses import Objective
 from spo_kernels.sequences import count_tokens
 from spo_kernels.train.batches import IGNORE_INDEX
+from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.policy import Policy
 
 
@@ -80,6 +82,13 @@ class InnerSteps:
                 if accelerator is not None and accelerator.num_processes > 1:
                     gradient = accelerator.reduce(gradient, "mean")
                 parameter.add_(gradient, alpha=-self.learning_rate)
+
+
+def build_inner(config: TrainConfig, objective: Objective | None) -> InnerSteps | None:
+    """What the options ask for; `build_objective` has checked that they go together."""
+    if not config.spo_inner_steps or config.spo_inner_lr is None:
+        return None
+    return InnerSteps(config.spo_inner_steps, config.spo_inner_lr, getattr(objective, "normalization", "mean"))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from spo_kernels.losses import Objective, PairLogps, build_loss
 from spo_kernels.train.config import TrainConfig
@@ -22,6 +21,13 @@ def build_objective(config: TrainConfig) -> Objective | None:
     given = {name.removeprefix("spo_"): getattr(config, name) for name in _SPO_OPTIONS}
     fields = {"base": config.base_loss, **given}
     fields = {name: value for name, value in fields.items() if value is not None}
+    if config.spo_inner_steps:
+        if config.loss != "spo":
+            raise TrainError(f"--spo-inner-steps is for --loss spo, got --loss {config.loss}")
+        if fields.setdefault("value", "input") != "input":
+            raise TrainError(
+                f"--spo-inner-steps computes the hinge's value; --spo-value {config.spo_value} names another"
+            )
     if config.loss != "spo" and fields:
         raise TrainError(f"--loss {config.loss} takes no --base-loss or --spo- options, got {', '.join(fields)}")
     if config.beta is not None:
@@ -32,9 +38,12 @@ def build_objective(config: TrainConfig) -> Objective | None:
             raise TrainError(f"--loss-arg must be KEY=VALUE, got {pair!r}")
         fields[key] = _value(value)
     try:
-        return build_loss(config.loss, **fields)
+        objective = build_loss(config.loss, **fields)
     except (ValueError, TypeError) as error:
         raise TrainError(f"--loss {config.loss}: {error}") from error
+    if config.spo_inner_steps and not needs_value(objective):
+        raise TrainError("--spo-inner-steps needs --spo-penalty hinge: the gradient of nll has no value in it")
+    return objective
 
 
 def needs_reference(objective: Objective) -> bool:
@@ -45,22 +54,6 @@ def needs_reference(objective: Objective) -> bool:
 def needs_value(objective: Objective) -> bool:
     """Whether the objective wants spo_value for each pair, as spo's hinge with value="input" does."""
     return not _works(objective, value=False)
-
-
-class RankingObjective:
-    """An objective that also notes how often the policy itself prefers the chosen response.
-
-    Before training, policy and reference are equal and reward accuracy is rounding noise; this is not.
-    """
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.beta = getattr(objective, "beta", 1.0)
-        self.accuracy = torch.zeros(())
-
-    def __call__(self, pairs: PairLogps) -> Tensor:
-        self.accuracy = (pairs.chosen > pairs.rejected).detach().float().mean()
-        return self.objective(pairs)
 
 
 def _works(objective: Objective, reference: bool = True, value: bool = True) -> bool:

@@ -15,7 +15,6 @@ from spo_kernels import fused_spo_loss, linear_logprob, sequence_logps
 from spo_kernels.losses import Objective
 from spo_kernels.train.batches import IGNORE_INDEX
 from spo_kernels.train.model import HeadlessModel
-from spo_kernels.train.objective import RankingObjective
 
 
 class Reference:
@@ -38,7 +37,9 @@ class Reference:
 
 
 class Policy(nn.Module):
-    """Forward returns (loss, metrics), both *sums* over units: response tokens for sft, pairs otherwise."""
+    """Forward returns (loss, metrics, pair_logps). The first two are *sums* over units: response tokens for sft,
+    pairs otherwise; the last are the responses' log-probabilities [2B], detached, or None for sft.
+    """
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         self.headless = headless
-        self.objective = None if objective is None else RankingObjective(objective)
+        self.objective = objective
         # Not a submodule: it must not be trained, saved, or switched to training mode with the policy.
         self._reference = (reference,)
         self._options = {
@@ -65,10 +66,10 @@ class Policy(nn.Module):
         labels: Tensor,
         ref_logps: Tensor | None = None,
         spo_value: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """input_ids and labels [rows, T] from `collate`; ref_logps [2B] unless the reference is online."""
         if self.objective is None:
-            return self._sft(input_ids, labels)
+            return *self._sft(input_ids, labels), None
         (reference,) = self._reference
         online = {} if reference is None or ref_logps is not None else reference.inputs(input_ids)
         loss, metrics = fused_spo_loss(
@@ -79,18 +80,20 @@ class Policy(nn.Module):
             ref_logps=ref_logps,
             spo_value=spo_value,
             reduction="sum",
+            pair_logps=True,
             **online,
             **self._options,
         )
-        metrics["logps/accuracies"] = self.objective.accuracy
-        pairs = len(labels) // 2
-        return loss, {**{k: v * pairs for k, v in metrics.items()}, "loss": loss.detach()}
+        pair_logps = metrics.pop("pair_logps")
+        chosen, rejected = pair_logps.chunk(2)
+        # before training, policy and reference are equal and reward accuracy is rounding noise; this is not
+        metrics["logps/accuracies"] = (chosen > rejected).float().mean()
+        sums = {**{k: v * len(chosen) for k, v in metrics.items()}, "loss": loss.detach()}
+        return loss, sums, pair_logps
 
     def response_logps(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Log-probabilities [rows] of the responses, summed over their tokens; differentiable."""
-        return sequence_logps(
-            self.headless.hidden(input_ids), self.headless.head.weight, labels, **self._options
-        )
+        return sequence_logps(self.headless.hidden(input_ids), self.headless.head.weight, labels, **self._options)
 
     def _sft(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logp, extra = linear_logprob(
