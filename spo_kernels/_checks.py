@@ -14,6 +14,36 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_vector(name: str, value: Tensor, length: int, device: torch.device) -> None:
+    """`value` must be a floating `[length]` on hidden's device."""
+    check_tensor(name, value)
+    if value.shape != (length,):
+        raise ValueError(f"{name} must have shape [{length}], got {list(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, but hidden is on {device}")
+
+
+def check_token_weights(name: str, weights: Tensor, labels: Tensor) -> None:
+    """`weights` must be one finite floating number per label."""
+    check_tensor(name, weights)
+    if weights.shape != labels.shape:
+        raise ValueError(f"{name} must have labels' shape {list(labels.shape)}, got {list(weights.shape)}")
+    if not weights.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {weights.dtype}")
+    if weights.device != labels.device:
+        raise ValueError(f"{name} is on {weights.device}, but labels is on {labels.device}")
+    finite = weights.detach().isfinite()
+    # reading the result would wait for the device, and is a data-dependent branch to torch.compile
+    if weights.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(finite.all(), f"{name} must be finite")
+    elif not bool(finite.all()):
+        where = tuple((~finite).nonzero()[0].tolist())
+        index = ", ".join(str(i) for i in where)
+        raise ValueError(f"{name} must be finite, got {name}[{index}] = {weights[where].item()}")
+
+
 def check_head_inputs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, shift: bool = False, prefix: str = ""
 ) -> None:

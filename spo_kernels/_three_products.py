@@ -15,16 +15,18 @@ from spo_kernels._pair_loss import PairKernel
 from spo_kernels._pairs import GradientSums, KeptTiles
 from spo_kernels._products import accumulator_dtype
 from spo_kernels.logprob import LogprobCall
-from spo_kernels.losses.pairs import Objective, PairInputs, coupling_of, pair_losses
+from spo_kernels.losses.pairs import Objective, PairInputs, coupling_of, pair_losses, token_outputs_of
 from spo_kernels.paths import PairProblem, PathPlan, choose_path
 from spo_kernels.sequences import sum_segments
 from spo_kernels.tiles.spec import LogitTransform, TokenStats
 
 
 def plan_path(
-    call: LogprobCall, objective: Objective, inputs: PairInputs, forced: str | None, *, per_pair: bool
+    call: LogprobCall, objective: Objective, tokens: Tensor, forced: str | None, *, per_pair: bool
 ) -> PathPlan:
-    """The path of this call. Three products need a trained head and one loss: `per_pair` losses have many upstreams.
+    """The path of this call, whose sequences have `tokens` (`[2B]`, chosen first) in the products.
+
+    Three products need a trained head and one loss: `per_pair` losses have many upstreams.
 
     Raises:
         ValueError: `forced` names a path that cannot be taken.
@@ -34,7 +36,12 @@ def plan_path(
     # the objective runs inside the forward there, where torch.compile cannot see it
     traced = torch.compiler.is_compiling()
     # the path depends on lengths, which are not known while a CUDA graph is recorded
-    if not trained or per_pair or traced or inputs.lengths.numel() == 0 or capturing(call.labels):
+    if not trained or per_pair or traced or tokens.numel() == 0 or capturing(call.labels):
+        return PathPlan("two_pass", 4)
+    needed = token_outputs_of(objective)
+    if needed and forced in ("packed", "factorised"):
+        raise ValueError(f"path = {forced!r} cannot be taken: its objective needs {', '.join(needed)} of every token")
+    if needed:
         return PathPlan("two_pass", 4)
     backend = load_backend(call.options.backend)
     # float16 operands need gradients brought into their range, one scale for all tiles: see `headroom`
@@ -42,7 +49,7 @@ def plan_path(
         return PathPlan("two_pass", 4)
     wide, narrow = accumulator_dtype(hidden.dtype).itemsize, backend.products.operand_dtype(hidden).itemsize
     (vocab, width), direct = weight.shape, weight.dtype.itemsize == wide
-    chosen, rejected = inputs.lengths.view(2, -1)
+    chosen, rejected = tokens.view(2, -1)
     problem = PairProblem(
         coupling=coupling_of(objective),
         pair_tokens=tuple((chosen + rejected).tolist()),
@@ -57,9 +64,15 @@ def plan_path(
 
 
 def three_products(
-    call: LogprobCall, objective: Objective, inputs: PairInputs, plan: PathPlan, scale: float
+    call: LogprobCall,
+    objective: Objective,
+    inputs: PairInputs,
+    tokens: Tensor,
+    token_weights: Tensor | None,
+    plan: PathPlan,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """`scale * Σ losses`, losses `[B]`, sequence sums `[2B]`, and sums of the token metrics."""
+    """`scale * Σ losses`, losses `[B]`, sequence sums `[2B]`, and sums of the token metrics; `tokens` as planned."""
     options = call.options
     check_label_range(call.labels, call.weight.shape[0], options.ignore_index)
     positions = (call.labels.flatten() != options.ignore_index).nonzero()[:, 0]
@@ -68,13 +81,14 @@ def three_products(
         inputs=inputs,
         rows=positions - 1 if options.shift else positions,
         labels=call.labels.flatten()[positions],
-        lengths=inputs.lengths.tolist(),
+        token_weights=None if token_weights is None else token_weights.flatten()[positions],
+        lengths=tokens.tolist(),
         plan=plan,
         transform=LogitTransform(options.logit_scale, options.logit_softcap),
         backend=load_backend(options.backend),
         loss_scale=scale,
         moments=options.moments,
-        kernel=PairKernel.of(objective, inputs, options.backend),
+        kernel=PairKernel.of(objective, inputs, options.backend) if token_weights is None else None,
     )
     result, losses, sums = ThreeProductFunction.apply(call.hidden, call.weight, call.bias, pair_call)
     return result, losses, sums, pair_call.token_sums
@@ -88,7 +102,8 @@ class PairCall:
     inputs: PairInputs
     rows: Tensor  # rows of hidden whose tokens count, sequence by sequence, chosen first
     labels: Tensor  # their labels
-    lengths: list[int]  # [2B], tokens that count in each sequence
+    token_weights: Tensor | None  # what they weigh in the sequence sums
+    lengths: list[int]  # [2B], how many each sequence has
     plan: PathPlan
     transform: LogitTransform
     backend: Backend
@@ -106,12 +121,16 @@ class PairCall:
         """The tokens start..stop."""
         return TokenRows(self.rows[start:stop], self.labels[start:stop])
 
-    def select_pairs(self, pairs: range) -> tuple[TokenRows, list[int]]:
-        """The tokens of consecutive pairs, chosen first, and how many each sequence has."""
+    def select_pairs(self, pairs: range) -> tuple[TokenRows, Tensor | None, list[int]]:
+        """The tokens of consecutive pairs, chosen first, their weights, and how many each sequence has."""
         sequences = [range(first + pairs.start, first + pairs.stop) for first in (0, self.pairs)]
         parts = [slice(self.bounds[s.start], self.bounds[s.stop]) for s in sequences]
-        rows, labels = (torch.cat([values[part] for part in parts]) for values in (self.rows, self.labels))
-        return TokenRows(rows, labels), [self.lengths[i] for s in sequences for i in s]
+        rows, labels, weights = (
+            None if values is None else torch.cat([values[part] for part in parts])
+            for values in (self.rows, self.labels, self.token_weights)
+        )
+        assert labels is not None
+        return TokenRows(rows, labels), weights, [self.lengths[i] for s in sequences for i in s]
 
     def tiles(self, states: Tensor, head: Head, rows: int) -> KeptTiles:
         """A tile of `rows` tokens."""
@@ -127,15 +146,16 @@ class PairCall:
         return losses.detach(), slopes[0]
 
     def differentiate_tokens(
-        self, logp: Tensor, labels: Tensor, lengths: list[int], pairs: range
+        self, logp: Tensor, labels: Tensor, weights: Tensor | None, lengths: list[int], pairs: range
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and sums of consecutive pairs, and the whole loss's derivatives by their tokens, chosen first."""
         if self.kernel is not None:
             return self.kernel.differentiate(logp, labels, lengths, pairs, self.loss_scale)
         repeats = torch.tensor(lengths, device=logp.device)
-        sums = sum_segments(logp, repeats)
+        sums = sum_segments(logp, repeats, weights)
         losses, slopes = self.differentiate(sums, pairs)
-        return losses, sums, slopes.repeat_interleave(repeats)
+        slopes = slopes.repeat_interleave(repeats)
+        return losses, sums, slopes if weights is None else slopes * weights
 
     def count_metrics(self, stats: TokenStats, chosen: int) -> None:
         """Add a tile's tokens to the token metrics; the first `chosen` of them belong to chosen responses."""
@@ -217,18 +237,19 @@ def _packed(
     """Group by group: logits, the pairs' coefficients, and gradients from the same tile."""
     total = _accumulator(call, grad)
     groups = [(pairs, *call.select_pairs(pairs)) for pairs in call.plan.groups]
-    largest = max((tokens.labels.numel() for _, tokens, _ in groups), default=0)
+    largest = max((tokens.labels.numel() for _, tokens, _, _ in groups), default=0)
     tiles = call.tiles(states, head, largest)
     all_losses, all_sums = [], []
-    for number, (pairs, tokens, lengths) in enumerate(groups):
+    for number, (pairs, tokens, weights, lengths) in enumerate(groups):
 
         def coefficients(
             logp: Tensor,
             pairs: range = pairs,
             tokens: TokenRows = tokens,
+            weights: Tensor | None = weights,
             lengths: list[int] = lengths,
         ) -> Tensor:
-            losses, sums, slopes = call.differentiate_tokens(logp, tokens.labels, lengths, pairs)
+            losses, sums, slopes = call.differentiate_tokens(logp, tokens.labels, weights, lengths, pairs)
             all_losses.append(losses)
             all_sums.append(sums.view(2, -1))
             return slopes
@@ -287,9 +308,14 @@ def _unscaled(
         unscaled.zero_()
     total = call.labels.new_zeros((), dtype=torch.float64)
     for start in range(call.bounds[sequence], call.bounds[sequence + 1], tiles.rows):
-        tokens = call.select(start, min(start + tiles.rows, call.bounds[sequence + 1]))
-        stats = tiles.run(tokens, lambda logp: torch.full_like(logp, sign), unscaled, grad_hidden, accumulate=not fresh)
-        total += (stats.label_logit - stats.max - stats.sum.log()).sum()
+        stop = min(start + tiles.rows, call.bounds[sequence + 1])
+        weights = 1.0 if call.token_weights is None else call.token_weights[start:stop]
+
+        def coefficients(logp: Tensor, weights: Tensor | float = weights) -> Tensor:
+            return torch.full_like(logp, sign) * weights
+
+        stats = tiles.run(call.select(start, stop), coefficients, unscaled, grad_hidden, accumulate=not fresh)
+        total += ((stats.label_logit - stats.max - stats.sum.log()) * weights).sum()
         call.count_metrics(stats, chosen=stats.max.numel() if sequence < call.pairs else 0)
         fresh = False
     return total

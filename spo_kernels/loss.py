@@ -1,19 +1,28 @@
 """`fused_spo_loss`: pairwise preference losses straight from hidden states."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_kernels._checks import check_head_inputs, check_tensor
+from spo_kernels._checks import check_head_inputs, check_tensor, check_token_weights, check_vector
 from spo_kernels._pair_loss import PairKernel
 from spo_kernels._products import accumulator_dtype
 from spo_kernels._three_products import plan_path, three_products
 from spo_kernels.logprob import LogprobCall, prepare_call
 from spo_kernels.losses import Objective, PairLogps, implicit_rewards, named_loss
-from spo_kernels.losses.pairs import PairInputs, check_choice, pair_losses
+from spo_kernels.losses.pairs import PairInputs, check_choice, pair_losses, token_outputs_of
 from spo_kernels.paths import PATHS
-from spo_kernels.sequences import check_cu_seqlens, count_tokens, counted_labels, sequence_logps, sum_sequences
+from spo_kernels.sequences import (
+    check_cu_seqlens,
+    count_tokens,
+    counted_labels,
+    sequence_logps,
+    sum_sequences,
+    weighted_labels,
+)
 
 
 def fused_spo_loss(
@@ -28,6 +37,9 @@ def fused_spo_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     spo_value: Tensor | None = None,
+    pair_inputs: Mapping[str, Tensor] | None = None,
+    token_weights: Tensor | None = None,
+    ref_token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -44,7 +56,7 @@ def fused_spo_loss(
 
     Equivalent PyTorch, padded::
 
-        logp = linear_logprob_ref(hidden, weight, labels, ...)       # full logits
+        logp = token_weights * linear_logprob_ref(hidden, weight, labels, ...)       # full logits
         chosen, rejected = logp.sum(-1).chunk(2)
         losses = objective(PairLogps(chosen, rejected, *ref_logps.chunk(2), ...))
         loss = losses.mean()
@@ -60,6 +72,13 @@ def fused_spo_loss(
         ref_hidden, ref_weight, ref_bias: Or the reference's hidden states (hidden's shape up to H) and head,
             evaluated here without gradient. Neither is needed by reference-free objectives.
         spo_value: `[B]` value of the lower-level SFT loss for `SPO(penalty="hinge", value="input")`.
+        pair_inputs: Further constants `[B]` by name, for objectives that ask for them, such as ODPO's "offset".
+        token_weights: What each label's log-probability counts in its sequence's sum, shaped like `labels`; finite,
+            taken as constants; 1 where None. See `spo_kernels/token_weights.py`. Sequence lengths stay the number of
+            labels that are not ignored, so that a weight of 0 is the limit of a small one; but tokens of weight 0
+            take part in no product (unless the objective has `token_outputs`) and in no token metric.
+        ref_token_weights: The same for the reference evaluated here; `token_weights` where None. Sums that are
+            given as `ref_logps` must have been weighted by the caller, see `sequence_logps`.
         cu_seqlens: `[2B + 1]` bounds of packed sequences: B chosen, then B rejected.
         logit_scale, logit_softcap, ignore_index, shift, workspace_bytes, backend: As in `linear_logprob`;
             with `shift`, each sequence's first label is not predicted.
@@ -96,29 +115,43 @@ def fused_spo_loss(
         "backend": backend,
     }
     labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
-    names = ("correct", "entropy") if token_metrics else ()
-    call = prepare_call(hidden, weight, labels, bias=bias, outputs=names, outputs_carry_grad=False, **options)
+    if token_weights is not None:
+        check_token_weights("token_weights", token_weights, labels)
+        token_weights = token_weights.detach()
+    if ref_token_weights is None:
+        ref_token_weights = token_weights
+    elif ref_hidden is None:
+        raise ValueError("ref_token_weights needs ref_hidden and ref_weight: ref_logps are already summed")
+    else:
+        check_token_weights("ref_token_weights", ref_token_weights, labels)
+    names = token_outputs_of(objective)
+    computed = labels if names else weighted_labels(labels, token_weights, ignore_index)
+    outputs = (*(name for name in names if name != "logp"), *(("correct", "entropy") if token_metrics else ()))
+    call = prepare_call(hidden, weight, computed, bias=bias, outputs=outputs, outputs_carry_grad=False, **options)
     dtype = accumulator_dtype(call.hidden.dtype)
     reference = _reference_sums(
-        pairs_count, dtype, labels, ref_logps, ref_hidden, ref_weight, ref_bias, cu_seqlens, options
+        pairs_count, dtype, labels, ref_logps, ref_hidden, ref_weight, ref_bias, ref_token_weights, cu_seqlens, options
     )
+    lengths = count_tokens(labels, cu_seqlens, ignore_index)
+    named = _pair_inputs({} if pair_inputs is None else pair_inputs, pairs_count, labels.device, dtype)
     if spo_value is not None:
-        _check_vector("spo_value", spo_value, pairs_count, labels.device)
+        check_vector("spo_value", spo_value, pairs_count, labels.device)
         spo_value = spo_value.detach().to(dtype)
-    inputs = PairInputs(reference, count_tokens(labels, cu_seqlens, ignore_index), spo_value)
-    plan = plan_path(call, objective, inputs, path, per_pair=reduction == "none")
+    inputs = PairInputs(reference, lengths, spo_value, named)
+    tokens = lengths if computed is labels else count_tokens(computed, cu_seqlens, ignore_index)
+    plan = plan_path(call, objective, tokens, path, per_pair=reduction == "none")
     scale = 1.0 / max(pairs_count, 1) if reduction == "mean" else 1.0
     if plan.path == "two_pass":
-        result, metrics, token_sums = _two_pass(call, objective, inputs, cu_seqlens, reduction, scale)
+        result, metrics, token_sums = _two_pass(call, objective, inputs, token_weights, cu_seqlens, reduction, scale)
     else:
-        result, losses, sums, token_sums = three_products(call, objective, inputs, plan, scale)
+        result, losses, sums, token_sums = three_products(call, objective, inputs, tokens, token_weights, plan, scale)
         metrics = _metrics(objective, inputs.pairs(sums), losses)
     if not pair_logps:
         del metrics["pair_logps"]
     if token_metrics:
         # TRL's: entropy over all counted tokens, accuracy over those of the chosen responses
-        metrics["entropy"] = token_sums["entropy"].float() / inputs.lengths.sum().clamp_min(1)
-        chosen_tokens = inputs.lengths[:pairs_count].sum().clamp_min(1)
+        metrics["entropy"] = token_sums["entropy"].float() / tokens.sum().clamp_min(1)
+        chosen_tokens = tokens[:pairs_count].sum().clamp_min(1)
         metrics["mean_token_accuracy"] = token_sums["mean_token_accuracy"] / chosen_tokens
     return result, metrics
 
@@ -127,6 +160,7 @@ def _two_pass(
     call: LogprobCall,
     objective: Objective,
     inputs: PairInputs,
+    token_weights: Tensor | None,
     cu_seqlens: Tensor | None,
     reduction: str,
     scale: float,
@@ -141,11 +175,18 @@ def _two_pass(
             "mean_token_accuracy": sum_sequences(extras["correct"].float(), cu_seqlens).chunk(2)[0].sum(),
         }
     )
-    kernel = None if reduction == "none" else PairKernel.of(objective, inputs, call.options.backend)
+    named = dict(inputs.named)
+    for name in token_outputs_of(objective):
+        values = logp if name == "logp" else extras[name]
+        named[f"chosen_{name}"], named[f"rejected_{name}"] = sum_sequences(values.detach(), cu_seqlens).chunk(2)
+    inputs = replace(inputs, named=named)
+    kernel = None
+    if reduction != "none" and token_weights is None:
+        kernel = PairKernel.of(objective, inputs, call.options.backend)
     if kernel is not None:
         result, metrics = kernel.loss(logp, call.labels, cu_seqlens, call.options.ignore_index, scale)
         return result, metrics, token_sums
-    sums = sum_sequences(logp, cu_seqlens)
+    sums = sum_sequences(logp, cu_seqlens, token_weights)
     losses = pair_losses(objective, inputs.pairs(sums))
     metrics = _metrics(objective, inputs.pairs(sums), losses)
     return (losses if reduction == "none" else losses.sum() * scale), metrics, token_sums
@@ -170,14 +211,15 @@ def _check_pairs(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> i
     return hidden.shape[0] // 2
 
 
-def _check_vector(name: str, value: Tensor, length: int, device: torch.device) -> None:
-    check_tensor(name, value)
-    if value.shape != (length,):
-        raise ValueError(f"{name} must have shape [{length}], got {list(value.shape)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}, but hidden is on {device}")
+def _pair_inputs(
+    named: Mapping[str, Tensor], pairs_count: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The caller's per-pair inputs as constants of the dtype of the sums."""
+    if not isinstance(named, Mapping):
+        raise TypeError(f"pair_inputs must map names to tensors, got {type(named).__name__}")
+    for name, value in named.items():
+        check_vector(f"pair_inputs[{name!r}]", value, pairs_count, device)
+    return {name: value.detach().to(dtype) for name, value in named.items()}
 
 
 def _reference_sums(
@@ -188,6 +230,7 @@ def _reference_sums(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    token_weights: Tensor | None,
     cu_seqlens: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor | None:
@@ -195,7 +238,7 @@ def _reference_sums(
     if ref_logps is not None:
         if any(given is not None for given in (ref_hidden, ref_weight, ref_bias)):
             raise ValueError("pass either ref_logps, or ref_hidden with ref_weight and ref_bias, not both")
-        _check_vector("ref_logps", ref_logps, 2 * pairs_count, labels.device)
+        check_vector("ref_logps", ref_logps, 2 * pairs_count, labels.device)
         return ref_logps.detach().to(dtype)
     if ref_hidden is None and ref_weight is None and ref_bias is None:
         return None
@@ -204,7 +247,15 @@ def _reference_sums(
         raise ValueError(f"ref_hidden and ref_weight go together; {missing} is missing")
     check_head_inputs(ref_hidden, ref_weight, ref_bias, labels, prefix="ref_")
     with torch.no_grad():
-        sums = sequence_logps(ref_hidden, ref_weight, labels, bias=ref_bias, cu_seqlens=cu_seqlens, **options)
+        sums = sequence_logps(
+            ref_hidden,
+            ref_weight,
+            labels,
+            bias=ref_bias,
+            cu_seqlens=cu_seqlens,
+            token_weights=token_weights,
+            **options,
+        )
     return sums.to(dtype)
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from spo_kernels._checks import check_head_inputs, check_tensor
+from spo_kernels._checks import check_head_inputs, check_tensor, check_token_weights
 from spo_kernels.logprob import prepare_call
 
 
@@ -33,20 +33,22 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
             raise ValueError(f"cu_seqlens must not decrease, got cu_seqlens[{i + 1}] = {stop} after {start}")
 
 
-def sum_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Sums over the last dimension, or over the segments that `cu_seqlens` bounds. Deterministic.
+def sum_sequences(values: Tensor, cu_seqlens: Tensor | None, weights: Tensor | None = None) -> Tensor:
+    """Sums (with `weights`, of `values * weights`) over the last dimension, or over the segments of `cu_seqlens`.
 
-    Summed in float64: in float32, 512 log-probabilities in a row lose up to 0.004 nat.
+    Summed in float64: in float32, 512 log-probabilities in a row lose up to 0.004 nat. Deterministic.
     """
-    if cu_seqlens is None:
-        return values.sum(-1, dtype=torch.float64).to(values.dtype)
-    return sum_segments(values, cu_seqlens.diff().long())
+    if cu_seqlens is not None:
+        return sum_segments(values, cu_seqlens.diff().long(), weights)
+    if weights is not None:
+        return (values.double() * weights).sum(-1).to(values.dtype)
+    return values.sum(-1, dtype=torch.float64).to(values.dtype)
 
 
-def sum_segments(values: Tensor, lengths: Tensor) -> Tensor:
+def sum_segments(values: Tensor, lengths: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sums over consecutive segments of the given lengths, in float64 like `sum_sequences`."""
-    sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, initial=0.0, unsafe=True)
-    return sums.to(values.dtype)
+    wide = values.double() if weights is None else values.double() * weights
+    return torch.segment_reduce(wide, "sum", lengths=lengths, initial=0.0, unsafe=True).to(values.dtype)
 
 
 def counted_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool) -> Tensor:
@@ -61,6 +63,11 @@ def counted_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int,
         first[cu_seqlens[:-1].long()] = True
         first = first[:-1]
     return labels.masked_fill(first, ignore_index)
+
+
+def weighted_labels(labels: Tensor, token_weights: Tensor | None, ignore_index: int) -> Tensor:
+    """Labels whose log-probability is wanted: one that weighs nothing need not enter a product."""
+    return labels if token_weights is None else labels.masked_fill(token_weights == 0, ignore_index)
 
 
 def count_tokens(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
@@ -80,12 +87,13 @@ def sequence_logps(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     shift: bool = False,
+    token_weights: Tensor | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability of each sequence: `linear_logprob(...)` summed over the tokens that count.
 
-    Equivalent PyTorch, padded: `linear_logprob(hidden, weight, labels, ...).sum(-1)`.
+    Equivalent PyTorch, padded: `(token_weights * linear_logprob(hidden, weight, labels, ...)).sum(-1)`.
 
     Args:
         hidden: `[S, T, H]` padded, or `[N, H]` packed with `cu_seqlens`.
@@ -94,6 +102,8 @@ def sequence_logps(
         cu_seqlens: `[S + 1]` int32 or int64 bounds of the packed sequences, from 0 to N.
         logit_scale, logit_softcap, ignore_index, shift, workspace_bytes, backend: As in `linear_logprob`; with
             `shift`, packed sequences do not see each other.
+        token_weights: What each label's log-probability counts in the sum, shaped like `labels`; finite, taken as
+            constants; 1 where None. Tokens of weight 0 take part in no product.
 
     Returns:
         `[S]` float32 (float64 for float64 inputs), nats; differentiable.
@@ -108,11 +118,14 @@ def sequence_logps(
     elif hidden.ndim != 3:
         raise ValueError(f"hidden must be [S, T, H], or [N, H] with cu_seqlens; got {list(hidden.shape)}")
     check_head_inputs(hidden, weight, bias, labels)
+    if token_weights is not None:
+        check_token_weights("token_weights", token_weights, labels)
+        token_weights = token_weights.detach()
     labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
     logp, _ = prepare_call(
         hidden,
         weight,
-        labels,
+        weighted_labels(labels, token_weights, ignore_index),
         bias=bias,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
@@ -121,4 +134,4 @@ def sequence_logps(
         workspace_bytes=workspace_bytes,
         backend=backend,
     ).run()
-    return sum_sequences(logp, cu_seqlens)
+    return sum_sequences(logp, cu_seqlens, token_weights)

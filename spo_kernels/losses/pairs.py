@@ -60,12 +60,13 @@ class PairLogps:
 class PairInputs:
     """What is known of B pairs before the policy's log-probabilities: everything in `PairLogps` but those.
 
-    `reference` and `lengths` are `[2B]`, chosen first.
+    `reference` and `lengths` are `[2B]`, chosen first; `named` is `PairLogps.inputs`.
     """
 
     reference: Tensor | None
     lengths: Tensor
     sft_value: Tensor | None
+    named: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pairs(self, sums: Tensor, start: int = 0, stop: int | None = None) -> PairLogps:
         """Pairs start..stop, whose log-probabilities `sums` are chosen first."""
@@ -80,6 +81,7 @@ class PairInputs:
             chosen_lengths=self.lengths[chosen],
             rejected_lengths=self.lengths[rejected],
             sft_value=None if self.sft_value is None else self.sft_value[chosen],
+            inputs={name: values[chosen] for name, values in self.named.items()},
         )
 
 
@@ -88,6 +90,10 @@ class Objective(Protocol):
 
     An objective may also have `beta` (scales the logged rewards, 1 if absent) and `coupling`, which declares what
     a pair's loss depends on ("batch" if absent) and lets a trained head cost three products instead of four.
+
+    With `token_outputs`, names from "logp", "entropy" and "log_sum_p2" (see `linear_logprob`), it finds their sums
+    over each response's tokens, unweighted and detached, among the per-pair inputs: "chosen_logp", "rejected_logp"
+    and so on. They are known only after a pass over the vocabulary, so that a trained head costs four products.
     """
 
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -120,6 +126,18 @@ def implicit_rewards(objective: Objective, pairs: PairLogps) -> tuple[Tensor, Te
 def coupling_of(objective: Objective) -> Coupling:
     """What the objective declares; nothing declared counts as "batch"."""
     return getattr(objective, "coupling", "batch")
+
+
+def token_outputs_of(objective: Objective) -> tuple[str, ...]:
+    """What the objective declares to need of every token; see `Objective`.
+
+    Raises:
+        ValueError: It declares something else.
+    """
+    names: tuple[str, ...] = getattr(objective, "token_outputs", ())
+    for name in names:
+        check_choice("a name in the objective's token_outputs", name, ("logp", "entropy", "log_sum_p2"))
+    return names
 
 
 def check_positive(name: str, value: float) -> None:
