@@ -1,0 +1,130 @@
+"""What preference objectives do to accuracy and to the likelihood of chosen responses, alone and inside SPO.
+
+    python -m experiments.displacement                                      # built-in task, under half an hour
+    python -m experiments.displacement --seeds 1 --objectives dpo simpo     # a look in minutes
+    python -m experiments.displacement --model SFT_MODEL --dataset pairs.jsonl --questions questions.jsonl \\
+        --answer-pattern '#### (-?[\\d,]+)' --train-options '--bf16 --lora-r 16 --batch-size 4 --grad-accum 8'
+
+The built-in task is arithmetic with written working, see `task.py`. SPO is a reconstruction, not verified against its
+paper: see `spo_kernels/losses/spo.py`. With --model, --dataset is preference data as spo-train takes it, the model is
+the SFT model, and questions are JSON lines with a prompt and its answer; a seed then only orders the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import report, task, worker
+from .methods import OBJECTIVES, table
+from .runs import prepare, second_stage
+
+LAST_MATCH = r"-?\d[\d,]*(?:\.\d+)?"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.displacement",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("experiments/output/displacement"))
+    parser.add_argument("--seeds", type=int, default=3, help="runs of everything, with seeds 0, 1, ... (default: 3)")
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
+    parser.add_argument("--no-ablation", action="store_true", help="leave out SPO's other forms around DPO")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of all second stages (default: 2e-4)")
+    parser.add_argument("--steps", type=int, default=125, help="optimizer steps of second stages (default: 125)")
+    parser.add_argument(
+        "--train-options", default="--batch-size 16 --warmup-steps 10", help="more options of spo-train"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
+    builtin = parser.add_argument_group("built-in task")
+    builtin.add_argument(
+        "--sft-steps", type=int, default=320, help="enough for a fair, not a full, mark (default: 320)"
+    )
+    builtin.add_argument("--demonstrations", type=int, default=task.Size.demonstrations)
+    builtin.add_argument("--pairs", type=int, default=task.Size.pairs)
+    builtin.add_argument("--heldout", type=int, default=task.Size.heldout, help="questions and held-out pairs")
+    own = parser.add_argument_group("your own model and data, instead of the built-in task")
+    own.add_argument("--model", help="SFT model: hub id or folder")
+    own.add_argument("--dataset", help="preference data, as spo-train takes it")
+    own.add_argument("--split", default="train", help="of a hub data set")
+    own.add_argument("--eval-fraction", type=float, default=0.1, help="share of prompts held out (default: 0.1)")
+    own.add_argument("--questions", type=Path, help="JSON lines with prompt and answer")
+    own.add_argument("--answer-pattern", default=LAST_MATCH, help="its last match is the answer (default: a number)")
+    own.add_argument("--max-new-tokens", type=int, default=512)
+    options = parser.parse_args(arguments)
+    given = [options.model, options.dataset, options.questions]
+    if any(v is not None for v in given) and None in given:
+        parser.error("--model, --dataset and --questions go together")
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    began = time.perf_counter()
+    methods = list(table(options.objectives, not options.no_ablation))
+    seeds = range(options.seeds)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    pool = ProcessPoolExecutor(options.processes, get_context("spawn"), worker.start, (options.threads,))
+    try:
+        with pool:
+            starts = list(pool.map(prepare, [options] * len(seeds), seeds))
+            report.say(f"SFT models: accuracy {[round(s['accuracy'], 3) for s in starts]}", began)
+            jobs = [(seed, method) for seed in seeds for method in methods]
+            runs = []
+            results = pool.map(second_stage, [options] * len(jobs), *zip(*jobs, strict=True))
+            for (seed, method), result in zip(jobs, results, strict=True):
+                runs.append({"seed": seed, "method": method.name, **result})
+                report.say(f"seed {seed} {method.name}: accuracy {result['accuracy']:.3f}", began)
+    except worker.RunFailed as error:
+        print(f"displacement: {error}", file=sys.stderr)
+        return 1
+    results = {"about": about(options, began), "sft": starts, "runs": runs}
+    (options.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    text = report.markdown(results)
+    (options.output_dir / "results.md").write_text(text)
+    report.draw(results, options.output_dir / "displacement.png")
+    print(f"\n{text}\nwritten: {options.output_dir}/results.json, results.md, displacement.png")
+    return 0
+
+
+def about(options: argparse.Namespace, began: float) -> dict[str, Any]:
+    """What made the figures: command, commit, machine, versions."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    cpus = Path("/proc/cpuinfo")
+    names = (
+        {line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")}
+        if cpus.exists()
+        else {platform.processor()}
+    )
+    return {
+        "command": shlex.join(["python", "-m", "experiments.displacement", *sys.argv[1:]]),
+        "commit": commit,
+        "machine": ", ".join(sorted(names)) or platform.machine(),
+        "threads": f"{options.processes} processes x {options.threads} threads",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+        "methods": {m.name: shlex.join(m.options) for m in table(options.objectives, not options.no_ablation)},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
