@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from spo_kernels.losses.pairs import Coupling, PairLogps, check_positive
+from spo_kernels.losses.terms import logistic, margin
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,4 @@ class DPO:
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
-        margin = pairs.chosen - pairs.rejected
-        if not self.reference_free:
-            ref_chosen, ref_rejected = pairs.reference("DPO")
-            margin = margin - (ref_chosen - ref_rejected)
-        return -F.logsigmoid(self.beta * margin)
+        return logistic(self.beta * margin(pairs, "DPO", self.reference_free))

@@ -152,6 +152,16 @@ def check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}")
 
 
+def check_in(name: str, value: float, interval: str) -> None:
+    """Raise ValueError unless `value` is a number in `interval`, written as in "[0, 0.5)"."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    above = number and (value >= low if interval[0] == "[" else value > low)
+    below = number and (value <= high if interval[-1] == "]" else value < high)
+    if not (above and below):
+        raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:

@@ -1,13 +1,89 @@
-"""Objectives by name, for `fused_spo_loss(loss="...")` and the command line."""
+"""Objectives by name, for `fused_spo_loss(loss="...")` and the command line.
+
+TRL's names where TRL has the loss; "sigmoid" is its name for DPO.
+"""
 
 from dataclasses import fields
 from typing import Any
 
+from spo_kernels.losses.alpha_dpo import AlphaDPO, AlphaDPOCode
+from spo_kernels.losses.aot import AOT, AOTUnpaired
+from spo_kernels.losses.apo import APODown, APOZero
+from spo_kernels.losses.asymmetric import BDPO, BPO, DPOP, DPOShift, FlexDPO
+from spo_kernels.losses.balanced import AdaDPO, BalancedDPO
+from spo_kernels.losses.bco import BCO, BCOPair
+from spo_kernels.losses.beta_dpo import BetaDPO
+from spo_kernels.losses.cpo import CPO, ORPO
+from spo_kernels.losses.discopop import DiscoPOP
+from spo_kernels.losses.divergence import ChiPO, FDivergence
 from spo_kernels.losses.dpo import DPO
+from spo_kernels.losses.dr_dpo import DrDPO
+from spo_kernels.losses.h_dpo import HDPO
+from spo_kernels.losses.hinge import Hinge, SLiC
+from spo_kernels.losses.ipo import IPO
+from spo_kernels.losses.kto import KTO
+from spo_kernels.losses.label_noise import CDPO, EXO, Robust
+from spo_kernels.losses.nca import NCA
+from spo_kernels.losses.offsets import ODPO, RDPO, UncertaintyDPO
 from spo_kernels.losses.pairs import Objective
+from spo_kernels.losses.rso import RSO
+from spo_kernels.losses.sft import RPO, SFT, SFTDPO
+from spo_kernels.losses.simpo import AlphaPO, SigmoidNorm, SimPO
 from spo_kernels.losses.spo import SPO
+from spo_kernels.losses.squares import SPPO, CalDPO, SPPOHard
+from spo_kernels.losses.state import has_state
+from spo_kernels.losses.weighted_sum import WeightedSum
 
-LOSSES: dict[str, type] = {"dpo": DPO, "spo": SPO}
+LOSSES: dict[str, type] = {
+    "ada_dpo": AdaDPO,
+    "alpha_dpo": AlphaDPO,
+    "alpha_dpo_code": AlphaDPOCode,
+    "alphapo": AlphaPO,
+    "aot": AOT,
+    "aot_unpaired": AOTUnpaired,
+    "apo_down": APODown,
+    "apo_zero": APOZero,
+    "balanced_dpo": BalancedDPO,
+    "bco": BCO,
+    "bco_pair": BCOPair,
+    "bdpo": BDPO,
+    "beta_dpo": BetaDPO,
+    "bpo": BPO,
+    "cal_dpo": CalDPO,
+    "cdpo": CDPO,
+    "chi_po": ChiPO,
+    "cpo": CPO,
+    "discopop": DiscoPOP,
+    "dpo": DPO,
+    "dpo_shift": DPOShift,
+    "dpop": DPOP,
+    "dr_dpo": DrDPO,
+    "exo_pair": EXO,
+    "f_divergence": FDivergence,
+    "flex_dpo": FlexDPO,
+    "h_dpo": HDPO,
+    "hinge": Hinge,
+    "ipo": IPO,
+    "kto": KTO,
+    "mpo": WeightedSum,
+    "nca_pair": NCA,
+    "odpo": ODPO,
+    "orpo": ORPO,
+    "r_dpo": RDPO,
+    "robust": Robust,
+    "rpo": RPO,
+    "rso": RSO,
+    "sft": SFT,
+    "sft_dpo": SFTDPO,
+    "sigmoid": DPO,
+    "sigmoid_norm": SigmoidNorm,
+    "simpo": SimPO,
+    "slic": SLiC,
+    "spo": SPO,
+    "sppo": SPPO,
+    "sppo_hard": SPPOHard,
+    "uncertainty_dpo": UncertaintyDPO,
+}
 
 # made once: torch.compile can look an objective up, but cannot trace a dataclass's construction and checks
 _DEFAULTS: dict[str, Objective] = {name: loss() for name, loss in LOSSES.items()}
@@ -17,34 +93,66 @@ def named_loss(name: str) -> Objective:
     """The objective of that name with its default hyperparameters.
 
     Raises:
-        ValueError: Unknown name; the message lists those that exist.
+        ValueError: Unknown name; the message lists those that exist. Or the objective has running statistics, which
+            one object by name would share between all its users.
     """
-    if name not in _DEFAULTS:
-        raise ValueError(f"loss = {name!r} is unknown; expected one of {', '.join(sorted(LOSSES))}")
+    _check_name(name)
+    if has_state(_DEFAULTS[name]):
+        raise ValueError(
+            f"loss = {name!r} keeps running statistics: make it once with build_loss({name!r}) and pass that object"
+        )
     return _DEFAULTS[name]
 
 
 def build_loss(name: str, **hyperparameters: Any) -> Objective:
     """The objective of that name, e.g. `build_loss("spo", base="dpo", beta=0.1, weight=0.5)`.
 
-    Hyperparameters of a wrapper that it does not have itself go to its base; `base` is a name or an objective.
+    `base` of a wrapper and the `objectives` of a sum are names or objectives. Hyperparameters that a wrapper does not
+    have itself go to its base, and so do those written "base.NAME"; a sum's go to each of its objectives that has
+    them.
 
     Raises:
         ValueError: Unknown name or hyperparameter; the message lists those that exist.
     """
-    named_loss(name)
-    own = {field.name for field in fields(LOSSES[name])}
-    foreign = {key: value for key, value in hyperparameters.items() if key not in own}
-    chosen = {key: value for key, value in hyperparameters.items() if key in own}
-    if "base" in own:
-        base = chosen.get("base", "dpo")
-        if isinstance(base, str):
-            named_loss(base)
-            bases = {field.name for field in fields(LOSSES[base])}
-            chosen["base"] = build_loss(base, **{key: foreign.pop(key) for key in bases & foreign.keys()})
-            own |= bases
+    return _build(name, hyperparameters, name, frozenset())
+
+
+def _build(name: str, given: dict[str, Any], asked: str, outer: frozenset[str]) -> Objective:
+    """`outer` are the hyperparameters of the wrappers around it, of which `asked` is the first."""
+    _check_name(name)
+    own = _own(name)
+    chosen = {key: value for key, value in given.items() if key in own}
+    foreign = {key: value for key, value in given.items() if key not in own}
+    base = chosen.get("base", "dpo")
+    if "base" in own and isinstance(base, str):
+        foreign = {key.removeprefix("base."): value for key, value in foreign.items()}
+        chosen["base"] = _build(base, foreign, asked, outer | own)
+        foreign = {}
+    elif "objectives" in own:
+        parts = chosen.get("objectives", ("dpo", "bco_pair", "sft"))
+        chosen["objectives"] = tuple(
+            build_loss(part, **{key: foreign[key] for key in foreign.keys() & _own(part)})
+            if isinstance(part, str)
+            else part
+            for part in parts
+        )
+        taken = frozenset().union(*(_own(part) for part in parts if isinstance(part, str)))
+        own |= taken
+        foreign = {key: value for key, value in foreign.items() if key not in taken}
     if foreign:
         raise ValueError(
-            f"loss {name!r} has no hyperparameter {', '.join(sorted(foreign))}; it has {', '.join(sorted(own))}"
+            f"loss {asked!r} has no hyperparameter {', '.join(sorted(foreign))}; it has "
+            f"{', '.join(sorted(outer | own))}"
         )
     return LOSSES[name](**chosen)
+
+
+def _check_name(name: str) -> None:
+    if name not in LOSSES:
+        raise ValueError(f"loss = {name!r} is unknown; expected one of {', '.join(sorted(LOSSES))}")
+
+
+def _own(name: str) -> frozenset[str]:
+    """Hyperparameters of the objective itself."""
+    _check_name(name)
+    return frozenset(field.name for field in fields(LOSSES[name]) if field.init)

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from spo_kernels.losses.composite import Composite, check_objective
 from spo_kernels.losses.dpo import DPO
 from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, check_choice, check_not_negative, coupling_of
 
 
 @dataclass(frozen=True)
-class SPO:
+class SPO(Composite):
     """Reconstruction of SPO, not verified against the paper: `base + weight * NLL_w` ("nll") or
     `base + weight * max(0, NLL_w - v - ε)` ("hinge").
 
@@ -43,18 +44,16 @@ class SPO:
     normalization: str = "mean"
 
     def __post_init__(self) -> None:
-        if not callable(self.base):
-            raise TypeError(f"base must be an objective (a callable), got {self.base!r}")
+        check_objective("base", self.base)
         check_not_negative("weight", self.weight)
         check_choice("penalty", self.penalty, ("nll", "hinge"))
         check_choice("value", self.value, ("reference", "input"))
         check_not_negative("epsilon", self.epsilon)
         check_choice("normalization", self.normalization, ("mean", "sum"))
 
-    @property
-    def beta(self) -> float:
-        """The base's β, which scales the logged rewards."""
-        return getattr(self.base, "beta", 1.0)
+    def parts(self) -> tuple[Objective, ...]:
+        """The base."""
+        return (self.base,)
 
     @property
     def coupling(self) -> Coupling:

@@ -1,0 +1,105 @@
+"""Other divergences than the reverse KL: f-DPO's scores (arXiv 2309.16240) as TRL has them, and χPO."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spo_kernels.losses.composite import Composite, check_objective
+from spo_kernels.losses.dpo import DPO
+from spo_kernels.losses.pairs import (
+    Coupling,
+    Objective,
+    PairLogps,
+    check_choice,
+    check_in,
+    check_positive,
+    coupling_of,
+)
+from spo_kernels.losses.terms import clamped_exp, log_ratios, logistic
+
+_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+@dataclass(frozen=True)
+class FDivergence(Composite):
+    """The base with a score `s(r)` of each response in place of its log-ratio r.
+
+    "reverse_kl": `r`; "forward_kl": `1 - e^{-r}`; "js_divergence": `log 2 + log σ(r)`; "alpha_divergence":
+    `(e^{(a-1) r} - 1) / (a - 1)`, which is r at a = 1. Exponents are taken as at most 80: beyond, a response gets no
+    gradient.
+
+    The base has to see the two responses through the difference of their scores only, as `DPO`, `CDPO`, `Robust`,
+    `EXO`, `Hinge`, `IPO`, `SigmoidNorm` and `DiscoPOP` do: elsewhere the partition function does not cancel.
+
+    Attributes:
+        base: Such an objective.
+        divergence: Which score.
+        coefficient: a of "alpha_divergence", in [-10, 10]; TRL's 0.5.
+    """
+
+    base: Objective = field(default_factory=DPO)
+    divergence: str = "forward_kl"
+    coefficient: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_objective("base", self.base)
+        check_choice("divergence", self.divergence, _DIVERGENCES)
+        check_in("coefficient", self.coefficient, "[-10, 10]")
+
+    def parts(self) -> tuple[Objective, ...]:
+        """The base."""
+        return (self.base,)
+
+    @property
+    def coupling(self) -> Coupling:
+        """Scores bend the two log-ratios apart."""
+        base = coupling_of(self.base)
+        return "pair" if base == "margin" and self.divergence != "reverse_kl" else base
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Losses `[B]`."""
+        chosen, rejected = map(self._score, log_ratios(pairs, "FDivergence"))
+        none = torch.zeros_like(chosen)
+        return self.base(replace(pairs, chosen=chosen, rejected=rejected, ref_chosen=none, ref_rejected=none))
+
+    def _score(self, ratio: Tensor) -> Tensor:
+        power = self.coefficient - 1.0
+        if self.divergence == "forward_kl":
+            return 1.0 - clamped_exp(-ratio)
+        if self.divergence == "js_divergence":
+            return math.log(2.0) + F.logsigmoid(ratio)
+        if self.divergence == "alpha_divergence" and abs(power) >= 1e-6:
+            return (clamped_exp(power * ratio) - 1.0) / power
+        return ratio
+
+
+@dataclass(frozen=True)
+class ChiPO:
+    """`-log σ(β ((e^{r_w} + r_w) - (e^{r_l} + r_l)))`: χPO, whose divergence is χ² plus KL.
+
+    From third-party code, not checked against the paper. r is taken as at most `limit` in the exponential, whose
+    gradient is 0 beyond.
+
+    Attributes:
+        beta: β > 0.
+        limit: 0 < limit <= 80, nats. The default 20 is this library's.
+    """
+
+    coupling: ClassVar[Coupling] = "pair"
+    beta: float = 0.1
+    limit: float = 20.0
+
+    def __post_init__(self) -> None:
+        check_positive("beta", self.beta)
+        check_in("limit", self.limit, "(0, 80]")
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Losses `[B]`."""
+        chosen, rejected = log_ratios(pairs, "ChiPO")
+        # the small part last: e^r may be 1e8 times r
+        powers = clamped_exp(chosen, self.limit) - clamped_exp(rejected, self.limit)
+        return logistic(self.beta * (powers + (chosen - rejected)))

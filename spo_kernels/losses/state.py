@@ -1,0 +1,81 @@
+"""Running statistics of objectives: explicit, saved and restored, changed by training only.
+
+An objective that holds some keeps them in a `RunningState` and has `state_dict()` and `load_state_dict()`, as a
+module has; objectives made of others pass these on.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RunningState:
+    """Named numbers, 0-d tensors, that last from batch to batch."""
+
+    def __init__(self, **start: float) -> None:
+        self._values = {name: torch.tensor(value, dtype=torch.float64) for name, value in start.items()}
+
+    def get(self, name: str, like: Tensor) -> Tensor:
+        """A value in the dtype and on the device of `like`."""
+        return self._values[name].to(like)
+
+    def update(self, **values: Tensor) -> None:
+        """Replace values; does nothing where gradients are disabled, so that evaluation changes nothing."""
+        if torch.is_grad_enabled():
+            self._values.update({name: value.detach() for name, value in values.items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The values, copied to the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self._values.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over values from `state_dict()`.
+
+        Raises:
+            ValueError: Other names than this state has.
+        """
+        if state.keys() != self._values.keys():
+            raise ValueError(f"state has {sorted(state)}, expected {sorted(self._values)}")
+        self._values = {name: value.detach().clone() for name, value in state.items()}
+
+
+class Stateful:
+    """An objective's part that saves and restores its `state`."""
+
+    state: RunningState
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The running statistics, 0-d CPU tensors by name."""
+        return self.state.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore them; ValueError for other names."""
+        self.state.load_state_dict(state)
+
+
+def has_state(objective: Any) -> bool:
+    """Whether the objective has running statistics."""
+    return bool(objective.state_dict()) if hasattr(objective, "state_dict") else False
+
+
+def batch_moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (n - 1 in its divisor, 0 for fewer than two) of all processes' values, detached.
+
+    Processes are asked where gradients are enabled only: evaluation batches need not be as many on each.
+    """
+    values = values.detach()
+    count = _total(torch.full_like(values.sum(), values.numel()))
+    mean = _total(values.sum()) / count.clamp_min(1)
+    deviations = _total((values - mean).square().sum())
+    return mean, (deviations / (count - 1).clamp_min(1)).sqrt()
+
+
+def _total(value: Tensor) -> Tensor:
+    """Sum over processes that train together."""
+    distributed = torch.distributed
+    if torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized():
+        value = value.clone()
+        distributed.all_reduce(value)
+    return value
