@@ -45,7 +45,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything, with seeds 0, 1, ... (default: 3)")
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
     parser.add_argument("--no-ablation", action="store_true", help="leave out SPO's other forms around DPO")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of all second stages (default: 2e-4)")
+    parser.add_argument(
+        "--learning-rates", type=float, nargs="+", default=[5e-5, 2e-4], help="of second stages (default: 5e-5 2e-4)"
+    )
     parser.add_argument("--steps", type=int, default=125, help="optimizer steps of second stages (default: 125)")
     parser.add_argument(
         "--train-options", default="--batch-size 16 --warmup-steps 10", help="more options of spo-train"
@@ -53,9 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
     builtin = parser.add_argument_group("built-in task")
-    builtin.add_argument(
-        "--sft-steps", type=int, default=320, help="enough for a fair, not a full, mark (default: 320)"
-    )
+    builtin.add_argument("--sft-steps", type=int, default=290, help="stops short of full marks (default: 290)")
     builtin.add_argument("--demonstrations", type=int, default=task.Size.demonstrations)
     builtin.add_argument("--pairs", type=int, default=task.Size.pairs)
     builtin.add_argument("--heldout", type=int, default=task.Size.heldout, help="questions and held-out pairs")
@@ -88,12 +88,12 @@ def main(arguments: list[str] | None = None) -> int:
         with pool:
             starts = list(pool.map(prepare, [options] * len(seeds), seeds))
             report.say(f"SFT models: accuracy {[round(s['accuracy'], 3) for s in starts]}", began)
-            jobs = [(seed, method) for seed in seeds for method in methods]
+            jobs = [(seed, rate, method) for seed in seeds for rate in options.learning_rates for method in methods]
             runs = []
             results = pool.map(second_stage, [options] * len(jobs), *zip(*jobs, strict=True))
-            for (seed, method), result in zip(jobs, results, strict=True):
-                runs.append({"seed": seed, "method": method.name, **result})
-                report.say(f"seed {seed} {method.name}: accuracy {result['accuracy']:.3f}", began)
+            for (seed, rate, method), result in zip(jobs, results, strict=True):
+                runs.append({"seed": seed, "learning rate": rate, "method": method.name, **result})
+                report.say(f"seed {seed}, rate {rate:g}, {method.name}: accuracy {result['accuracy']:.3f}", began)
     except worker.RunFailed as error:
         print(f"displacement: {error}", file=sys.stderr)
         return 1

@@ -38,7 +38,7 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "cpo": {"beta": 0.1},
     "dpop": {"beta": 0.1},
     "r_dpo": {"beta": 0.1, "alpha": 0.05},
-    "alpha_dpo": {"beta": 2.5},
+    "alpha_dpo": {"beta": 2.5, "gamma": 0.6, "alpha": 0.2},
 }
 
 # SPO's λ = 1 on the mean token NLL, this library's defaults; the paper's are not known.

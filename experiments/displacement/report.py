@@ -39,91 +39,103 @@ def cell(values: list[float], share: bool) -> str:
     return f"{middle:.{digits}f}{unit}" if math.isnan(width) else f"{middle:.{digits}f} ± {width:.{digits}f}{unit}"
 
 
-def of_method(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
-    """Its runs, in order of seeds."""
-    return sorted((r for r in results["runs"] if r["method"] == method), key=lambda r: r["seed"])
+def of_method(results: dict[str, Any], rate: float, method: str) -> list[dict[str, Any]]:
+    """Its runs at a learning rate, in order of seeds."""
+    runs = (r for r in results["runs"] if r["method"] == method and r["learning rate"] == rate)
+    return sorted(runs, key=lambda r: r["seed"])
 
 
 def methods_of(results: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(r["method"] for r in results["runs"]))
 
 
+def rates_of(results: dict[str, Any]) -> list[float]:
+    return sorted({r["learning rate"] for r in results["runs"]})
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """Everything as two tables: the paper's shape, then every run's means."""
-    sft, about = [s["accuracy"] for s in results["sft"]], results["about"]
-    heads = [
-        "objective",
-        "SFT",
-        "objective alone",
-        "with SPO",
-        "chosen change, nats",
-        "with SPO",
-        "chosen fell",
-        "with SPO",
-    ]
-    lines = [f"| {' | '.join(heads)} |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for method in methods_of(results):
-        if "+" in method:
-            continue
-        alone, inside = of_method(results, method), of_method(results, f"{method}+spo")
-        if method == CONTROL:
-            lines.append(
-                f"| SFT on chosen | {cell(sft, True)} | {cell([r['accuracy'] for r in alone], True)} | | | | | |"
-            )
-            continue
-        row = [method, cell(sft, True)]
-        row += [cell([r["accuracy"] for r in runs], True) for runs in (alone, inside)]
-        for name in ("chosen change", "displaced"):
-            row += [cell([r["pairs"][name] for r in runs], name in SHARES) for runs in (alone, inside)]
-        lines.append(f"| {' | '.join(row)} |")
-    lines += ["", f"| run | accuracy | {' | '.join(COLUMNS.values())} | seconds |", "|---" * (len(COLUMNS) + 3) + "|"]
-    for method in methods_of(results):
-        runs = of_method(results, method)
-        row = [method, cell([r["accuracy"] for r in runs], True)]
-        row += [cell([r["pairs"][name] for r in runs if r["pairs"]], name in SHARES) for name in COLUMNS]
-        lines.append(f"| {' | '.join(row)} | {mean(r['seconds'] for r in runs):.0f} |")
+    """For each learning rate a table of the paper's shape, and one of every method."""
+    about, seeds = results["about"], len(results["sft"])
+    lines = [f"SFT models: {cell([s['accuracy'] for s in results['sft']], True)} right.", ""]
+    for rate in rates_of(results):
+        lines += [f"### Learning rate {rate:g}", "", *_pairs_table(results, rate), "", *_runs_table(results, rate), ""]
     lines += [
+        f"Mean ± sample standard deviation over {seeds} seeds. Accuracy: greedy, on held-out questions.",
+        "The rest: held-out pairs, relative to the SFT model; log-probs of whole responses.",
         "",
-        f"Mean ± sample standard deviation over {len(sft)} seeds. Accuracy: greedy, on held-out questions.",
-        "The rest: held-out pairs, relative to the SFT model.",
+        *(f"* {key}: {about[key]}" for key in ("command", "commit", "machine", "threads", "versions", "minutes")),
+        *(f"* `{name}`: `spo-train {options}`" for name, options in about["methods"].items()),
         "",
     ]
-    lines += [f"{key}: {about[key]}" for key in ("command", "commit", "machine", "threads", "versions", "minutes")]
-    lines += ["", *(f"* `{name}`: `spo-train {options}`" for name, options in about["methods"].items()), ""]
     return "\n".join(lines)
 
 
+def _pairs_table(results: dict[str, Any], rate: float) -> list[str]:
+    """One row per objective: alone beside inside SPO."""
+    heads = ["objective", "SFT", "alone", "with SPO", "chosen change, nats", "with SPO", "chosen fell", "with SPO"]
+    lines = [_row(heads), "|---" * len(heads) + "|"]
+    sft = cell([s["accuracy"] for s in results["sft"]], True)
+    for method in methods_of(results):
+        if "+" in method:
+            continue
+        both = [of_method(results, rate, method), of_method(results, rate, f"{method}+spo")]
+        row = [method, sft, *(cell([r["accuracy"] for r in runs], True) for runs in both)]
+        for name in ("chosen change", "displaced"):
+            row += [cell([r["pairs"][name] for r in runs if r["pairs"]], name in SHARES) for runs in both]
+        lines.append(_row(row))
+    return lines
+
+
+def _runs_table(results: dict[str, Any], rate: float) -> list[str]:
+    """One row per method, everything that is measured."""
+    heads = ["method", "accuracy", *COLUMNS.values(), "seconds"]
+    lines = [_row(heads), "|---" * len(heads) + "|"]
+    for method in methods_of(results):
+        runs = of_method(results, rate, method)
+        row = [method, cell([r["accuracy"] for r in runs], True)]
+        row += [cell([r["pairs"][name] for r in runs if r["pairs"]], name in SHARES) for name in COLUMNS]
+        lines.append(_row([*row, f"{mean(r['seconds'] for r in runs):.0f}"]))
+    return lines
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Accuracy and change of the chosen log-prob, per objective, alone and inside SPO."""
+    """Accuracy and change of the chosen log-prob, per objective, alone and inside SPO; a row per learning rate."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rates = rates_of(results)
+    figure, panels = pyplot.subplots(
+        len(rates), 2, figsize=(11, 3.4 * len(rates)), layout="constrained", squeeze=False, sharex=True
+    )
+    for (left, right), rate in zip(panels, rates, strict=True):
+        _draw_rate(results, rate, left, right)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def _draw_rate(results: dict[str, Any], rate: float, left: Any, right: Any) -> None:
     bases = [m for m in methods_of(results) if "+" not in m and m != CONTROL]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    bars = (("", "alone", -0.2, "#d95f02"), ("+spo", "inside SPO", 0.2, "#1b6ca8"))
-    for suffix, label, shift, color in bars:
-        for place, base in enumerate(bases):
-            runs = of_method(results, base + suffix)
-            style = {"color": color, "label": label if place == 0 else None, "width": 0.38, "capsize": 3}
-            for axes, values in (
-                (left, [100 * r["accuracy"] for r in runs]),
-                (right, [r["pairs"]["chosen change"] for r in runs]),
-            ):
-                error = spread(values)
-                axes.bar(place + shift, mean(values), yerr=None if math.isnan(error) else error, **style)
+    for suffix, label, shift, color in (("", "alone", -0.2, "#d95f02"), ("+spo", "inside SPO", 0.2, "#1b6ca8")):
+        runs = [of_method(results, rate, base + suffix) for base in bases]
+        accuracies = [[100 * r["accuracy"] for r in each] for each in runs]
+        changes = [[r["pairs"]["chosen change"] for r in each] for each in runs]
+        for axes, values in ((left, accuracies), (right, changes)):
+            places = [i + shift for i in range(len(bases))]
+            errors = None if len(values[0]) < 2 else [spread(v) for v in values]
+            axes.bar(places, [mean(v) for v in values], 0.38, yerr=errors, capsize=3, color=color, label=label)
     left.axhline(100 * mean(s["accuracy"] for s in results["sft"]), color="#606060", ls="--", lw=1, label="SFT model")
-    control = of_method(results, CONTROL)
-    if control:
-        left.axhline(100 * mean(r["accuracy"] for r in control), color="#4d9a51", ls=":", lw=1.5, label="SFT on chosen")
+    control = of_method(results, rate, CONTROL)
+    left.axhline(100 * mean(r["accuracy"] for r in control), color="#4d9a51", ls=":", lw=1.5, label="SFT on chosen")
     right.axhline(0, color="#606060", lw=1)
-    left.set(title="Greedy accuracy on held-out questions, %", ylim=(0, 100))
-    right.set(title="Change of the chosen response's log-prob, nats (held out)")
+    left.set(title=f"Greedy accuracy on held-out questions, %; rate {rate:g}", ylim=(0, 100))
+    right.set(title=f"Change of the chosen log-prob, nats, held out; rate {rate:g}")
     for axes in (left, right):
         axes.set_xticks(range(len(bases)), bases)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)

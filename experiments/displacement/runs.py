@@ -33,14 +33,14 @@ def prepare(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     return {"seed": seed, **facts, "accuracy": worker.accuracy(model, questions(options, folder))}
 
 
-def second_stage(options: argparse.Namespace, seed: int, method: Method) -> dict[str, Any]:
+def second_stage(options: argparse.Namespace, seed: int, rate: float, method: Method) -> dict[str, Any]:
     """Train one method from the SFT model, and score it."""
     folder = options.output_dir / f"seed-{seed}"
     builtin = options.model is None
     model = folder / "sft" if builtin else options.model
     data = str(folder / "pairs.jsonl") if builtin else options.dataset
     if method.base == CONTROL:
-        data = str(write_chosen(data, options.split, folder / "chosen.jsonl"))
+        data = str(write_chosen(data, options.split, folder / f"{method.name}-{rate:g}.jsonl"))
         held_out: list[Any] = []
     else:
         held_out = (
@@ -48,9 +48,9 @@ def second_stage(options: argparse.Namespace, seed: int, method: Method) -> dict
         )
         held_out += ["--diagnostics", "--cache-dir", folder / "cache"]
     arguments = ["--model", model, "--dataset", data, "--seed", seed, *held_out, *method.options]
-    arguments += ["--learning-rate", options.learning_rate, "--max-steps", options.steps]
+    arguments += ["--learning-rate", rate, "--max-steps", options.steps]
     began = time.perf_counter()
-    output = folder / method.name
+    output = folder / f"{method.name}-{rate:g}"
     worker.train(output, [*arguments, *shlex.split(options.train_options)])
     seconds = time.perf_counter() - began
     return {**asdict(worker.score(output, questions(options, folder))), "seconds": seconds}

@@ -17,8 +17,9 @@ PROGRAM = "spo-train"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, or 2 for an error that the user can put right."""
-    options = vars(build_parser().parse_args(argv))
-    config = TrainConfig(**{**options, "loss_arg": tuple(options["loss_arg"])})
+    options: dict[str, Any] = vars(build_parser().parse_args(argv))
+    options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    config = TrainConfig(**options)
     try:
         config.check()
         _runner()(config)

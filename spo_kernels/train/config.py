@@ -86,6 +86,12 @@ class TrainConfig:
         None, "learning rate of --spo-inner-steps, which need one: the paper's is not known", "objective"
     )
     loss_arg: tuple[str, ...] = option((), "any field of the loss as KEY=VALUE; may be repeated", "objective")
+    pair_input: tuple[str, ...] = option(
+        (),
+        "data column of a number per pair that the loss reads, as NAME=COLUMN, such as offset=score_margin for odpo; "
+        "may be repeated (default: the column of that name)",
+        "objective",
+    )
     reference: str = option(
         "precompute",
         "reference log-probs: computed once and cached on disk, or online with a frozen copy",

@@ -40,16 +40,20 @@ class Split:
     ref_logps: Tensor | None = None
     baseline: Tensor | None = None
 
-    def batch(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
+    def batch(self, indices: list[int], device: torch.device) -> dict[str, Any]:
         """Keyword arguments of Policy.forward."""
         chosen = [self.examples[i] for i in indices]
         input_ids, labels = collate(chosen, device)
-        batch = {"input_ids": input_ids, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
         if self.ref_logps is not None:
             batch["ref_logps"] = self.ref_logps[indices].T.reshape(-1).to(device)
-        if chosen[0].spo_value is not None:
-            batch["spo_value"] = torch.tensor([e.spo_value for e in chosen], dtype=torch.float32, device=device)
-        return batch
+        inputs = {
+            name: torch.tensor([e.inputs[name] for e in chosen], dtype=torch.float32, device=device)
+            for name in chosen[0].inputs
+        }
+        if "spo_value" in inputs:
+            batch["spo_value"] = inputs.pop("spo_value")
+        return batch | {"pair_inputs": inputs} if inputs else batch
 
     def by_length(self, indices: Iterable[int]) -> list[int]:
         return sorted(indices, key=lambda i: self.examples[i].longest)
@@ -202,9 +206,10 @@ class Trainer:
         window = self.window.state_dict()
         if self.window.sums:
             self._check_finite(self.window.means(self.accelerator)["loss"])
-        each = gather_object([{"rng": capture_rng(), "window": window}])
+        policy = self.accelerator.unwrap_model(self.policy)
+        each = gather_object([{"rng": capture_rng(), "window": window, "objective": policy.objective_state()}])
         if self._is_main:
-            model = self.accelerator.unwrap_model(self.policy).headless.model
+            model = policy.headless.model
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
@@ -216,12 +221,13 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state()
-        model = self.accelerator.unwrap_model(self.policy).headless.model
-        restore_weights(model, checkpoint.weights(), checkpoint.path)
+        policy = self.accelerator.unwrap_model(self.policy)
+        restore_weights(policy.headless.model, checkpoint.weights(), checkpoint.path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         own = state["processes"][self.accelerator.process_index]
         self.window.load_state_dict(own["window"], self.accelerator.device)
+        policy.load_objective_state(own["objective"])
         restore_rng(own["rng"])
         self.step = checkpoint.step
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
-
-from spo_kernels.losses import Objective, PairLogps, build_loss
+from spo_kernels.losses import Objective, build_loss
+from spo_kernels.losses.needs import needs_inputs, needs_value
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
 
@@ -46,33 +45,26 @@ def build_objective(config: TrainConfig) -> Objective | None:
     return objective
 
 
-def needs_reference(objective: Objective) -> bool:
-    """Whether the objective refuses to work without reference log-probs; asked of any callable by trying."""
-    return not _works(objective, reference=False)
+def input_columns(config: TrainConfig, objective: Objective | None) -> dict[str, str]:
+    """For each per-pair input that the objective reads, the column of the data that holds it.
 
-
-def needs_value(objective: Objective) -> bool:
-    """Whether the objective wants spo_value for each pair, as spo's hinge with value="input" does."""
-    return not _works(objective, value=False)
-
-
-def _works(objective: Objective, reference: bool = True, value: bool = True) -> bool:
-    one, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
-    ref = one if reference else None
-    pairs = PairLogps(
-        chosen=one,
-        rejected=one,
-        ref_chosen=ref,
-        ref_rejected=ref,
-        chosen_lengths=length,
-        rejected_lengths=length,
-        sft_value=one if value else None,
-    )
-    try:
-        objective(pairs)
-    except (ValueError, TypeError):
-        return False
-    return True
+    A column of the input's own name unless --pair-input names another; "spo_value" is the hinge's value.
+    """
+    names: list[str] = []
+    if objective is not None:
+        # the value is computed, not read, where the run has inner steps
+        read = needs_value(objective) and not config.spo_inner_steps
+        names = [*needs_inputs(objective), *(["spo_value"] if read else [])]
+    columns = {name: name for name in names}
+    for pair in config.pair_input:
+        name, equals, column = pair.partition("=")
+        if not equals or not name or not column:
+            raise TrainError(f"--pair-input must be NAME=COLUMN, got {pair!r}")
+        if name not in columns:
+            known = ", ".join(names) or "none"
+            raise TrainError(f"--pair-input {pair}: the loss reads no input {name!r}; it reads: {known}")
+        columns[name] = column
+    return columns
 
 
 def _value(text: str) -> Any:

@@ -5,14 +5,16 @@ Calling a part of a wrapped model from outside would bypass DDP's gradient hooks
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from spo_kernels import fused_spo_loss, linear_logprob, sequence_logps
 from spo_kernels.losses import Objective
+from spo_kernels.losses.state import has_state
 from spo_kernels.train.batches import IGNORE_INDEX
 from spo_kernels.train.model import HeadlessModel
 
@@ -66,6 +68,7 @@ class Policy(nn.Module):
         labels: Tensor,
         ref_logps: Tensor | None = None,
         spo_value: Tensor | None = None,
+        pair_inputs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """input_ids and labels [rows, T] from `collate`; ref_logps [2B] unless the reference is online."""
         if self.objective is None:
@@ -79,6 +82,7 @@ class Policy(nn.Module):
             loss=self.objective,
             ref_logps=ref_logps,
             spo_value=spo_value,
+            pair_inputs=pair_inputs,
             reduction="sum",
             pair_logps=True,
             **online,
@@ -90,6 +94,15 @@ class Policy(nn.Module):
         metrics["logps/accuracies"] = (chosen > rejected).float().mean()
         sums = {**{k: v * len(chosen) for k, v in metrics.items()}, "loss": loss.detach()}
         return loss, sums, pair_logps
+
+    def objective_state(self) -> dict[str, Any]:
+        """Running statistics of the objective, where it has any."""
+        return cast(Any, self.objective).state_dict() if has_state(self.objective) else {}
+
+    def load_objective_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `objective_state` gave."""
+        if state:
+            cast(Any, self.objective).load_state_dict(state)
 
     def response_logps(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Log-probabilities [rows] of the responses, summed over their tokens; differentiable."""

@@ -103,13 +103,13 @@ def model_hash(model: Any) -> str:
 
 
 def data_hash(examples: Iterable[Example]) -> str:
-    """SHA-256 of the token ids, with their boundaries."""
+    """SHA-256 of the token ids, with their boundaries, and of the inputs."""
     digest = hashlib.sha256()
     for example in examples:
         for ids in (example.prompt, *example.responses):
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(ids.tobytes())
-        digest.update(repr(example.spo_value).encode())
+        digest.update(repr(sorted(example.inputs.items())).encode())
     return digest.hexdigest()
 
 

@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 import spo_kernels
 from spo_kernels import backend_info
 from spo_kernels.losses import Objective
+from spo_kernels.losses.needs import needs_reference
 from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity, newest_checkpoint
 from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
 from spo_kernels.train.encode import Example, encode
@@ -37,7 +38,7 @@ from spo_kernels.train.model import (
     load_model,
     load_tokenizer,
 )
-from spo_kernels.train.objective import build_objective, needs_reference, needs_value
+from spo_kernels.train.objective import build_objective, input_columns
 from spo_kernels.train.policy import Policy, Reference
 from spo_kernels.train.records import read_rows
 from spo_kernels.train.reference import data_hash, model_hash, reference_logps
@@ -138,13 +139,13 @@ def _samples(
     config: TrainConfig, objective: Objective | None, warn: Callable[[str], None]
 ) -> tuple[list[Sample], list[Sample]]:
     """Checked training and evaluation samples; the latter may be none."""
-    value = objective is not None and needs_value(objective) and not config.spo_inner_steps
+    columns = input_columns(config, objective)
 
     def read(source: str, split: str) -> list[Sample]:
         rows = read_rows(source, split)
         if config.stage == "sft":
             return [sft_sample(where, row) for where, row in rows]
-        return [preference_sample(where, row, value) for where, row in rows]
+        return [preference_sample(where, row, columns) for where, row in rows]
 
     train, evaluation = read(config.dataset, config.split), []
     if config.eval_dataset is not None:

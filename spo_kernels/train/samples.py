@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,14 @@ Text = str | Messages
 
 @dataclass(frozen=True)
 class Sample:
-    """A record's text. `responses` is (completion,) for sft and (chosen, rejected) for preference."""
+    """A record's text and numbers. `responses` is (completion,) for sft and (chosen, rejected) for preference;
+    `inputs` are what the loss reads of a pair, by its name for them.
+    """
 
     where: str
     prompt: Text
     responses: tuple[Text, ...]
-    spo_value: float | None = None
+    inputs: dict[str, float] = field(default_factory=dict)
 
 
 def sft_sample(where: str, row: Row) -> Sample:
@@ -39,22 +41,25 @@ def sft_sample(where: str, row: Row) -> Sample:
     return Sample(where, messages[:-1], (messages[-1:],))
 
 
-def preference_sample(where: str, row: Row, needs_value: bool = False) -> Sample:
-    """From columns prompt, chosen and rejected; without a prompt, it is what the other two share."""
+def preference_sample(where: str, row: Row, columns: Mapping[str, str] | None = None) -> Sample:
+    """From columns prompt, chosen and rejected; without a prompt, it is what the other two share.
+
+    `columns` names the columns of further numbers, see `input_columns`.
+    """
     chosen, rejected = _text(where, row, "chosen"), _text(where, row, "rejected")
-    value = _number(where, row, "spo_value") if needs_value else None
+    inputs = {name: _number(where, row, name, column) for name, column in (columns or {}).items()}
     prompt = None if row.get("prompt") is None else _text(where, row, "prompt")
     # Some hub data sets (ultrafeedback_binarized) repeat the first message as a plain prompt.
     if prompt is not None and not _begins_with(chosen, prompt):
         _check_same_form(where, prompt=prompt, chosen=chosen, rejected=rejected)
-        return Sample(where, prompt, (chosen, rejected), value)
+        return Sample(where, prompt, (chosen, rejected), inputs)
     _check_same_form(where, chosen=chosen, rejected=rejected)
     n = _shared_prefix(chosen, rejected)
     if n == 0:
         raise TrainError(f"{where}: no column 'prompt', and chosen and rejected do not begin with a shared prompt")
     if not chosen[n:] or not rejected[n:] or chosen == rejected:
         raise TrainError(f"{where}: no column 'prompt', and nothing is left of a response after the shared prompt")
-    return Sample(where, chosen[:n], (chosen[n:], rejected[n:]), value)
+    return Sample(where, chosen[:n], (chosen[n:], rejected[n:]), inputs)
 
 
 def split_by_prompt(samples: list[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -132,10 +137,13 @@ def _check_same_form(where: str, **texts: Text) -> None:
         raise TrainError(f"{where}: all columns must be strings, or all chat messages; here {forms}")
 
 
-def _number(where: str, row: Row, column: str) -> float:
+def _number(where: str, row: Row, name: str, column: str) -> float:
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TrainError(f"{where}: --spo-value input needs a finite number in column {column!r}, got {_kind(value)}")
+        raise TrainError(
+            f"{where}: the loss needs a finite number in column {column!r} (its input {name}; --pair-input names "
+            f"another column), got {_kind(value)}"
+        )
     return float(value)
 
 
