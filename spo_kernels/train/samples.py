@@ -32,10 +32,10 @@ class Sample:
 def sft_sample(where: str, row: Row) -> Sample:
     """From columns prompt and completion, or messages (the last one is what is learnt)."""
     if "messages" not in row or "completion" in row:
-        prompt, completion = _text(where, row, "prompt"), _text(where, row, "completion")
+        prompt, completion = check_text(where, row, "prompt"), check_text(where, row, "completion")
         _check_same_form(where, prompt=prompt, completion=completion)
         return Sample(where, prompt, (completion,))
-    messages = _text(where, row, "messages")
+    messages = check_text(where, row, "messages")
     if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise TrainError(f"{where}: messages must be a list of at least two, the last with role 'assistant'")
     return Sample(where, messages[:-1], (messages[-1:],))
@@ -46,9 +46,12 @@ def preference_sample(where: str, row: Row, columns: Mapping[str, str] | None = 
 
     `columns` names the columns of further numbers, see `input_columns`.
     """
-    chosen, rejected = _text(where, row, "chosen"), _text(where, row, "rejected")
-    inputs = {name: _number(where, row, name, column) for name, column in (columns or {}).items()}
-    prompt = None if row.get("prompt") is None else _text(where, row, "prompt")
+    chosen, rejected = check_text(where, row, "chosen"), check_text(where, row, "rejected")
+    inputs = {
+        name: check_number(where, row, column, f" (the loss's input {name}; --pair-input can name another column)")
+        for name, column in (columns or {}).items()
+    }
+    prompt = None if row.get("prompt") is None else check_text(where, row, "prompt")
     # Some hub data sets (ultrafeedback_binarized) repeat the first message as a plain prompt.
     if prompt is not None and not _begins_with(chosen, prompt):
         _check_same_form(where, prompt=prompt, chosen=chosen, rejected=rejected)
@@ -98,7 +101,8 @@ def _shared_prefix(a: Text, b: Text) -> int:
     return n if a[:n].strip() else 0
 
 
-def _text(where: str, row: Row, column: str) -> Text:
+def check_text(where: str, row: Row, column: str) -> Text:
+    """The string or chat messages in a column."""
     if column not in row:
         raise TrainError(f"{where}: no column {column!r}; the record has {', '.join(map(repr, row)) or 'none'}")
     value = row[column]
@@ -137,13 +141,11 @@ def _check_same_form(where: str, **texts: Text) -> None:
         raise TrainError(f"{where}: all columns must be strings, or all chat messages; here {forms}")
 
 
-def _number(where: str, row: Row, name: str, column: str) -> float:
+def check_number(where: str, row: Row, column: str, use: str = "") -> float:
+    """The finite number in a column; `use` says what for."""
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TrainError(
-            f"{where}: the loss needs a finite number in column {column!r} (its input {name}; --pair-input names "
-            f"another column), got {_kind(value)}"
-        )
+        raise TrainError(f"{where}: {column} must be a finite number{use}, got {_kind(value)}")
     return float(value)
 
 
