@@ -55,8 +55,10 @@ class RDPO:
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
-        longer = pairs.chosen_lengths - pairs.rejected_lengths
-        return logistic(self.beta * margin(pairs, "RDPO") - self.alpha * longer)
+        margins = margin(pairs, "RDPO")
+        # in the margin's dtype: a float times an int64 tensor is float32
+        longer = (pairs.chosen_lengths - pairs.rejected_lengths).to(margins.dtype)
+        return logistic(self.beta * margins - self.alpha * longer)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from spo_kernels.losses.composite import Composite, check_objective
 from spo_kernels.losses.dpo import DPO
 from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, check_choice, check_not_negative, coupling_of
+from spo_kernels.losses.terms import nll
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,14 @@ class SPO(Composite):
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
-        penalty = self._nll(pairs.chosen, pairs)
+        penalty = nll(pairs, self.normalization)
         if self.penalty == "hinge":
             penalty = (penalty - self._value(pairs) - self.epsilon).clamp_min(0.0)
         return self.base(pairs) + self.weight * penalty
 
-    def _nll(self, logps: Tensor, pairs: PairLogps) -> Tensor:
-        if self.normalization == "sum":
-            return -logps
-        return -logps / pairs.chosen_lengths.clamp_min(1)
-
     def _value(self, pairs: PairLogps) -> Tensor:
         if self.value == "reference":
-            return self._nll(pairs.reference("SPO with value='reference'")[0], pairs)
+            return nll(pairs, self.normalization, pairs.reference("SPO with value='reference'")[0])
         if pairs.sft_value is None:
             raise ValueError("SPO with value='input' needs spo_value, a tensor of one value per pair")
         return pairs.sft_value

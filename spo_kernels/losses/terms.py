@@ -42,15 +42,16 @@ def logistic(logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return loss if label_smoothing == 0.0 else loss + label_smoothing * logits
 
 
-def nll(pairs: PairLogps, normalization: str) -> Tensor:
-    """`-log πθ(y_w|x)` `[B]`: its "sum", its "mean" over the response's tokens, or for each pair the same mean over
-    all chosen "tokens" of the batch, which is TRL's `sft`.
+def nll(pairs: PairLogps, normalization: str, chosen: Tensor | None = None) -> Tensor:
+    """`-log πθ(y_w|x)` `[B]`, or of other log-probabilities `chosen`: their "sum", their "mean" over the response's
+    tokens, or for each pair the same mean over all chosen "tokens" of the batch, which is TRL's `sft`.
     """
+    logps, lengths = pairs.chosen if chosen is None else chosen, pairs.chosen_lengths
     if normalization == "sum":
-        return -pairs.chosen
+        return -logps
     if normalization == "mean":
-        return -pairs.chosen / pairs.chosen_lengths.clamp_min(1)
-    return (-pairs.chosen.sum() / pairs.chosen_lengths.sum().clamp_min(1)).expand(pairs.chosen.shape)
+        return -logps / lengths.clamp_min(1)
+    return (-logps.sum() / lengths.sum().clamp_min(1)).expand(logps.shape)
 
 
 def coupling_with_nll(base: Coupling, normalization: str) -> Coupling:

@@ -1,0 +1,69 @@
+"""Each objective's loss and coefficients against its formula and derivatives by hand, in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from spo_kernels.losses import LOSSES, build_loss
+
+from .cases import CASES
+from .points import as_pairs, differentiate, extreme_points, random_points
+
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+NAMES = ("loss", "g_w", "g_l")
+
+
+def check(case, points, dtype, rtol, atol):
+    """Element by element; `atol` is for coefficients where a sigmoid has saturated."""
+    objective = build_loss(case.name, **case.hyperparameters)
+    with np.errstate(over="ignore"):
+        wanted = case.formula(points)
+    found = differentiate(objective, as_pairs(points, dtype))
+    for name, value, truth in zip(NAMES, found, wanted, strict=True):
+        value = value.double().numpy()
+        assert value.shape == truth.shape, name
+        assert np.isfinite(value).all(), (name, value)
+        np.testing.assert_allclose(value, truth, rtol=rtol, atol=atol, err_msg=name)
+
+
+def test_every_objective_has_a_row():
+    assert {case.name for case in CASES.values()} == set(LOSSES)
+
+
+@each_case
+def test_random_points(case):
+    points = random_points()
+    assert len(points.p_w) >= 200
+    check(case, points, torch.float64, 1e-10, 1e-14)
+
+
+@each_case
+def test_margins_of_500(case):
+    check(case, extreme_points(500.0), torch.float64, 1e-10, 1e-14)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [500.0, 1e4])
+def test_nothing_overflows(case, size, dtype):
+    points = extreme_points(size)
+    objective = build_loss(case.name, **case.hyperparameters)
+    for value in differentiate(objective, as_pairs(points, dtype)):
+        assert value.isfinite().all()
+
+
+@each_case
+def test_float32(case):
+    """Same values from float32 sums, to the rounding of their exponents: a logit of a few hundred has 3e-5."""
+    points = random_points()
+    for name in ("p_w", "p_l", "q_w", "q_l"):
+        setattr(points, name, getattr(points, name).astype(np.float32).astype(np.float64))
+    points.__post_init__()
+    check(case, points, torch.float32, 1e-4, 1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_empty_batch(name):
+    points = random_points(0)
+    for value in differentiate(build_loss(name), as_pairs(points)):
+        assert value.shape == (0,)
