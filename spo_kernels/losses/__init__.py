@@ -28,6 +28,7 @@ from spo_kernels.losses.simpo import AlphaPO, SigmoidNorm, SimPO
 from spo_kernels.losses.spo import SPO
 from spo_kernels.losses.squares import SPPO, CalDPO, SPPOHard
 from spo_kernels.losses.weighted_sum import WeightedSum
+from spo_kernels.losses.wpo import WPO
 
 __all__ = [
     "AOT",
@@ -53,6 +54,7 @@ __all__ = [
     "SFTDPO",
     "SPO",
     "SPPO",
+    "WPO",
     "AOTUnpaired",
     "APODown",
     "APOZero",

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, Objective, coupling_of
+from spo_kernels.losses.pairs import Coupling, Objective, coupling_of, token_outputs_of
 
 _ORDER: tuple[Coupling, ...] = ("margin", "sequence", "pair", "batch")
 
 
 class Composite:
-    """What an objective takes over from its parts: the first one's β, and everyone's running statistics."""
+    """What an objective takes over from its parts: the first one's β, and everyone's token outputs and statistics."""
 
     def parts(self) -> tuple[Objective, ...]:
         """The objectives that it is made of."""
@@ -20,6 +20,11 @@ class Composite:
     def beta(self) -> float:
         """The first part's β, which scales the logged rewards."""
         return getattr(self.parts()[0], "beta", 1.0)
+
+    @property
+    def token_outputs(self) -> tuple[str, ...]:
+        """What the parts need of every token, each once."""
+        return tuple(dict.fromkeys(name for part in self.parts() for name in token_outputs_of(part)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The parts' running statistics, "0.mean" for the first one's "mean"; empty where they have none."""

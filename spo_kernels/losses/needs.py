@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Objective, PairLogps
+from spo_kernels.losses.pairs import Objective, PairLogps, token_outputs_of
 
 
 def needs_reference(objective: Objective) -> bool:
@@ -24,13 +24,17 @@ def needs_value(objective: Objective) -> bool:
 
 
 def needs_inputs(objective: Objective) -> tuple[str, ...]:
-    """Names of the `pair_inputs` that it reads: its attribute `needs_inputs`, or those that it asks for when tried."""
+    """Names of the `pair_inputs` that it reads: its attribute `needs_inputs`, or those that it asks for when tried.
+
+    Sums over tokens, which `fused_spo_loss` finds itself, are not among them; see `Objective`.
+    """
     declared = getattr(objective, "needs_inputs", None)
     if declared is not None:
         return tuple(declared)
     asked = _Asked()
     _works(objective, inputs=asked)
-    return tuple(asked.names)
+    found = {f"{side}_{name}" for side in ("chosen", "rejected") for name in token_outputs_of(objective)}
+    return tuple(name for name in asked.names if name not in found)
 
 
 class _Asked(Mapping[str, Tensor]):

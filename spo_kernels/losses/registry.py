@@ -33,6 +33,7 @@ from spo_kernels.losses.spo import SPO
 from spo_kernels.losses.squares import SPPO, CalDPO, SPPOHard
 from spo_kernels.losses.state import has_state
 from spo_kernels.losses.weighted_sum import WeightedSum
+from spo_kernels.losses.wpo import WPO
 
 LOSSES: dict[str, type] = {
     "ada_dpo": AdaDPO,
@@ -83,6 +84,7 @@ LOSSES: dict[str, type] = {
     "sppo": SPPO,
     "sppo_hard": SPPOHard,
     "uncertainty_dpo": UncertaintyDPO,
+    "wpo": WPO,
 }
 
 # made once: torch.compile can look an objective up, but cannot trace a dataclass's construction and checks
