@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output-dir", type=Path, default=Path("experiments/output/displacement"))
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything, with seeds 0, 1, ... (default: 3)")
-    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES), metavar="NAME")
     parser.add_argument("--no-ablation", action="store_true", help="leave out SPO's other forms around DPO")
     parser.add_argument(
         "--learning-rates", type=float, nargs="+", default=[5e-5, 2e-4], help="of second stages (default: 5e-5 2e-4)"
@@ -82,7 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     methods = list(table(options.objectives, not options.no_ablation))
     seeds = range(options.seeds)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    if options.output_dir.exists() and any(options.output_dir.iterdir()):
+        print(f"displacement: {options.output_dir} is not empty; give another --output-dir", file=sys.stderr)
+        return 1
     pool = ProcessPoolExecutor(options.processes, get_context("spawn"), worker.start, (options.threads,))
     try:
         with pool:

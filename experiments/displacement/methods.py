@@ -20,8 +20,6 @@ class Method:
     @property
     def options(self) -> list[str]:
         """Of spo-train."""
-        if self.base == CONTROL:
-            return ["--stage", "sft"]
         hyperparameters = [f for pair in OBJECTIVES[self.base].items() for f in ("--loss-arg", f"{pair[0]}={pair[1]}")]
         if not self.form:
             return ["--loss", self.base, *hyperparameters]
@@ -29,9 +27,10 @@ class Method:
 
 
 # SFT on the chosen responses of the same pairs: what SPO's penalty does without any preference loss
-CONTROL = "sft-chosen"
+CONTROL = "sft"
 
-# METHODS' authors tuned for models of billions of parameters; these are their defaults where one is known.
+# The methods' authors tuned them for models of billions of parameters. Unset ones are the library's defaults; α-DPO's
+# are its authors' for Llama3-Instruct.
 OBJECTIVES: dict[str, dict[str, float]] = {
     "dpo": {"beta": 0.1},
     "simpo": {"beta": 2.0, "gamma": 1.0},
@@ -39,6 +38,7 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "dpop": {"beta": 0.1},
     "r_dpo": {"beta": 0.1, "alpha": 0.05},
     "alpha_dpo": {"beta": 2.5, "gamma": 0.6, "alpha": 0.2},
+    CONTROL: {"normalization": "mean"},
 }
 
 # SPO's λ = 1 on the mean token NLL, this library's defaults; the paper's are not known.
@@ -51,7 +51,7 @@ FORMS = {
 
 def table(objectives: list[str], ablation: bool) -> Iterator[Method]:
     """Each objective alone and with SPO; the control; with `ablation`, DPO with SPO's other forms."""
-    for base in objectives:
+    for base in (o for o in objectives if o != CONTROL):
         yield Method(base, "")
         yield Method(base, "spo")
         if ablation and base == "dpo":

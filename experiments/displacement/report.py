@@ -81,7 +81,7 @@ def _pairs_table(results: dict[str, Any], rate: float) -> list[str]:
         both = [of_method(results, rate, method), of_method(results, rate, f"{method}+spo")]
         row = [method, sft, *(cell([r["accuracy"] for r in runs], True) for runs in both)]
         for name in ("chosen change", "displaced"):
-            row += [cell([r["pairs"][name] for r in runs if r["pairs"]], name in SHARES) for runs in both]
+            row += [cell([r["pairs"][name] for r in runs], name in SHARES) for runs in both]
         lines.append(_row(row))
     return lines
 
@@ -93,7 +93,7 @@ def _runs_table(results: dict[str, Any], rate: float) -> list[str]:
     for method in methods_of(results):
         runs = of_method(results, rate, method)
         row = [method, cell([r["accuracy"] for r in runs], True)]
-        row += [cell([r["pairs"][name] for r in runs if r["pairs"]], name in SHARES) for name in COLUMNS]
+        row += [cell([r["pairs"][name] for r in runs], name in SHARES) for name in COLUMNS]
         lines.append(_row([*row, f"{mean(r['seconds'] for r in runs):.0f}"]))
     return lines
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spo_kernels.train.records import read_rows
-from spo_kernels.train.samples import preference_sample
-
 from . import task, worker
-from .methods import CONTROL, Method
+from .methods import Method
 
 SFT_OPTIONS = "--stage sft --batch-size 32 --warmup-steps 20 --learning-rate 2e-3"
 
@@ -23,7 +19,7 @@ def prepare(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The SFT model of a seed, its pairs and its score."""
     folder = options.output_dir / f"seed-{seed}"
     facts: dict[str, float] = {}
-    if options.model is None and not (folder / "heldout.jsonl").exists():
+    if options.model is None:
         size = task.Size(options.demonstrations, options.pairs, options.heldout)
         parts = task.write_base(folder, size, seed)
         arguments = ["--model", folder / "base", "--dataset", folder / "sft.jsonl", "--max-steps", options.sft_steps]
@@ -39,15 +35,9 @@ def second_stage(options: argparse.Namespace, seed: int, rate: float, method: Me
     builtin = options.model is None
     model = folder / "sft" if builtin else options.model
     data = str(folder / "pairs.jsonl") if builtin else options.dataset
-    if method.base == CONTROL:
-        data = str(write_chosen(data, options.split, folder / f"{method.name}-{rate:g}.jsonl"))
-        held_out: list[Any] = []
-    else:
-        held_out = (
-            ["--eval-dataset", folder / "heldout.jsonl"] if builtin else ["--eval-fraction", options.eval_fraction]
-        )
-        held_out += ["--diagnostics", "--cache-dir", folder / "cache"]
+    held_out = ["--eval-dataset", folder / "heldout.jsonl"] if builtin else ["--eval-fraction", options.eval_fraction]
     arguments = ["--model", model, "--dataset", data, "--seed", seed, *held_out, *method.options]
+    arguments += ["--split", options.split, "--diagnostics", "--cache-dir", folder / "cache"]
     arguments += ["--learning-rate", rate, "--max-steps", options.steps]
     began = time.perf_counter()
     output = folder / f"{method.name}-{rate:g}"
@@ -60,12 +50,3 @@ def questions(options: argparse.Namespace, folder: Path) -> worker.Questions:
     if options.model is None:
         return worker.Questions(folder / "questions.jsonl", task.ANSWER_PATTERN, task.MAX_NEW_TOKENS)
     return worker.Questions(options.questions, options.answer_pattern, options.max_new_tokens)
-
-
-def write_chosen(data: str, split: str, path: Path) -> Path:
-    """The chosen responses of preference data, as sft data."""
-    samples = (preference_sample(where, row) for where, row in read_rows(data, split))
-    rows = ({"prompt": s.prompt, "completion": s.responses[0]} for s in samples)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path

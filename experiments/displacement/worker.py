@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,10 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Score:
-    """One model: greedy accuracy and, for preference runs, held-out pairs relative to the SFT model; log-probs in
-    nats per response.
-    """
+    """One model: greedy accuracy, and held-out pairs relative to the SFT model; log-probs in nats per response."""
 
     accuracy: float
-    pairs: dict[str, float] = field(default_factory=dict)
+    pairs: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,7 @@ def start(threads: int) -> None:
 
 
 def train(output: Path, arguments: Sequence[Any]) -> None:
-    """spo-train into `output`; an earlier complete run there is kept."""
-    if (output / "config.json").exists():
-        return
+    """spo-train into `output`."""
     status = spo_train(["--quiet", "--save-steps", "0", "--output-dir", str(output), *map(str, arguments)])
     if status:
         raise RunFailed(f"spo-train into {output} ended with status {status}")
@@ -60,22 +56,17 @@ def train(output: Path, arguments: Sequence[Any]) -> None:
 
 def score(folder: Path, questions: Questions) -> Score:
     """Answers of the model in `folder`, and the last evaluation of its run."""
-    numbers: dict[str, float] = {}
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists():
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        evaluations = [line for line in lines if line["split"] == "eval" and "logps/chosen" in line]
-        if evaluations:
-            first, last = evaluations[0], evaluations[-1]
-            numbers = {
-                "chosen change": last["logps/chosen"] - first["logps/chosen"],
-                "rejected change": last["logps/rejected"] - first["logps/rejected"],
-                "displaced": last["diagnostics/chosen_fell/share"],
-                "both fell": last["diagnostics/both_fell/share"],
-                "lost mass": last["diagnostics/lost_mass/nats"],
-                "preferred": last["logps/accuracies"],
-            }
-    return Score(accuracy(folder, questions), numbers)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [line for line in lines if line["split"] == "eval"]
+    pairs = {
+        "chosen change": last["logps/chosen"] - first["logps/chosen"],
+        "rejected change": last["logps/rejected"] - first["logps/rejected"],
+        "displaced": last["diagnostics/chosen_fell/share"],
+        "both fell": last["diagnostics/both_fell/share"],
+        "lost mass": last["diagnostics/lost_mass/nats"],
+        "preferred": last["logps/accuracies"],
+    }
+    return Score(accuracy(folder, questions), pairs)
 
 
 @torch.no_grad()
