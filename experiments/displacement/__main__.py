@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     began = time.perf_counter()
+    made_by = about(options)
     methods = list(table(options.objectives, not options.no_ablation))
     seeds = range(options.seeds)
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
@@ -99,7 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
     except worker.RunFailed as error:
         print(f"displacement: {error}", file=sys.stderr)
         return 1
-    results = {"about": about(options, began), "sft": starts, "runs": runs}
+    made_by["minutes"] = round((time.perf_counter() - began) / 60, 1)
+    results = {"about": made_by, "sft": starts, "runs": runs}
     (options.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     text = report.markdown(results)
     (options.output_dir / "results.md").write_text(text)
@@ -108,9 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def about(options: argparse.Namespace, began: float) -> dict[str, Any]:
+def about(options: argparse.Namespace) -> dict[str, Any]:
     """What made the figures: command, commit, machine, versions."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     cpus = Path("/proc/cpuinfo")
     names = (
         {line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")}
@@ -123,7 +125,6 @@ def about(options: argparse.Namespace, began: float) -> dict[str, Any]:
         "machine": ", ".join(sorted(names)) or platform.machine(),
         "threads": f"{options.processes} processes x {options.threads} threads",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "minutes": round((time.perf_counter() - began) / 60, 1),
         "methods": {m.name: shlex.join(m.options) for m in table(options.objectives, not options.no_ablation)},
     }
 

@@ -51,7 +51,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
                 if line.strip():
                     where = f"{path}:{number}"
-                    yield where, _parse(line, where)
+                    yield where, _parse(line.removesuffix(b"\n"), where)
     except OSError as error:
         raise TrainError(f"{path}: can't be read: {error.strerror}") from error
 
