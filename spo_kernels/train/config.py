@@ -86,6 +86,12 @@ class TrainConfig:
         None, "learning rate of --spo-inner-steps, which need one: the paper's is not known", "objective"
     )
     loss_arg: tuple[str, ...] = option((), "any field of the loss as KEY=VALUE; may be repeated", "objective")
+    ld_alpha: float | None = option(
+        None,
+        "LD-DPO: tokens beyond the length of the pair's shorter response count this much in its log-prob, for policy "
+        "and reference (default: 1)",
+        "objective",
+    )
     pair_input: tuple[str, ...] = option(
         (),
         "data column of a number per pair that the loss reads, as NAME=COLUMN, such as offset=score_margin for odpo; "
@@ -176,6 +182,8 @@ class TrainConfig:
             raise TrainError("--spo-inner-steps and --spo-inner-lr go together: give both or neither")
         if self.stage == "sft" and self.spo_inner_steps:
             raise TrainError("--spo-inner-steps is for --stage preference: sft has no lower level")
+        if self.stage == "sft" and self.ld_alpha is not None:
+            raise TrainError("--ld-alpha is for --stage preference: sft has no pairs")
         return self
 
     @property
@@ -209,6 +217,7 @@ _RANGES = {
     "weight_decay": _at_least(0),
     "max_grad_norm": _at_least(0),
     "seed": _at_least(0),
+    "ld_alpha": _at_least(0),
     "spo_inner_steps": _at_least(0),
     "spo_inner_lr": _ABOVE_ZERO,
     "workspace_mib": _at_least(1),

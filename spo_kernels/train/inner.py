@@ -51,29 +51,25 @@ class InnerSteps:
         Gradients are means over the pairs of this process's micro-batch; with `shared`, over those of all processes'
         micro-batches, which then must come here equally often: all take the same steps.
         """
-        rows = len(batch["labels"]) // 2
-        labels = batch["labels"][:rows]
-        # the padding that only rejected responses need
-        length = int((labels != IGNORE_INDEX).any(0).nonzero().max()) + 1
-        input_ids, labels = batch["input_ids"][:rows, :length], labels[:, :length]
         trained = [p for p in policy.parameters() if p.requires_grad]
         with _undisturbed(policy, trained, accelerator.device):
             for _ in range(self.steps):
                 # autograd.grad, not backward: .grad and DDP's hooks are for the upper level
                 gradients = torch.autograd.grad(
-                    self._nll(policy, input_ids, labels, accelerator).mean(), trained, allow_unused=True
+                    self._nll(policy, batch, accelerator).mean(), trained, allow_unused=True
                 )
                 self._step(trained, gradients, accelerator if shared else None)
             with torch.no_grad():
-                return self._nll(policy, input_ids, labels, accelerator)
+                return self._nll(policy, batch, accelerator)
 
-    def _nll(self, policy: Policy, input_ids: Tensor, labels: Tensor, accelerator: Any) -> Tensor:
+    def _nll(self, policy: Policy, batch: dict[str, Any], accelerator: Any) -> Tensor:
+        labels = batch["labels"]
         # a new autocast context each time: within one, half-precision copies of weights are reused
         with accelerator.autocast():
-            nll = -policy.response_logps(input_ids, labels)
+            nll = -policy.chosen_logps(batch["input_ids"], labels)
         if self.normalization == "sum":
             return nll
-        return nll / count_tokens(labels, None, IGNORE_INDEX).clamp_min(1)
+        return nll / count_tokens(labels[: len(nll)], None, IGNORE_INDEX).clamp_min(1)
 
     @torch.no_grad()
     def _step(self, trained: list[nn.Parameter], gradients: tuple[Tensor | None, ...], accelerator: Any) -> None:

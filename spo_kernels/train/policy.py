@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spo_kernels import fused_spo_loss, linear_logprob, sequence_logps
 from spo_kernels.losses import Objective
 from spo_kernels.losses.state import has_state
+from spo_kernels.token_weights import ld_dpo_weights
 from spo_kernels.train.batches import IGNORE_INDEX
 from spo_kernels.train.model import HeadlessModel
 
@@ -38,6 +39,11 @@ class Reference:
         return {"ref_hidden": hidden, "ref_weight": head.weight, "ref_bias": head.bias}
 
 
+def pair_token_weights(labels: Tensor, ld_alpha: float | None) -> Tensor | None:
+    """What each token of a batch of pairs from `collate` counts in its response's log-prob; None: all the same."""
+    return None if ld_alpha is None else ld_dpo_weights(labels, ld_alpha, ignore_index=IGNORE_INDEX, shift=True)
+
+
 class Policy(nn.Module):
     """Forward returns (loss, metrics, pair_logps). The first two are *sums* over units: response tokens for sft,
     pairs otherwise; the last are the responses' log-probabilities [2B], detached, or None for sft.
@@ -48,9 +54,11 @@ class Policy(nn.Module):
         headless: HeadlessModel,
         objective: Objective | None = None,
         reference: Reference | None = None,
+        ld_alpha: float | None = None,
         **kernel_options: Any,
     ) -> None:
         super().__init__()
+        self._ld_alpha = ld_alpha
         self.headless = headless
         self.objective = objective
         # Not a submodule: it must not be trained, saved, or switched to training mode with the policy.
@@ -83,6 +91,7 @@ class Policy(nn.Module):
             ref_logps=ref_logps,
             spo_value=spo_value,
             pair_inputs=pair_inputs,
+            token_weights=pair_token_weights(labels, self._ld_alpha),
             reduction="sum",
             pair_logps=True,
             **online,
@@ -104,9 +113,23 @@ class Policy(nn.Module):
         if state:
             cast(Any, self.objective).load_state_dict(state)
 
-    def response_logps(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Log-probabilities [rows] of the responses, summed over their tokens; differentiable."""
-        return sequence_logps(self.headless.hidden(input_ids), self.headless.head.weight, labels, **self._options)
+    def chosen_logps(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities [B] of the chosen responses of pairs, as the objective sees them; differentiable.
+
+        Only the chosen rows are computed.
+        """
+        rows = len(labels) // 2
+        weights = pair_token_weights(labels, self._ld_alpha)
+        # without the padding that only rejected responses need
+        length = int((labels[:rows] != IGNORE_INDEX).any(0).nonzero().max()) + 1
+        input_ids, labels = input_ids[:rows, :length], labels[:rows, :length]
+        return sequence_logps(
+            self.headless.hidden(input_ids),
+            self.headless.head.weight,
+            labels,
+            token_weights=None if weights is None else weights[:rows, :length],
+            **self._options,
+        )
 
     def _sft(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logp, extra = linear_logprob(

@@ -79,7 +79,14 @@ def run(config: TrainConfig) -> None:
 
     splits, reference = _references(config, objective, headless, examples, accelerator, warn, identity["model content"])
     headless, reference = _trainable(headless, reference, config)
-    policy = Policy(headless, objective, reference, workspace_bytes=config.workspace_bytes, backend=config.backend)
+    policy = Policy(
+        headless,
+        objective,
+        reference,
+        config.ld_alpha,
+        workspace_bytes=config.workspace_bytes,
+        backend=config.backend,
+    )
     trainer = _trainer(config, accelerator, policy, splits, output, identity, build_inner(config, objective))
     set_seed(config.seed, device_specific=True)
     trainer.run(checkpoint)
@@ -231,6 +238,7 @@ def _references(
             content,
             config.batch_size,
             config.quiet,
+            config.ld_alpha,
             workspace_bytes=config.workspace_bytes,
             backend=config.backend,
         )

@@ -93,7 +93,7 @@ def test_nothing_is_disturbed(tokenizer: Any, checkpointing: bool) -> None:
     policy = Policy(HeadlessModel(model)).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.response_logps(**make_batch()).sum().backward()
+    policy.chosen_logps(**make_batch()).sum().backward()
     before = [(p.detach().clone(), p.grad.clone()) for p in policy.parameters()]
     modes, random = [m.training for m in policy.modules()], capture_rng()
     inner = InnerSteps(2, 0.3, "mean")
