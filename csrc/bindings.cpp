@@ -24,10 +24,11 @@ T* at(std::uintptr_t address) {
 
 void tile_stats(std::uintptr_t tile, int64_t rows, int64_t columns, std::uintptr_t bias, std::uintptr_t labels,
                 float scale, float softcap, std::uintptr_t max, std::uintptr_t sum, std::uintptr_t label_logit,
-                std::uintptr_t shifted_sum, std::uintptr_t square_sum, std::uintptr_t rescale, int threads) {
+                std::uintptr_t shifted_sum, std::uintptr_t square_sum, std::uintptr_t rescale, std::uintptr_t block_lse,
+                int64_t block_lse_stride, int threads) {
   spo::tile_stats({at<float>(tile), rows, columns, at<int64_t>(labels), {at<float>(bias), scale, softcap}},
                   {at<float>(max), at<float>(sum), at<float>(label_logit), at<float>(shifted_sum),
-                   at<float>(square_sum), at<float>(rescale)},
+                   at<float>(square_sum), at<float>(rescale), at<float>(block_lse), block_lse_stride},
                   threads);
 }
 
@@ -62,16 +63,34 @@ py::list product_names() {
   return names;
 }
 
-void product(const std::string& name, const std::array<std::int64_t, 4>& a, const std::array<std::int64_t, 4>& b,
-             std::uintptr_t c, int64_t c_stride, int64_t m, int64_t n, int64_t k, bool accumulate, int threads) {
+// A list of `count` rows of a matrix that has `limit` of them, or null.
+const int64_t* row_list(const char* name, std::uintptr_t address, int64_t count, int64_t limit) {
+  const auto* rows = at<const int64_t>(address);
+  for (int64_t i = 0; rows != nullptr && i < count; ++i)
+    if (rows[i] < 0 || rows[i] >= limit)
+      throw py::index_error(std::string(name) + "[" + std::to_string(i) + "] = " + std::to_string(rows[i]) +
+                            " is outside [0, " + std::to_string(limit) + ")");
+  return rows;
+}
+
+// (address, row stride, column stride, scalar, address of the row list or 0, rows of the matrix)
+using OperandTuple = std::array<std::int64_t, 6>;
+
+spo::Operand operand(const OperandTuple& from, const char* list_name, int64_t rows) {
+  return {at<const void>(static_cast<std::uintptr_t>(from[0])), from[1], from[2], static_cast<spo::Scalar>(from[3]),
+          row_list(list_name, static_cast<std::uintptr_t>(from[4]), rows, from[5])};
+}
+
+void product(const std::string& name, const OperandTuple& a, const OperandTuple& b,
+             const std::array<std::int64_t, 4>& out, int64_t m, int64_t n, int64_t k, bool accumulate, int threads) {
   static const auto usable = usable_products();
   const auto found = usable.find(name);
   if (found == usable.end()) throw std::invalid_argument("product '" + name + "' cannot run on this machine");
-  const auto operand = [](const std::array<std::int64_t, 4>& from) {
-    return spo::Operand{at<const void>(static_cast<std::uintptr_t>(from[0])), from[1], from[2],
-                        static_cast<spo::Scalar>(from[3])};
-  };
-  found->second(operand(a), operand(b), at<float>(c), c_stride, {m, n, k}, accumulate, threads);
+  const spo::Operand left = operand(a, "a_rows", m), right = operand(b, "b_rows", k);
+  const spo::Result result{at<float>(static_cast<std::uintptr_t>(out[0])), out[1],
+                           row_list("out_rows", static_cast<std::uintptr_t>(out[2]), m, out[3])};
+  py::gil_scoped_release released;
+  found->second(left, right, result, {m, n, k}, accumulate, threads);
 }
 
 bool made_by_amd() {
@@ -101,15 +120,17 @@ constexpr bool kOpenMP = false;
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU tile kernels of spo_kernels";
   module.attr("openmp") = kOpenMP;
+  module.attr("mass_block") = spo::kMassBlock;
   module.def("vector_width", &vector_width, "The widest vectors that the kernels use on this machine.");
   module.def("made_by_amd", &made_by_amd, "Whether AMD made this machine's processor.");
   module.def("product_names", &product_names, "The products that this build has and this machine can run.");
-  module.def("product", &product, py::call_guard<py::gil_scoped_release>(), "name"_a, py::kw_only(), "a"_a, "b"_a,
-             "c"_a, "c_stride"_a, "m"_a, "n"_a, "k"_a, "accumulate"_a, "threads"_a,
-             "c (+)= a b; an operand is (address, row stride, column stride, scalar: 0 float, 1 bfloat16, 2 half).");
+  module.def("product", &product, "name"_a, py::kw_only(), "a"_a, "b"_a, "out"_a, "m"_a, "n"_a, "k"_a, "accumulate"_a,
+             "threads"_a,
+             "out (+)= a b. An operand is (address, row stride, column stride, scalar: 0 float, 1 bfloat16, 2 half, "
+             "row list's address or 0, rows), the result (address, row stride, row list's address or 0, rows).");
   module.def("tile_stats", &tile_stats, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "rows"_a,
              "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "max"_a, "sum"_a, "label_logit"_a,
-             "shifted_sum"_a, "square_sum"_a, "rescale"_a, "threads"_a);
+             "shifted_sum"_a, "square_sum"_a, "rescale"_a, "block_lse"_a, "block_lse_stride"_a, "threads"_a);
   module.def("tile_grad", &tile_grad, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "rows"_a,
              "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "lse"_a, "grad_logp"_a, "grad_lse"_a,
              "grad_entropy"_a, "entropy"_a, "grad_log_sum_p2"_a, "log_sum_p2"_a, "threads"_a);

@@ -5,9 +5,11 @@ from spo_kernels._version import __version__
 from spo_kernels.logprob import linear_logprob
 from spo_kernels.loss import fused_spo_loss
 from spo_kernels.sequences import sequence_logps
+from spo_kernels.sparsity import Sparsity
 
 __all__ = [
     "BackendStatus",
+    "Sparsity",
     "__version__",
     "backend_info",
     "fused_spo_loss",

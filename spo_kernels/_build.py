@@ -16,6 +16,7 @@ from types import ModuleType
 
 SOURCES = (
     "csrc/bindings.cpp",
+    "csrc/cpu/product.cpp",
     "csrc/cpu/product_avx2.cpp",
     "csrc/cpu/product_avx512.cpp",
     "csrc/cpu/tiles.cpp",

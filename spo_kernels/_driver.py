@@ -3,6 +3,7 @@
 Tokens here are those that count: `rows[i]` is the row of `hidden` that predicts `labels[i]`.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from spo_kernels._backend import Backend
 from spo_kernels._products import Products, accumulator_dtype, headroom
-from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
+from spo_kernels._sparse_blocks import BlockChooser
+from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats
 
 DEFAULT_WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
@@ -50,6 +52,14 @@ class TokenRows:
         chosen = hidden[start:stop] if self.rows is None else hidden[self.rows[start:stop]]
         return self._masked(chosen, start, stop).to(dtype)
 
+    def operand(self, hidden: Tensor, part: slice | Tensor, products: Products) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of some tokens as products take them: copied, or `hidden` and the list of its rows."""
+        dtype = products.operand_dtype(hidden)
+        if isinstance(part, slice):
+            return self.take(hidden, part.start, part.stop, dtype), None
+        rows = part if self.rows is None else self.rows[part]
+        return (hidden, rows) if products.reads_row_lists(hidden) else (hidden[rows].to(dtype), None)
+
     def put(self, out: Tensor, start: int, stop: int, values: Tensor) -> None:
         """Write per-token rows to where `take` reads them."""
         values = self._masked(values, start, stop)
@@ -75,8 +85,10 @@ def workspace_budget(workspace_bytes: int | None, device: str) -> int:
     return workspace_bytes or DEFAULT_WORKSPACE_BYTES.get(device, DEFAULT_WORKSPACE_BYTES["cuda"])
 
 
-def plan_tiles(tokens: int, hidden: Tensor, head: Head, backend: Backend, workspace_bytes: int | None) -> TileShape:
-    """The largest tile whose temporaries fit the byte budget.
+def plan_tiles(
+    tokens: int, hidden: Tensor, head: Head, backend: Backend, workspace_bytes: int | None, *, models: int = 1
+) -> TileShape:
+    """The largest tile whose temporaries fit the byte budget, of which each of `models` heads in work has its share.
 
     Per cell: see `Backend.cell_bytes`. Per row: the gathered token, its accumulated sum and what the product packs.
     Per column: the weight row where it is cast, and its accumulated gradient or a label's weight row.
@@ -88,11 +100,11 @@ def plan_tiles(tokens: int, hidden: Tensor, head: Head, backend: Backend, worksp
     row = width * (wide + narrow) + backend.products.row_bytes
     column = width * (wide + (narrow if narrow != head.weight.dtype.itemsize else 0))
     device = hidden.device.type
-    budget = workspace_budget(workspace_bytes, device)
+    budget = workspace_budget(workspace_bytes, device) // models
     if cell + row + column > budget:
         raise ValueError(
             f"workspace_bytes = {workspace_bytes} is too small: one token and one vocabulary column of "
-            f"hidden size {width} need {cell + row + column} bytes"
+            f"hidden size {width} need {models * (cell + row + column)} bytes"
         )
 
     rows = max(1, min(tokens, _MAX_ROWS.get(device, _MAX_ROWS["cuda"])))
@@ -100,8 +112,8 @@ def plan_tiles(tokens: int, hidden: Tensor, head: Head, backend: Backend, worksp
         rows = (rows + 1) // 2
     widest = vocab if workspace_bytes else min(vocab, _DEFAULT_COLUMNS.get(device, vocab))
     columns = max(1, min(widest, (budget - rows * row) // (rows * cell + column)))
-    if columns > 64 and columns < vocab:
-        columns -= columns % 64
+    if MASS_BLOCK < columns < vocab:
+        columns -= columns % MASS_BLOCK
     return TileShape(rows, columns)
 
 
@@ -131,8 +143,11 @@ def forward(
     *,
     moments: bool,
     logp_grad: Tensor | None,
+    chooser: BlockChooser | None = None,
 ) -> TokenStats:
     """Softmax statistics of every token: one product; with `logp_grad`, two.
+
+    `chooser` is shown the masses of vocabulary blocks; not together with `logp_grad`.
 
     `logp_grad` (hidden's shape) receives `u = d logp / d hidden`, from the running sum
     `A = Σ_{v≠label} exp(logit_v - max) logit'_v W_v` that is rescaled whenever the maximum moves:
@@ -159,11 +174,14 @@ def forward(
             tile, out = buffers.tile(end - row, stop - col)
             backend.products.matmul(states, weight.t(), out=tile)
             bias = head.bias_slice(col, stop, wide)
-            backend.tiles.tile_stats(tile, bias, labels - col, head.transform, part, rescale, out)
+            masses = None if chooser is None else chooser.masses(end - row, col, stop)
+            backend.tiles.tile_stats(tile, bias, labels - col, head.transform, part, rescale, out, masses)
             if total is not None and rescale is not None:
                 if col > 0:
                     backend.tiles.scale_rows(total, rescale)
                 backend.products.matmul(tile if out is None else out, weight, out=total, accumulate=col > 0)
+        if chooser is not None:
+            chooser.choose(row, end, part, labels)
         if total is not None and logp_grad is not None:
             _finish_logp_grad_(total, head, labels, part, tile_shape)
             tokens.put(logp_grad, row, end, total)
@@ -183,6 +201,26 @@ def _finish_logp_grad_(total: Tensor, head: Head, labels: Tensor, stats: TokenSt
         total[piece].addcmul_(coefficient[piece, None], head.weight[labels[piece]].to(total.dtype))
 
 
+# tokens of a tile, as consecutive ones or listed, and what their upstream gradients are multiplied by
+Part = tuple[slice | Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class VocabularySlice:
+    """Columns start..stop, and the tokens that they are multiplied with, tile by tile; no token twice."""
+
+    start: int
+    stop: int
+    parts: Sequence[Part]
+
+
+def every_slice(tokens: int, vocab: int, tile_shape: TileShape) -> Iterator[VocabularySlice]:
+    """All tokens with all columns."""
+    rows = [slice(row, min(row + tile_shape.rows, tokens)) for row in range(0, tokens, tile_shape.rows)]
+    for start in range(0, vocab, tile_shape.columns):
+        yield VocabularySlice(start, min(start + tile_shape.columns, vocab), [(part, None) for part in rows])
+
+
 def backward(
     hidden: Tensor,
     head: Head,
@@ -190,51 +228,56 @@ def backward(
     grads: TokenGrads,
     backend: Backend,
     tile_shape: TileShape,
-    *,
     hidden_out: Tensor | None,
     weight_out: Tensor | None,
     bias_out: Tensor | None,
+    slices: Iterable[VocabularySlice] | None = None,
 ) -> None:
     """Gradients by recomputing logits, vocabulary slice by slice: one product, and one per matrix gradient.
 
     A slice of the weight's gradient is finished before the next begins, so no `[V, H]` accumulator exists;
-    hidden's gradient is accumulated over slices in the accumulator dtype.
+    hidden's gradient is accumulated over slices in the accumulator dtype. `slices` (default: `every_slice`) covers
+    the vocabulary in order with tiles no larger than `tile_shape`.
     """
-    n = tokens.labels.numel()
-    vocab = head.weight.shape[0]
-    wide = accumulator_dtype(hidden.dtype)
-    buffers = TileBuffers(hidden, min(n, tile_shape.rows) * tile_shape.columns, backend.products)
+    n, vocab, products = tokens.labels.numel(), head.weight.shape[0], backend.products
+    wide, narrow = accumulator_dtype(hidden.dtype), products.operand_dtype(hidden)
+    buffers = TileBuffers(hidden, min(n, tile_shape.rows) * tile_shape.columns, products)
     unit = None
     if buffers.narrow is not None and buffers.narrow.dtype == torch.float16:
         unit = headroom(list(grads.upstream().values()), head.transform.scale)
         grads = grads if unit is None else grads.scale_upstream(1.0 / unit)
-    hidden_sum = None if hidden_out is None else hidden.new_empty((n, hidden.shape[1]), dtype=wide)
-    for col in range(0, vocab, tile_shape.columns):
-        stop = min(col + tile_shape.columns, vocab)
-        weight = head.weight[col:stop].to(backend.products.operand_dtype(hidden))
-        bias = head.bias_slice(col, stop, wide)
+    allocate = hidden.new_empty if slices is None else hidden.new_zeros
+    hidden_sum = None if hidden_out is None else allocate((n, hidden.shape[1]), dtype=wide)
+    for piece in every_slice(n, vocab, tile_shape) if slices is None else slices:
+        columns = slice(piece.start, piece.stop)
+        weight = head.weight[columns].to(narrow)
+        bias = head.bias_slice(piece.start, piece.stop, wide)
         weight_sum = None
         if weight_out is not None:
             direct = weight_out.dtype == wide
-            weight_sum = weight_out[col:stop] if direct else weight.new_empty(weight.shape, dtype=wide)
-            if n == 0:
+            weight_sum = weight_out[columns] if direct else weight.new_empty(weight.shape, dtype=wide)
+            if not piece.parts:
                 weight_sum.zero_()
-        for row in range(0, n, tile_shape.rows):
-            end = min(row + tile_shape.rows, n)
-            states = tokens.take(hidden, row, end, weight.dtype)
-            tile, out = buffers.tile(end - row, stop - col)
-            backend.products.matmul(states, weight.t(), out=tile)
-            piece = grads.rows(row, end)
-            backend.tiles.tile_grad(tile, bias, tokens.labels[row:end] - col, head.transform, piece, out)
+        for number, (part, factors) in enumerate(piece.parts):
+            states, listed = tokens.operand(hidden, part, products)
+            labels = tokens.labels[part] - piece.start
+            tile, out = buffers.tile(labels.numel(), piece.stop - piece.start)
+            products.matmul(states, weight.t(), out=tile, a_rows=listed)
+            upstream = grads.map(lambda values, part=part: values[part])  # type: ignore[misc]
+            upstream = upstream if factors is None else upstream.scale_upstream(factors)
+            backend.tiles.tile_grad(tile, bias, labels, head.transform, upstream, out)
             operand = tile if out is None else out
             if weight_sum is not None:
-                backend.products.matmul(operand.t(), states, out=weight_sum, accumulate=row > 0)
+                products.matmul(operand.t(), states, out=weight_sum, accumulate=number > 0, b_rows=listed)
             if hidden_sum is not None:
-                backend.products.matmul(operand, weight, out=hidden_sum[row:end], accumulate=col > 0)
+                if isinstance(part, slice):
+                    products.matmul(operand, weight, out=hidden_sum[part], accumulate=piece.start > 0)
+                else:
+                    products.matmul(operand, weight, out=hidden_sum, accumulate=True, out_rows=part)
             if bias_out is not None:
-                bias_out[col:stop] += operand.sum(0, dtype=wide)
+                bias_out[columns] += operand.sum(0, dtype=wide)
         if weight_out is not None and weight_sum is not None and weight_out.dtype != wide:
-            weight_out[col:stop] = weight_sum if unit is None else weight_sum.mul_(unit)
+            weight_out[columns] = weight_sum if unit is None else weight_sum.mul_(unit)
     if unit is not None and bias_out is not None:
         bias_out.mul_(unit)
     if hidden_out is not None and hidden_sum is not None:

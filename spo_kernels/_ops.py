@@ -4,27 +4,32 @@ The schema belongs to Python; a tensor that was not asked for comes back empty (
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spo_kernels._backend import load_backend
 from spo_kernels._checks import check_label_range
-from spo_kernels._driver import Head, TokenRows, backward, forward, plan_tiles
+from spo_kernels._driver import Head, TileShape, TokenRows, backward, forward, plan_tiles
 from spo_kernels._products import accumulator_dtype
+from spo_kernels._sparse import kept_slices, possible, probe, sparse_forward
+from spo_kernels._sparse_blocks import KeptBlocks, block_width
+from spo_kernels.sparsity import Sparsity
 from spo_kernels.tiles.spec import LogitTransform, TokenGrads
 
 _library = torch.library.Library("spo_kernels", "DEF")
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 _OPTIONS = "float logit_scale, float? logit_softcap, int ignore_index, bool shift, int? workspace_bytes, str backend"
 _library.define(
-    f"linear_logprob_fwd({_HEAD}, {_OPTIONS}, bool moments, bool need_logp_grad)"
-    " -> (Tensor logp, Tensor lse, Tensor correct, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad,"
-    " Tensor positions, Tensor count)"
+    f"linear_logprob_fwd({_HEAD}, {_OPTIONS}, bool moments, bool need_logp_grad,"
+    " str sparsity, float tolerance, int seed)"
+    " -> (Tensor logp, Tensor lse, Tensor correct, Tensor entropy, Tensor log_sum_p2, Tensor dropped_mass,"
+    " Tensor kept_share, Tensor logp_grad, Tensor positions, Tensor count, Tensor codes, Tensor code_counts)"
 )
 _library.define(
     f"linear_logprob_bwd({_HEAD}, Tensor lse, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad,"
-    " Tensor positions, Tensor count,"
+    " Tensor positions, Tensor count, Tensor codes, Tensor code_counts,"
     " Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_log_sum_p2,"
     f" {_OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
@@ -48,7 +53,7 @@ def capturing(labels: Tensor) -> bool:
     return labels.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _count_tokens(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
+def find_counted(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
     """Flat positions of the labels that count, padded with zeros to all of them, and their number in CPU memory.
 
     The number is kept there so that the backward need not wait for the device to learn it again.
@@ -65,14 +70,15 @@ def _count_tokens(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tenso
 
 
 @dataclass(frozen=True)
-class _Counted:
+class CountedLabels:
     """Which labels count: those at `positions` (None: all), or those where `mask` is True."""
 
     positions: Tensor | None
     mask: Tensor | None
 
     @classmethod
-    def of(cls, positions: Tensor, count: Tensor) -> "_Counted":
+    def of(cls, positions: Tensor, count: Tensor) -> "CountedLabels":
+        """What `find_counted` found."""
         n = int(count)
         if n == _MASKED:
             return cls(None, positions.bool())
@@ -108,6 +114,18 @@ class _Counted:
         return out
 
 
+# in place of the number of tokens of the first block
+_EXACT = -1
+
+
+def _codes_shape(labels: Tensor, weight: Tensor, sparsity: Sparsity) -> tuple[int, int]:
+    """Blocks and tokens among which a sparse backward chooses; [0, 0] where that was not asked for."""
+    if sparsity.mode == "exact":
+        return 0, 0
+    width = block_width(labels.numel(), weight.shape[0], labels.device.type)
+    return -(-weight.shape[0] // width), labels.numel()
+
+
 @torch.no_grad()
 def linear_logprob_fwd(
     hidden: Tensor,
@@ -122,13 +140,19 @@ def linear_logprob_fwd(
     backend: str,
     moments: bool,
     need_logp_grad: bool,
+    sparsity: str,
+    tolerance: float,
+    seed: int,
 ) -> tuple[Tensor, ...]:
-    """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`."""
+    """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`.
+
+    The backward is exact where `code_counts` starts with -1; else `codes` say what it covers, and `logp_grad` nothing.
+    """
     check_label_range(labels, weight.shape[0], ignore_index)
     states = hidden.reshape(-1, hidden.shape[-1])
     head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
-    padded_positions, count = _count_tokens(labels, ignore_index, shift)
-    counted = _Counted.of(padded_positions, count)
+    padded_positions, count = find_counted(labels, ignore_index, shift)
+    counted = CountedLabels.of(padded_positions, count)
     tokens = counted.tokens(labels, shift)
     grad_dtype = logp_grad_dtype(hidden)
     logp_grad = hidden.new_empty(0, dtype=grad_dtype)
@@ -136,24 +160,36 @@ def linear_logprob_fwd(
         allocate = torch.empty if counted.positions is None else torch.zeros
         logp_grad = allocate(hidden.shape, dtype=grad_dtype, device=hidden.device)
     chosen = load_backend(backend)
+    tile_shape = plan_tiles(tokens.labels.numel(), states, head, chosen, workspace_bytes)
+    wanted = Sparsity(sparsity, tolerance, seed)
+    codes = labels.new_empty(_codes_shape(labels, weight, wanted), dtype=torch.uint8)
+    common = (states, head, tokens, chosen, tile_shape)
     with torch.autocast(hidden.device.type, enabled=False):
-        stats = forward(
-            states,
-            head,
-            tokens,
-            chosen,
-            plan_tiles(tokens.labels.numel(), states, head, chosen, workspace_bytes),
-            moments=moments,
-            logp_grad=logp_grad.view(-1, hidden.shape[-1]) if need_logp_grad else None,
-        )
+        # with a frozen head the exact way costs two products, both of them here: worth a look before
+        sparse = codes.numel() > 0 and counted.mask is None and possible(tile_shape, weight.shape[0])
+        sparse = sparse and (not need_logp_grad or probe(*common, wanted))
+        if sparse:
+            found = sparse_forward(*common, wanted, codes, moments=moments)
+            stats, sparse = found.stats, need_logp_grad or found.pays
+        else:
+            gradient = logp_grad.view(-1, hidden.shape[-1]) if need_logp_grad else None
+            stats = forward(*common, moments=moments, logp_grad=gradient)
     log_sum = stats.sum.log()
     lse = stats.max + log_sum
-    outputs = [stats.label_logit - lse, lse, stats.label_logit == stats.max]
+    entropy = log_sum_p2 = dropped_mass = kept_share = None
     if stats.shifted_sum is not None and stats.square_sum is not None:
-        outputs += [log_sum - stats.shifted_sum / stats.sum, stats.square_sum.log() - 2.0 * log_sum]
-    outputs = [counted.spread(values, labels.shape) for values in outputs]
-    outputs += [lse.new_empty(0) for _ in range(5 - len(outputs))]
-    return (*outputs, logp_grad, padded_positions, count)
+        entropy = log_sum - stats.shifted_sum / stats.sum
+        log_sum_p2 = stats.square_sum.log() - 2.0 * log_sum
+    code_counts = torch.full(codes.shape[:1], _EXACT)
+    if wanted.mode != "exact":
+        dropped_mass, kept_share = torch.zeros_like(lse), torch.ones_like(lse)
+    if sparse:
+        code_counts = torch.tensor(found.kept.counts)
+        dropped_mass, kept_share = found.dropped_mass, found.kept_share
+    always = (stats.label_logit - lse, lse, stats.label_logit == stats.max)
+    values = (*always, entropy, log_sum_p2, dropped_mass, kept_share)
+    outputs = (lse.new_empty(0) if v is None else counted.spread(v, labels.shape) for v in values)
+    return (*outputs, logp_grad, padded_positions, count, codes, code_counts)
 
 
 @torch.no_grad()
@@ -168,6 +204,8 @@ def linear_logprob_bwd(
     logp_grad: Tensor,
     padded_positions: Tensor,
     count: Tensor,
+    codes: Tensor,
+    code_counts: Tensor,
     grad_logp: Tensor | None,
     grad_lse: Tensor | None,
     grad_entropy: Tensor | None,
@@ -185,7 +223,7 @@ def linear_logprob_bwd(
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`."""
     states = hidden.reshape(-1, hidden.shape[-1])
     head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
-    counted = _Counted.of(padded_positions, count)
+    counted = CountedLabels.of(padded_positions, count)
     tokens = counted.tokens(labels, shift)
     grads = TokenGrads(
         lse_value=lse,
@@ -211,23 +249,23 @@ def linear_logprob_bwd(
     if need_bias:
         bias_sum = weight.new_zeros(weight.shape[0], dtype=accumulator_dtype(weight.dtype))
 
-    finished = grads.only_logp and hidden_out is not None
+    sparse = code_counts.numel() > 0 and int(code_counts[0]) != _EXACT
+    finished = grads.only_logp and hidden_out is not None and logp_grad.numel() > 0 and not sparse
     if finished and hidden_out is not None and grads.logp is not None:
         _scale_rows(logp_grad.view(-1, hidden.shape[-1]), grads.logp, tokens, out=hidden_out)
     if need_weight or need_bias or (need_hidden and not finished):
         chosen = load_backend(backend)
+        tile_shape = plan_tiles(tokens.labels.numel(), states, head, chosen, workspace_bytes)
+        common = (states, head, tokens, grads, chosen)
+        outs = (None if finished else hidden_out, grad_weight if need_weight else None, bias_sum)
         with torch.autocast(hidden.device.type, enabled=False):
-            backward(
-                states,
-                head,
-                tokens,
-                grads,
-                chosen,
-                plan_tiles(tokens.labels.numel(), states, head, chosen, workspace_bytes),
-                hidden_out=None if finished else hidden_out,
-                weight_out=grad_weight if need_weight else None,
-                bias_out=bias_sum,
-            )
+            slices = None
+            if sparse:
+                width = block_width(labels.numel(), weight.shape[0], labels.device.type)
+                kept = KeptBlocks(codes, code_counts.tolist(), width)
+                slices = kept_slices(kept, tokens.labels.numel(), weight.shape[0], tile_shape.rows, lse.dtype)
+                tile_shape = TileShape(tile_shape.rows, width)
+            backward(*common, tile_shape, *outs, slices)
     if bias_sum is not None:
         grad_bias = bias_sum.to(weight.dtype)
     return grad_hidden, grad_weight, grad_bias
@@ -246,20 +284,23 @@ for _op in (linear_logprob_fwd, linear_logprob_bwd):
 
 
 @torch.library.register_fake("spo_kernels::linear_logprob_fwd", lib=_library)
-def _fwd_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: object
-) -> tuple[Tensor, ...]:
-    moments, need_logp_grad = options[-2:]
+def _fwd_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    moments, need_logp_grad, mode, tolerance, seed = options[-5:]
     wide = accumulator_dtype(hidden.dtype)
     token = [torch.empty(labels.shape, dtype=wide, device=hidden.device) for _ in range(2)]
     correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
     moment_shape = labels.shape if moments else (0,)
     moment = [torch.empty(moment_shape, dtype=wide, device=hidden.device) for _ in range(2)]
+    chosen_shape = labels.shape if mode != "exact" else (0,)
+    chosen = [torch.empty(chosen_shape, dtype=wide, device=hidden.device) for _ in range(2)]
     grad_shape = hidden.shape if need_logp_grad else (0,)
     logp_grad = torch.empty(grad_shape, dtype=logp_grad_dtype(hidden), device=hidden.device)
     positions = torch.empty(labels.numel(), dtype=torch.int64, device=hidden.device)
     count = torch.empty((), dtype=torch.int64, device="cpu")
-    return (*token, correct, *moment, logp_grad, positions, count)
+    shape = _codes_shape(labels, weight, Sparsity(mode, tolerance, seed))
+    codes = torch.empty(shape, dtype=torch.uint8, device=hidden.device)
+    code_counts = torch.empty(shape[:1], dtype=torch.int64, device="cpu")
+    return (*token, correct, *moment, *chosen, logp_grad, positions, count, codes, code_counts)
 
 
 @torch.library.register_fake("spo_kernels::linear_logprob_bwd", lib=_library)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spo_kernels._backend import Backend
 from spo_kernels._driver import Head, TileBuffers, TokenRows
+from spo_kernels._memory import in_huge_pages
 from spo_kernels._products import accumulator_dtype
 from spo_kernels.tiles.spec import TokenGrads, TokenStats
 
@@ -55,6 +56,11 @@ class KeptTiles:
         self._wide = accumulator_dtype(hidden.dtype)
         self._vocab = head.weight.shape[0]
         self._buffers = TileBuffers(hidden, rows * self._vocab, backend.products)
+        for buffer in (self._buffers.wide, self._buffers.narrow):
+            if buffer is not None:
+                in_huge_pages(buffer)
+        # a slice of the weight's gradient before it is cast
+        self._finished: Tensor | None = None
 
     def run(
         self,
@@ -103,7 +109,9 @@ class KeptTiles:
             if sums.weight.dtype == self._wide:
                 products.matmul(tile[:, piece].t(), states, out=sums.weight[piece], accumulate=accumulate)
             else:
-                finished = states.new_empty((piece.stop - piece.start, states.shape[1]), dtype=self._wide)
+                if self._finished is None:
+                    self._finished = states.new_empty((self._columns, states.shape[1]), dtype=self._wide)
+                finished = self._finished[: piece.stop - piece.start]
                 products.matmul(tile[:, piece].t(), states, out=finished)
                 sums.weight[piece] = finished
         if sums.bias is not None:

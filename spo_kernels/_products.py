@@ -29,8 +29,31 @@ class Products(Protocol):
         """Bytes per cell of the copy that is made of a tile before it enters a product."""
         ...
 
-    def matmul(self, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-        """`out = a @ b`, or `out += a @ b`; `a` may be in the accumulator dtype where `b` is half precision."""
+    def reads_row_lists(self, inputs: Tensor) -> bool:
+        """Whether listed rows of `inputs` are read in place, not copied first."""
+        ...
+
+    def matmul(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        *,
+        accumulate: bool = False,
+        a_rows: Tensor | None = None,
+        b_rows: Tensor | None = None,
+        out_rows: Tensor | None = None,
+    ) -> None:
+        """`out = a @ b`, or `out += a @ b`; `a` may be in the accumulator dtype where `b` is half precision.
+
+        Row lists (int64 vectors on the operands' device) stand for `a[a_rows]`, `b[b_rows]` and `out[out_rows]`, so
+        `out[out_rows] (+)= a[a_rows] @ b[b_rows]`; the other rows of `out` stay as they are. Rows of `a` and `b` may
+        repeat, those of `out` must be distinct.
+
+        Raises:
+            ValueError: a row list is no contiguous int64 vector on the operands' device.
+            IndexError: a row is outside its matrix; on CUDA a device-side assertion.
+        """
         ...
 
 
@@ -54,10 +77,31 @@ class VendorProducts:
         dtype = self.operand_dtype(inputs)
         return dtype.itemsize if dtype in HALF_DTYPES else 0
 
-    def matmul(self, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    def reads_row_lists(self, inputs: Tensor) -> bool:
         """See `Products`."""
+        return False
+
+    def matmul(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        *,
+        accumulate: bool = False,
+        a_rows: Tensor | None = None,
+        b_rows: Tensor | None = None,
+        out_rows: Tensor | None = None,
+    ) -> None:
+        """See `Products`; listed rows are copied: `index_select`, then `index_copy_` or `index_add_`."""
+        _check_row_lists(out, a_rows=a_rows, b_rows=b_rows, out_rows=out_rows)
+        a = a if a_rows is None else a.index_select(0, a_rows)
+        b = b if b_rows is None else b.index_select(0, b_rows)
         a = a.to(b.dtype)
-        if b.dtype != out.dtype and accumulate:
+        if out_rows is not None:
+            part = out.new_empty((a.shape[0], b.shape[1]))
+            self.matmul(a, b, part)
+            out.index_add_(0, out_rows, part) if accumulate else out.index_copy_(0, out_rows, part)
+        elif b.dtype != out.dtype and accumulate:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         elif b.dtype != out.dtype:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
@@ -65,6 +109,17 @@ class VendorProducts:
             out.addmm_(a, b)
         else:
             torch.mm(a, b, out=out)
+
+
+def _check_row_lists(out: Tensor, **lists: Tensor | None) -> None:
+    for name, rows in lists.items():
+        if rows is None:
+            continue
+        if rows.dtype != torch.int64 or rows.ndim != 1 or not rows.is_contiguous() or rows.device != out.device:
+            raise ValueError(
+                f"{name} must be a contiguous int64 vector on {out.device}, "
+                f"got {rows.dtype} {list(rows.shape)} on {rows.device}"
+            )
 
 
 @cache
@@ -128,27 +183,57 @@ class NativeProducts(VendorProducts):
         """None: a tile is rounded panel by panel."""
         return 0
 
-    def matmul(self, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    def reads_row_lists(self, inputs: Tensor) -> bool:
         """See `Products`."""
+        return self._name(inputs.dtype) is not None
+
+    def matmul(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        *,
+        accumulate: bool = False,
+        a_rows: Tensor | None = None,
+        b_rows: Tensor | None = None,
+        out_rows: Tensor | None = None,
+    ) -> None:
+        """See `Products`; listed rows are read while an operand is packed, and written where they belong."""
         name = self._name(b.dtype)
         if name is None:
-            super().matmul(a, b, out, accumulate=accumulate)
+            super().matmul(a, b, out, accumulate=accumulate, a_rows=a_rows, b_rows=b_rows, out_rows=out_rows)
             return
-        (m, k), n = a.shape, b.shape[1]
-        if b.shape[0] != k or out.shape != (m, n) or out.dtype != torch.float32 or out.stride(1) != 1:
+        _check_row_lists(out, a_rows=a_rows, b_rows=b_rows, out_rows=out_rows)
+        m, k, n = _rows(a, a_rows), a.shape[1], b.shape[1]
+        if (
+            (_rows(b, b_rows), _rows(out, out_rows), out.shape[1]) != (k, m, n)
+            or out.dtype != torch.float32
+            or out.stride(1) != 1
+        ):
             raise ValueError(
                 f"out must be a float32 [{m}, {n}] matrix with unit column stride for operands "
-                f"{list(a.shape)} and {list(b.shape)}, got {out.dtype} {list(out.shape)}"
+                f"[{m}, {k}] and [{_rows(b, b_rows)}, {n}], got {out.dtype} [{_rows(out, out_rows)}, {out.shape[1]}]"
             )
         self._native.product(
             name,
-            a=(a.data_ptr(), *a.stride(), self._SCALARS[a.dtype]),
-            b=(b.data_ptr(), *b.stride(), self._SCALARS[b.dtype]),
-            c=out.data_ptr(),
-            c_stride=out.stride(0),
+            a=self._operand(a, a_rows),
+            b=self._operand(b, b_rows),
+            out=(out.data_ptr(), out.stride(0), *_address(out, out_rows)),
             m=m,
             n=n,
             k=k,
             accumulate=accumulate,
             threads=torch.get_num_threads(),
         )
+
+    def _operand(self, matrix: Tensor, rows: Tensor | None) -> tuple[int, ...]:
+        return (matrix.data_ptr(), *matrix.stride(), self._SCALARS[matrix.dtype], *_address(matrix, rows))
+
+
+def _rows(matrix: Tensor, rows: Tensor | None) -> int:
+    return matrix.shape[0] if rows is None else rows.shape[0]
+
+
+def _address(matrix: Tensor, rows: Tensor | None) -> tuple[int, int]:
+    """A row list for the extension, which checks its range: address (0: none), and how many rows the matrix has."""
+    return (0 if rows is None else rows.data_ptr(), matrix.shape[0])

@@ -10,6 +10,7 @@ from torch import Tensor
 from spo_kernels._backend import Backend, load_backend
 from spo_kernels._checks import check_label_range
 from spo_kernels._driver import Head, TokenRows, workspace_budget
+from spo_kernels._memory import in_huge_pages
 from spo_kernels._ops import capturing, logp_grad_dtype
 from spo_kernels._pair_loss import PairKernel
 from spo_kernels._pairs import GradientSums, KeptTiles
@@ -39,9 +40,12 @@ def plan_path(
     if not trained or per_pair or traced or tokens.numel() == 0 or capturing(call.labels):
         return PathPlan("two_pass", 4)
     needed = token_outputs_of(objective)
-    if needed and forced in ("packed", "factorised"):
-        raise ValueError(f"path = {forced!r} cannot be taken: its objective needs {', '.join(needed)} of every token")
-    if needed:
+    reason = f"its objective needs {', '.join(needed)} of every token" if needed else None
+    if call.options.sparsity.mode != "exact":
+        reason = "a sparse backward takes two passes"
+    if reason is not None and forced in ("packed", "factorised"):
+        raise ValueError(f"path = {forced!r} cannot be taken: {reason}")
+    if reason is not None:
         return PathPlan("two_pass", 4)
     backend = load_backend(call.options.backend)
     # float16 operands need gradients brought into their range, one scale for all tiles: see `headroom`
@@ -50,6 +54,7 @@ def plan_path(
     wide, narrow = accumulator_dtype(hidden.dtype).itemsize, backend.products.operand_dtype(hidden).itemsize
     (vocab, width), direct = weight.shape, weight.dtype.itemsize == wide
     chosen, rejected = tokens.view(2, -1)
+    budget = workspace_budget(call.options.workspace_bytes, hidden.device.type)
     problem = PairProblem(
         coupling=coupling_of(objective),
         pair_tokens=tuple((chosen + rejected).tolist()),
@@ -57,8 +62,10 @@ def plan_path(
         vocab=vocab,
         row_bytes=vocab * backend.cell_bytes(hidden) + width * (wide + narrow) + backend.products.row_bytes,
         column_bytes=width * ((0 if narrow == weight.dtype.itemsize else narrow) + (0 if direct else wide)),
+        # on a CPU a slice is cast from the cache that the product has left it in
+        slice_bytes=min(budget // 8, 8 << 20) if hidden.device.type == "cpu" else budget // 8,
         accumulator_bytes=vocab * width * wide,
-        workspace_bytes=workspace_budget(call.options.workspace_bytes, hidden.device.type),
+        workspace_bytes=budget,
     )
     return choose_path(problem, forced)
 
@@ -184,8 +191,8 @@ class ThreeProductFunction(torch.autograd.Function):
         # zero where no token counts; unscaled gradients wait in it, see logp_grad_dtype
         grad_hidden = states.new_zeros(states.shape, dtype=logp_grad_dtype(hidden)) if need_hidden else None
         grad = GradientSums(
-            weight=torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
-            bias=weight.new_zeros(weight.shape[0], dtype=wide) if need_bias else None,
+            weight=in_huge_pages(weight.new_empty(weight.shape)) if need_weight else None,
+            bias=weight.new_empty(weight.shape[0], dtype=wide) if need_bias else None,
         )
         run = _packed if call.plan.path == "packed" else _factorised
         with torch.autocast(hidden.device.type, enabled=False):
@@ -225,10 +232,11 @@ class ThreeProductFunction(torch.autograd.Function):
 
 
 def _accumulator(call: PairCall, grad: GradientSums) -> GradientSums:
-    """Where the weight's gradient is summed: itself, or an accumulator beside it."""
+    """Where the weight's gradient is summed: itself, or an accumulator beside it. Not written yet."""
     if grad.weight is None or not call.plan.sum_apart:
         return grad
-    return GradientSums(torch.zeros_like(grad.weight, dtype=accumulator_dtype(grad.weight.dtype)), grad.bias)
+    total = torch.empty_like(grad.weight, dtype=accumulator_dtype(grad.weight.dtype))
+    return GradientSums(in_huge_pages(total), grad.bias)
 
 
 def _packed(
@@ -266,9 +274,12 @@ def _factorised(
 ) -> tuple[Tensor, Tensor]:
     """Pair by pair: unscaled gradients from tiles of whole-vocabulary rows, scaled once both sums are known."""
     total = _accumulator(call, grad)
-    first = total if call.pairs == 1 else _zeros_like(total)
+    first = total
+    if call.pairs > 1:
+        total.zero_()
+        first = _empty_like(total)
     margin = coupling_of(call.objective) == "margin"
-    second = first if margin else _zeros_like(total)
+    second = first if margin else _empty_like(total)
     rows = max(1, min(call.plan.rows, max(call.lengths, default=0)))
     tiles = call.tiles(states, head, rows)
     losses, sums = [], states.new_zeros(2 * call.pairs, dtype=accumulator_dtype(states.dtype))
@@ -321,8 +332,8 @@ def _unscaled(
     return total
 
 
-def _zeros_like(sums: GradientSums) -> GradientSums:
-    return GradientSums(*(None if v is None else torch.zeros_like(v) for v in (sums.weight, sums.bias)))
+def _empty_like(sums: GradientSums) -> GradientSums:
+    return GradientSums(*(None if v is None else in_huge_pages(torch.empty_like(v)) for v in (sums.weight, sums.bias)))
 
 
 def _scale_tokens_(grad_hidden: Tensor, call: PairCall, sequence: int, factor: Tensor) -> None:

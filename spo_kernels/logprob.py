@@ -10,8 +10,11 @@ from torch import Tensor
 from spo_kernels._backend import choose_backend
 from spo_kernels._checks import check_head_inputs, check_options
 from spo_kernels._ops import linear_logprob_bwd, linear_logprob_fwd  # noqa: F401  (registers the ops)
+from spo_kernels.sparsity import Sparsity, as_sparsity
 
-OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2")
+OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2", "dropped_mass", "kept_share")
+_EXACT = {"dropped_mass": 0.0, "kept_share": 1.0}
+_WITHOUT_GRADIENT = ("correct", *_EXACT)
 
 _fwd = torch.ops.spo_kernels.linear_logprob_fwd.default
 _bwd = torch.ops.spo_kernels.linear_logprob_bwd.default
@@ -29,6 +32,7 @@ class LogprobOptions:
     backend: str
     moments: bool
     grad_outputs: tuple[str, ...]  # optional outputs that carry a gradient
+    sparsity: Sparsity
 
     def op_arguments(self) -> tuple[Any, ...]:
         """In the order of the ops' schemas."""
@@ -58,7 +62,10 @@ class LinearLogprobFunction(torch.autograd.Function):
         labels: Tensor,
         options: LogprobOptions,
     ) -> tuple[Tensor, ...]:
-        """Returns logp, lse, correct, entropy, log_sum_p2."""
+        """Returns logp and everything in `OUTPUTS`."""
+        recompute = bool(options.grad_outputs) or any(ctx.needs_input_grad[1:3])
+        sparsity = options.sparsity if any(ctx.needs_input_grad[:3]) else Sparsity("exact")
+        exact = sparsity.mode == "exact"
         outputs = _fwd(
             hidden,
             weight,
@@ -66,17 +73,19 @@ class LinearLogprobFunction(torch.autograd.Function):
             labels,
             *options.op_arguments(),
             options.moments,
-            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[0] and (exact or not recompute),
+            sparsity.mode,
+            sparsity.tolerance,
+            sparsity.seed,
         )
-        *values, logp_grad, positions, count = outputs
-        _, lse, correct, entropy, log_sum_p2 = values
-        recompute = bool(options.grad_outputs) or any(ctx.needs_input_grad[1:3])
+        values, saved = outputs[: 1 + len(OUTPUTS)], outputs[1 + len(OUTPUTS) :]
+        extras = dict(zip(OUTPUTS, values[1:], strict=True))
         # with a frozen head hidden need not outlive the forward: what is kept is its finished gradient
-        kept = hidden if recompute else logp_grad
-        ctx.save_for_backward(kept, weight, bias, labels, lse, entropy, log_sum_p2, logp_grad, positions, count)
+        kept = hidden if recompute or not exact else saved[0]
+        statistics = (extras["lse"], extras["entropy"], extras["log_sum_p2"])
+        ctx.save_for_backward(kept, weight, bias, labels, *statistics, *saved)
         ctx.options = options
-        extras = zip(OUTPUTS, (lse, correct, entropy, log_sum_p2), strict=True)
-        ctx.mark_non_differentiable(*(value for name, value in extras if name not in options.grad_outputs))
+        ctx.mark_non_differentiable(*(value for name, value in extras.items() if name not in options.grad_outputs))
         ctx.set_materialize_grads(False)
         return tuple(values)
 
@@ -110,6 +119,7 @@ def linear_logprob(
     ignore_index: int = -100,
     shift: bool = False,
     outputs: Sequence[str] = (),
+    sparsity: str | Sparsity = "exact",
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -138,6 +148,11 @@ def linear_logprob(
         outputs: Any of "lse" (log-sum-exp of the logits), "correct" (bool: the label has the largest logit;
             ties count), "entropy" (nats) and "log_sum_p2" (log Σ_v p_v²), computed in the same pass. All but
             "correct" are differentiable; a gradient that flows into them costs one more product.
+            With `sparsity`, also "dropped_mass" (softmax mass left out of a token's gradient) and "kept_share"
+            (of its vocabulary blocks); 0 and 1 where the backward is exact.
+        sparsity: "exact", "certified", "unbiased" or a `Sparsity`: which blocks of the vocabulary the backward
+            multiplies. Costs 1 + 3ρ products with a trained head and 1 + 2ρ with a frozen one, ρ the share kept,
+            and up to 64 MiB beside the workspace for masses and lists.
         workspace_bytes: Bound on temporaries beside inputs, gradients and per-token values. Default 32 MiB
             on a CPU, 512 MiB on a GPU.
         backend: "torch", "cpp" or "triton"; None takes SPO_BACKEND or else the best that is available.
@@ -164,9 +179,13 @@ def linear_logprob(
         ignore_index=ignore_index,
         shift=shift,
         outputs=outputs,
+        sparsity=sparsity,
         workspace_bytes=workspace_bytes,
         backend=backend,
     ).run()
+    # not made where nothing was left out
+    made = {name: torch.full_like(logp, value) for name, value in _EXACT.items() if name in outputs}
+    extras |= {name: value for name, value in made.items() if not extras[name].numel()}
     return (logp, {name: extras[name] for name in outputs}) if outputs else logp
 
 
@@ -199,6 +218,7 @@ def prepare_call(
     shift: bool,
     workspace_bytes: int | None,
     backend: str | None,
+    sparsity: str | Sparsity = "exact",
     outputs: Sequence[str] = (),
     outputs_carry_grad: bool = True,
 ) -> LogprobCall:
@@ -221,6 +241,7 @@ def prepare_call(
         workspace_bytes=workspace_bytes,
         backend=choose_backend(backend, hidden.device, hidden.dtype),
         moments="entropy" in outputs or "log_sum_p2" in outputs,
-        grad_outputs=tuple(name for name in outputs if name != "correct") if outputs_carry_grad else (),
+        grad_outputs=tuple(name for name in outputs if name not in _WITHOUT_GRADIENT) if outputs_carry_grad else (),
+        sparsity=as_sparsity(sparsity),
     )
     return LogprobCall(hidden, weight, bias, labels, options)

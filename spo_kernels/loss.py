@@ -11,7 +11,8 @@ from spo_kernels._checks import check_head_inputs, check_tensor, check_token_wei
 from spo_kernels._pair_loss import PairKernel
 from spo_kernels._products import accumulator_dtype
 from spo_kernels._three_products import plan_path, three_products
-from spo_kernels.logprob import LogprobCall, prepare_call
+from spo_kernels.kl import linear_kl
+from spo_kernels.logprob import OUTPUTS, LogprobCall, prepare_call
 from spo_kernels.losses import Objective, PairLogps, implicit_rewards, named_loss
 from spo_kernels.losses.pairs import PairInputs, check_choice, pair_losses, token_outputs_of
 from spo_kernels.paths import PATHS
@@ -23,6 +24,7 @@ from spo_kernels.sequences import (
     sum_sequences,
     weighted_labels,
 )
+from spo_kernels.sparsity import Sparsity
 
 
 def fused_spo_loss(
@@ -49,6 +51,7 @@ def fused_spo_loss(
     token_metrics: bool = False,
     pair_logps: bool = False,
     path: str | None = None,
+    sparsity: str | Sparsity = "exact",
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -66,7 +69,8 @@ def fused_spo_loss(
             `cu_seqlens`.
         weight: `[V, H]` policy head. Frozen (no gradient): 2 products; trained: 3 or 4, see `path`.
         labels: `[2B, T]` or `[N]` int64; `ignore_index` for prompt and padding.
-        loss: "dpo", "spo", or any objective: a callable from `PairLogps` to losses `[B]`.
+        loss: A name in `spo_kernels.losses.LOSSES` (its default hyperparameters; docs/objectives.md), or any
+            objective: a callable from `PairLogps` to losses `[B]`.
         bias: `[V]` policy head bias.
         ref_logps: `[2B]` the reference's log-probabilities summed over each response, chosen first.
         ref_hidden, ref_weight, ref_bias: Or the reference's hidden states (hidden's shape up to H) and head,
@@ -85,6 +89,8 @@ def fused_spo_loss(
         reduction: Over pairs: "mean", "sum" or "none".
         path: "packed" or "factorised" (three products), "two_pass" (four), or None for the cheapest that the
             workspace allows; matters to a trained head only. See `spo_kernels/paths.py`.
+        sparsity: "exact", or which blocks of the vocabulary the policy's backward multiplies: "certified", "unbiased"
+            or a `Sparsity`, as in `linear_logprob`; takes the two-pass path, whose 4 products become 1 + 3ρ.
         token_metrics: Also report `entropy` (nats, mean over all counted policy tokens) and
             `mean_token_accuracy` (share of the chosen responses' tokens with the largest logit).
         pair_logps: Also report `pair_logps`, `[2B]`: the policy's log-probabilities summed over each response,
@@ -93,7 +99,8 @@ def fused_spo_loss(
     Returns:
         The loss (0-d, or `[B]` for "none"; 0 for an empty batch), and detached 0-d metrics under TRL's names:
         loss, rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen,
-        logps/rejected (means over pairs; nan for an empty batch).
+        logps/rejected (means over pairs; nan for an empty batch). With `sparsity`: sparsity/kept (the mean of ρ over
+        tokens), sparsity/dropped_mass_max and sparsity/dropped_mass_mean (softmax mass left out, over tokens).
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
@@ -126,8 +133,18 @@ def fused_spo_loss(
         check_token_weights("ref_token_weights", ref_token_weights, labels)
     names = token_outputs_of(objective)
     computed = labels if names else weighted_labels(labels, token_weights, ignore_index)
-    outputs = (*(name for name in names if name != "logp"), *(("correct", "entropy") if token_metrics else ()))
-    call = prepare_call(hidden, weight, computed, bias=bias, outputs=outputs, outputs_carry_grad=False, **options)
+    moments = [name for name in names if name in OUTPUTS]
+    outputs = (*moments, *(("correct", "entropy") if token_metrics else ()))
+    call = prepare_call(
+        hidden,
+        weight,
+        computed,
+        bias=bias,
+        outputs=outputs,
+        outputs_carry_grad=False,
+        sparsity=sparsity,
+        **options,
+    )
     dtype = accumulator_dtype(call.hidden.dtype)
     reference = _reference_sums(
         pairs_count, dtype, labels, ref_logps, ref_hidden, ref_weight, ref_bias, ref_token_weights, cu_seqlens, options
@@ -139,10 +156,17 @@ def fused_spo_loss(
         spo_value = spo_value.detach().to(dtype)
     inputs = PairInputs(reference, lengths, spo_value, named)
     tokens = lengths if computed is labels else count_tokens(computed, cu_seqlens, ignore_index)
+    kl = None
+    if "kl" in names:
+        if ref_hidden is None or ref_weight is None:
+            raise ValueError("the objective needs the KL divergence from the reference: pass ref_hidden and ref_weight")
+        kl = linear_kl(hidden, weight, ref_hidden, ref_weight, labels, bias=bias, ref_bias=ref_bias, **options)
     plan = plan_path(call, objective, tokens, path, per_pair=reduction == "none")
     scale = 1.0 / max(pairs_count, 1) if reduction == "mean" else 1.0
     if plan.path == "two_pass":
-        result, metrics, token_sums = _two_pass(call, objective, inputs, token_weights, cu_seqlens, reduction, scale)
+        result, metrics, token_sums = _two_pass(
+            call, objective, inputs, kl, token_weights, cu_seqlens, reduction, scale
+        )
     else:
         result, losses, sums, token_sums = three_products(call, objective, inputs, tokens, token_weights, plan, scale)
         metrics = _metrics(objective, inputs.pairs(sums), losses)
@@ -160,6 +184,7 @@ def _two_pass(
     call: LogprobCall,
     objective: Objective,
     inputs: PairInputs,
+    kl: Tensor | None,
     token_weights: Tensor | None,
     cu_seqlens: Tensor | None,
     reduction: str,
@@ -167,6 +192,7 @@ def _two_pass(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The result, pair metrics and token metric sums, by autograd on log-probabilities."""
     logp, extras = call.run()
+    sparse = _sparsity_metrics(extras, (call.labels != call.options.ignore_index).sum())
     token_sums = (
         {}
         if not call.options.moments
@@ -177,19 +203,32 @@ def _two_pass(
     )
     named = dict(inputs.named)
     for name in token_outputs_of(objective):
-        values = logp if name == "logp" else extras[name]
-        named[f"chosen_{name}"], named[f"rejected_{name}"] = sum_sequences(values.detach(), cu_seqlens).chunk(2)
+        values = kl if name == "kl" else (logp if name == "logp" else extras[name]).detach()
+        assert values is not None
+        named[f"chosen_{name}"], named[f"rejected_{name}"] = sum_sequences(values, cu_seqlens).chunk(2)
     inputs = replace(inputs, named=named)
     kernel = None
     if reduction != "none" and token_weights is None:
         kernel = PairKernel.of(objective, inputs, call.options.backend)
     if kernel is not None:
         result, metrics = kernel.loss(logp, call.labels, cu_seqlens, call.options.ignore_index, scale)
-        return result, metrics, token_sums
+        return result, metrics | sparse, token_sums
     sums = sum_sequences(logp, cu_seqlens, token_weights)
     losses = pair_losses(objective, inputs.pairs(sums))
     metrics = _metrics(objective, inputs.pairs(sums), losses)
-    return (losses if reduction == "none" else losses.sum() * scale), metrics, token_sums
+    return (losses if reduction == "none" else losses.sum() * scale), metrics | sparse, token_sums
+
+
+def _sparsity_metrics(extras: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """What the backward will leave out; nothing where that was not asked for."""
+    dropped, kept = extras["dropped_mass"].detach(), extras["kept_share"].detach()
+    if dropped.numel() == 0:
+        return {}
+    return {
+        "sparsity/kept": (kept.sum() / tokens.clamp_min(1)).float(),
+        "sparsity/dropped_mass_max": dropped.amax().float(),
+        "sparsity/dropped_mass_mean": (dropped.sum() / tokens.clamp_min(1)).float(),
+    }
 
 
 def _check_pairs(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:

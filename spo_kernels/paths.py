@@ -31,15 +31,16 @@ class PairProblem:
     vocab: int
     row_bytes: int  # workspace of a token: its logits over the whole vocabulary, its hidden state and gradient
     column_bytes: int  # workspace of a column of the vocabulary: its weight row cast, its gradient before the cast
+    slice_bytes: int  # workspace of the columns that are in work together
     accumulator_bytes: int  # of one [V, H] accumulator
     workspace_bytes: int
 
     @property
     def columns(self) -> int:
-        """Columns of the vocabulary whose weight rows are in work together: an eighth of the workspace."""
+        """Columns of the vocabulary whose weight rows are in work together."""
         if self.column_bytes == 0:
             return self.vocab
-        return min(self.vocab, max(64, self.workspace_bytes // 8 // self.column_bytes))
+        return min(self.vocab, max(64, self.slice_bytes // self.column_bytes))
 
     def rows(self, accumulators: int) -> int:
         """Tokens whose whole-vocabulary logits fit the workspace beside that many `[V, H]` accumulators."""

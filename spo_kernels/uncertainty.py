@@ -20,9 +20,10 @@ class EmbeddingUncertainty:
         uncertainty = EmbeddingUncertainty(hidden_size, regularization=1.0)
         for embeddings in batches:                       # [n, D], a reward model's last hidden states
             uncertainty.update(embeddings)
-        gap = uncertainty(chosen) - uncertainty(rejected)  # [B], for an objective's per-pair uncertainty
+        pair_inputs = {"chosen_uncertainty": uncertainty(chosen), "rejected_uncertainty": uncertainty(rejected)}
+        fused_spo_loss(..., loss=UncertaintyDPO(), pair_inputs=pair_inputs)
 
-    AdvPO itself uses u in a robust policy-gradient objective; as a per-pair input it is this library's use.
+    AdvPO itself uses u in a robust policy-gradient objective; as an input of a pair loss it is this library's use.
     """
 
     def __init__(self, size: int, *, regularization: float = 1.0, device: torch.device | str | None = None) -> None:

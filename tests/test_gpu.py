@@ -114,8 +114,9 @@ def test_same_inputs_same_bits(backend, dtype, trained):
 @pytest.mark.parametrize("loss", [DPO(), SPO(), SPO(penalty="hinge", normalization="sum")], ids=["dpo", "spo", "hinge"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("path", [None, "two_pass", "packed", "factorised"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @each_dtype
-def test_fused_spo_loss(backend, loss, packed, path, dtype):
+def test_fused_spo_loss(backend, loss, packed, path, weighted, dtype):
     """Against the same call in float64 on the CPU, in every way that a trained head can go."""
     batch = random_batch((4, 9), 700, 32, dtype=dtype, ignored=0.2)
     shape = (36,) if packed else (4, 9)
@@ -130,6 +131,7 @@ def test_fused_spo_loss(backend, loss, packed, path, dtype):
             loss=loss,
             ref_logps=torch.linspace(-60, -50, 4, device=device),
             cu_seqlens=torch.tensor([0, 9, 20, 20, 36], device=device) if packed else None,
+            token_weights=torch.linspace(0, 2, 36, device=device).reshape(shape) if weighted else None,
             path=path if kind == dtype else "two_pass",
             backend=name,
         )

@@ -1,130 +1,29 @@
-"""fused_spo_loss and sequence_logps against the formulas spelled out once more, in float64, with full logits."""
-
-import dataclasses
-import itertools
+"""fused_spo_loss against the formulas spelled out once more, in float64, with full logits."""
 
 import pytest
 import torch
+from loss_oracle import (
+    FORMULAS,
+    HIDDEN,
+    METRICS,
+    OPTIONS,
+    PAIRS,
+    TOKENS,
+    VOCAB,
+    assert_near,
+    each_objective,
+    expected,
+    make_batch,
+    make_reference,
+    make_value,
+    oracle_sums,
+    pack,
+    run,
+)
 
-from spo_kernels import fused_spo_loss, linear_logprob, sequence_logps
-from spo_kernels.losses import DPO, LOSSES, SPO, PairLogps, build_loss
+from spo_kernels import linear_logprob, sequence_logps
+from spo_kernels.losses import DPO, SPO, PairLogps
 from spo_kernels.testing import Batch, eager_logprob, random_batch, worst_error
-
-METRICS = {
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-}
-PAIRS, TOKENS, VOCAB, HIDDEN = 3, 7, 43, 16
-
-
-def logsigmoid(x):
-    return -torch.log1p(torch.exp(-x))
-
-
-# Each objective, and the same thing from METHODS.md as a function of
-# p_w, p_l, q_w, q_l (sums), n_w (tokens) and v (the lower level's value), in float64.
-FORMULAS = {
-    "dpo": (DPO(), lambda p_w, p_l, q_w, q_l, n_w, v: -logsigmoid(0.1 * (p_w - q_w - (p_l - q_l)))),
-    "dpo-beta": (DPO(beta=0.7), lambda p_w, p_l, q_w, q_l, n_w, v: -logsigmoid(0.7 * (p_w - q_w - (p_l - q_l)))),
-    "dpo-reference-free": (
-        DPO(beta=0.3, reference_free=True),
-        lambda p_w, p_l, q_w, q_l, n_w, v: -logsigmoid(0.3 * (p_w - p_l)),
-    ),
-    "spo": (SPO(), lambda p_w, p_l, q_w, q_l, n_w, v: -logsigmoid(0.1 * (p_w - q_w - p_l + q_l)) - p_w / n_w),
-    "spo-sum": (
-        SPO(DPO(beta=0.5), weight=0.2, normalization="sum"),
-        lambda p_w, p_l, q_w, q_l, n_w, v: -logsigmoid(0.5 * (p_w - q_w - p_l + q_l)) - 0.2 * p_w,
-    ),
-    "spo-reference-free": (
-        SPO(DPO(beta=0.5, reference_free=True), weight=0.2),
-        lambda p_w, p_l, q_w, q_l, n_w, v: -logsigmoid(0.5 * (p_w - p_l)) - 0.2 * p_w / n_w,
-    ),
-    "hinge-reference": (
-        SPO(DPO(), weight=2.0, penalty="hinge", epsilon=0.05),
-        lambda p_w, p_l, q_w, q_l, n_w, v: (
-            -logsigmoid(0.1 * (p_w - q_w - p_l + q_l)) + 2 * (-p_w / n_w + q_w / n_w - 0.05).clamp(min=0)
-        ),
-    ),
-    "hinge-reference-sum": (
-        SPO(DPO(), weight=2.0, penalty="hinge", epsilon=0.3, normalization="sum"),
-        lambda p_w, p_l, q_w, q_l, n_w, v: (
-            -logsigmoid(0.1 * (p_w - q_w - p_l + q_l)) + 2 * (-p_w + q_w - 0.3).clamp(min=0)
-        ),
-    ),
-    "hinge-input": (
-        SPO(DPO(), penalty="hinge", value="input"),
-        lambda p_w, p_l, q_w, q_l, n_w, v: -logsigmoid(0.1 * (p_w - q_w - p_l + q_l)) + (-p_w / n_w - v).clamp(min=0),
-    ),
-    "users-own": (
-        lambda pairs: (pairs.chosen / pairs.chosen_lengths - pairs.rejected / 7 - 1).square(),
-        lambda p_w, p_l, q_w, q_l, n_w, v: (p_w / n_w - p_l / 7 - 1) ** 2,
-    ),
-}
-each_objective = pytest.mark.parametrize(("objective", "formula"), FORMULAS.values(), ids=FORMULAS)
-
-
-def make_batch(dtype=torch.float32, **options):
-    batch = random_batch((2 * PAIRS, TOKENS), VOCAB, HIDDEN, dtype=dtype, ignored=0.25, **options)
-    batch.labels[:, 1] = 3  # every sequence has a token
-    return batch
-
-
-def make_reference(batch):
-    """Near the policy: each hinge is on for some pairs and off for others, and so is each accuracy."""
-    return oracle_sums(batch).detach().float() + torch.tensor([1.5, -2.0, 0.5, -0.5, 1.0, 3.0])
-
-
-def make_value():
-    return torch.tensor([3.0, 4.0, 5.0])
-
-
-def oracle_sums(batch, **options):
-    return eager_logprob(**vars(batch.to(torch.float64)), dtype=torch.float64, **options).sum(-1)
-
-
-def expected(formula, batch, reference, *, value=None, reduction="mean", **options):
-    """Loss, gradients and metrics' ingredients from float64 logits."""
-    doubles = batch.to(torch.float64)
-    leaves = {name: getattr(doubles, name).detach().clone().requires_grad_() for name in ("hidden", "weight")}
-    logp = eager_logprob(labels=batch.labels, bias=doubles.bias, dtype=torch.float64, **leaves, **options)
-    counted = batch.labels != options.get("ignore_index", -100)
-    if options.get("shift"):
-        counted[:, 0] = False
-    p_w, p_l = logp.sum(-1).chunk(2)
-    q_w, q_l = (0 * p_w.detach(),) * 2 if reference is None else reference.double().chunk(2)
-    n_w, _ = counted.sum(-1).chunk(2)
-    per_pair = formula(p_w, p_l, q_w, q_l, n_w, None if value is None else value.double())
-    loss = {"mean": per_pair.mean, "sum": per_pair.sum, "none": lambda: per_pair}[reduction]()
-    loss.sum().backward()
-    return loss.detach(), leaves["hidden"].grad, leaves["weight"].grad, (p_w.detach(), p_l.detach(), q_w, q_l)
-
-
-def run(batch, **options):
-    leaves = {name: getattr(batch, name).detach().clone().requires_grad_() for name in ("hidden", "weight")}
-    loss, metrics = fused_spo_loss(labels=batch.labels, bias=batch.bias, **leaves, **options)
-    loss.sum().backward()
-    return loss.detach(), leaves["hidden"].grad, leaves["weight"].grad, metrics
-
-
-def assert_near(found, truth, name, dtype=torch.float32):
-    """Within eight roundings of the largest element: sums of a few dozen float32 terms."""
-    assert found.shape == truth.shape, name
-    scale = 1 + (truth.abs().max().item() if truth.numel() else 0.0)
-    error = worst_error(found, truth)
-    assert error <= 16 * scale * torch.finfo(dtype).eps, f"{name}: error {error:.3g}, largest {scale:.3g}"
-
-
-def pack(batch, *, keep_ignored):
-    """Rows of a padded batch end to end, with or without the ignored ones, and the bounds."""
-    keep = torch.ones_like(batch.labels, dtype=torch.bool) if keep_ignored else batch.labels != -100
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(-1).cumsum(0)])
-    return Batch(batch.hidden[keep], batch.weight, batch.labels[keep], batch.bias), bounds, keep
-
 
 # ---- the objectives
 
@@ -184,13 +83,6 @@ def test_sixteen_bit_inputs(backend, dtype, name):
     assert_near(metrics["logps/rejected"], truth[3][1].mean(), "logps/rejected")
     for found, wanted in ((d_hidden, truth[1]), (d_weight, truth[2])):
         assert worst_error(found, wanted) <= 2 * torch.finfo(dtype).eps * wanted.abs().max()
-
-
-OPTIONS = {
-    "shift": dict(shift=True),
-    "scale-and-softcap": dict(logit_scale=0.5, logit_softcap=3.0),
-    "ignore-index": dict(ignore_index=3),
-}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -372,265 +264,7 @@ def test_token_metrics_change_no_gradient(backend):
         assert_near(found, wanted.double(), "with token_metrics")
 
 
-# ---- nothing to learn from
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("layout", ["padded", "packed", "padded-no-tokens"])
-def test_empty_batch(backend, layout, reduction):
-    shape = {"padded": (0, 5), "packed": (0,), "padded-no-tokens": (0, 0)}[layout]
-    batch = random_batch(shape, VOCAB, HIDDEN)
-    options = dict(cu_seqlens=torch.zeros(1, dtype=torch.int64)) if layout == "packed" else {}
-    loss, d_hidden, d_weight, metrics = run(
-        batch, ref_logps=torch.zeros(0), reduction=reduction, backend=backend, **options
-    )
-    assert loss.shape == ((0,) if reduction == "none" else ())
-    assert loss.sum() == 0
-    assert d_hidden.shape == batch.hidden.shape
-    assert d_weight.shape == batch.weight.shape and not d_weight.any()
-    assert metrics.keys() >= METRICS and all(value.shape == () for value in metrics.values())
-
-
-@pytest.mark.parametrize("name", ["dpo", "spo", "spo-sum", "hinge-reference", "hinge-input"])
-@pytest.mark.parametrize("empty", ["chosen", "rejected", "both"])
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_zero_length_responses(backend, name, empty, layout):
-    """They have log-probability 0 and a mean NLL of 0, and no NaN reaches the other pairs."""
-    objective, _ = FORMULAS[name]
-    batch = make_batch()
-    rows = {"chosen": [1], "rejected": [1 + PAIRS], "both": [1, 1 + PAIRS]}[empty]
-    batch.labels[rows] = -100
-    reference = make_reference(batch)
-    reference[rows] = 0.0
-    options = dict(ref_logps=reference, spo_value=make_value(), loss=objective, reduction="none", backend=backend)
-    if layout == "packed":
-        packed, bounds, _ = pack(batch, keep_ignored=False)
-        loss, d_hidden, d_weight, metrics = run(packed, cu_seqlens=bounds, **options)
-    else:
-        loss, d_hidden, d_weight, metrics = run(batch, **options)
-        assert not d_hidden[rows].any()
-    assert loss.isfinite().all() and d_hidden.isfinite().all() and d_weight.isfinite().all()
-    assert all(value.isfinite() for value in metrics.values())
-    p_w, p_l = oracle_sums(batch).chunk(2)
-    q_w, q_l = reference.double().chunk(2)
-    margin = (p_w - q_w - p_l + q_l)[1]
-    if empty == "both":
-        assert margin == 0
-    beta = getattr(objective, "beta", None) or objective.base.beta
-    penalty = torch.zeros((), dtype=torch.float64)
-    if empty == "rejected" and name != "dpo":
-        size = (batch.labels[1] != -100).sum() if objective.normalization == "mean" else 1
-        nll = -p_w[1] / size
-        v = {"reference": -q_w[1] / size, "input": make_value()[1].double()}[objective.value]
-        penalty = nll if objective.penalty == "nll" else (nll - v - objective.epsilon).clamp(min=0)
-        penalty = objective.weight * penalty
-    elif name == "hinge-input":
-        penalty = (0 - make_value()[1].double()).clamp(min=0)
-    assert_near(loss[1], -logsigmoid(beta * margin) + penalty, "loss")
-
-
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_all_ignored(backend, layout):
-    batch = make_batch()
-    batch.labels.fill_(-100)
-    options = dict(ref_logps=torch.zeros(2 * PAIRS), token_metrics=True, backend=backend)
-    if layout == "packed":
-        batch, options["cu_seqlens"], _ = pack(batch, keep_ignored=True)
-    loss, d_hidden, d_weight, metrics = run(batch, **options)
-    assert_near(loss, torch.tensor(2.0).log().double(), "loss")
-    assert not d_hidden.any() and not d_weight.any()
-    assert all(value.isfinite() for value in metrics.values())
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", ["dpo", "spo", "hinge-reference", "hinge-input"])
-@pytest.mark.parametrize("where", ["policy-chosen", "policy-rejected", "reference-chosen", "reference-rejected"])
-def test_non_finite_input_gives_a_non_finite_loss(backend, value, name, where):
-    """Never a finite loss that is silently wrong, in the hinge's clamp either."""
-    objective, _ = FORMULAS[name]
-    batch = make_batch()
-    row = 0 if where.endswith("-chosen") else PAIRS
-    hidden = {"policy": batch.hidden.clone(), "reference": batch.hidden.clone()}
-    hidden[where.split("-")[0]][row, 1, 2] = value
-    loss, metrics = fused_spo_loss(
-        hidden["policy"],
-        batch.weight,
-        batch.labels,
-        ref_hidden=hidden["reference"],
-        ref_weight=batch.weight,
-        spo_value=make_value(),
-        loss=objective,
-        backend=backend,
-    )
-    assert not loss.isfinite()
-    assert not metrics["loss"].isfinite()
-
-
-@pytest.mark.parametrize(("penalty", "where"), [("nll", "chosen"), ("hinge", "chosen"), ("hinge", "sft_value")])
-def test_penalty_lets_nan_through(penalty, where):
-    """On a base that never looks at it: a clamp must not turn NaN into 0."""
-    ones = torch.ones(2)
-    values = {"chosen": -5 * ones, "rejected": ones, "ref_chosen": ones, "ref_rejected": ones, "sft_value": ones}
-    values[where] = torch.tensor([torch.nan, -5.0])
-    lengths = torch.tensor([3, 3])
-    pairs = PairLogps(**values, chosen_lengths=lengths, rejected_lengths=lengths)
-    losses = SPO(base=lambda pairs: pairs.rejected, penalty=penalty, value="input")(pairs)
-    assert losses[0].isnan() and losses[1].isfinite()
-
-
-# ---- autograd and layout
-
-
-def test_gradients_accumulate_and_scale(backend):
-    batch = make_batch()
-    reference = make_reference(batch)
-    once = run(batch, ref_logps=reference, backend=backend)
-    weight = batch.weight.clone().requires_grad_()
-    for factor in (1.0, 2.0):
-        loss, _ = fused_spo_loss(batch.hidden, weight, batch.labels, ref_logps=reference, backend=backend)
-        (factor * loss).backward()
-    assert_near(weight.grad, 3 * once[2].double(), "weight.grad")
-
-
-@pytest.mark.parametrize("trained", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight")], ids="-".join)
-def test_each_part_alone(backend, trained):
-    batch = make_batch(bias=True)
-    reference = make_reference(batch)
-    leaves = {name: getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight", "bias")}
-    loss, _ = fused_spo_loss(labels=batch.labels, ref_logps=reference, backend=backend, **leaves)
-    truth = expected(FORMULAS["spo"][1], batch, reference)
-    assert_near(loss.detach(), truth[0], "loss")
-    assert loss.requires_grad == bool(trained)
-    if trained:
-        loss.backward()
-    for name, leaf in leaves.items():
-        assert (leaf.grad is not None) == (name in trained), name
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_evaluation(backend, mode):
-    batch = make_batch()
-    reference = make_reference(batch)
-    batch.hidden.requires_grad_()
-    with mode():
-        loss, _ = fused_spo_loss(
-            batch.hidden, batch.weight, batch.labels, ref_logps=reference, token_metrics=True, backend=backend
-        )
-    assert not loss.requires_grad
-    assert_near(loss, expected(FORMULAS["spo"][1], batch, reference)[0], "loss")
-
-
-def test_same_bits_again(backend):
-    batch = make_batch()
-    first, second = (run(batch, ref_logps=make_reference(batch), backend=backend) for _ in range(2))
-    assert all(torch.equal(*both) for both in zip(first[:3], second[:3], strict=True))
-    assert all(torch.equal(first[3][key], second[3][key]) for key in first[3])
-
-
-def test_poisoned_buffers(backend, poisoned_buffers):
-    batch = make_batch()
-    batch.labels[2] = -100
-    other = random_batch((2 * PAIRS, TOKENS), VOCAB, HIDDEN, seed=3)
-    loss, d_hidden, d_weight, metrics = run(
-        batch, ref_hidden=other.hidden, ref_weight=other.weight, token_metrics=True, backend=backend
-    )
-    for value in (loss, d_hidden, d_weight, *metrics.values()):
-        assert value.isfinite().all()
-
-
-def test_autocast(backend):
-    batch = make_batch()
-    reference = make_reference(batch)
-    low = fused_spo_loss(
-        batch.hidden.bfloat16(), batch.weight.bfloat16(), batch.labels, ref_logps=reference, backend=backend
-    )
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = fused_spo_loss(
-            batch.hidden.bfloat16(), batch.weight, batch.labels, ref_logps=reference, backend=backend
-        )
-    assert mixed[0].dtype == torch.float32
-    assert torch.equal(mixed[0], low[0])
-
-
-# ---- sequence_logps
-
-
-@pytest.mark.parametrize("bounds_dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_sequence_logps(backend, layout, shift, dtype, bounds_dtype):
-    batch = make_batch(dtype)
-    batch.labels[2] = -100
-    options = dict(shift=shift, backend=backend)
-    leaf = batch.hidden.requires_grad_()
-    if layout == "padded":
-        sums = sequence_logps(leaf, batch.weight, batch.labels, **options)
-    else:
-        bounds = torch.arange(0, 2 * PAIRS * TOKENS + 1, TOKENS, dtype=bounds_dtype)
-        sums = sequence_logps(leaf.flatten(0, 1), batch.weight, batch.labels.flatten(), cu_seqlens=bounds, **options)
-    assert sums.shape == (2 * PAIRS,) and sums.dtype == torch.float32
-    assert sums[2] == 0
-    assert_near(sums.detach(), oracle_sums(batch, shift=shift).detach(), "sums")
-    coefficients = torch.arange(1.0, 2 * PAIRS + 1)
-    sums.backward(coefficients)
-    found, leaf.grad = leaf.grad, None
-    double = batch.hidden.detach().double().requires_grad_()
-    oracle_sums(Batch(double, batch.weight, batch.labels), shift=shift).backward(coefficients.double())
-    assert worst_error(found, double.grad) <= 2 * torch.finfo(dtype).eps * double.grad.abs().max()
-
-
-def test_packed_shift_stays_inside_its_sequence(backend):
-    """The last hidden state of a sequence predicts nothing, least of all the next one's first label."""
-    batch = random_batch((9,), VOCAB, HIDDEN)
-    bounds = torch.tensor([0, 4, 4, 5, 9])
-    found = sequence_logps(batch.hidden, batch.weight, batch.labels, cu_seqlens=bounds, shift=True, backend=backend)
-    for sequence, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        part = Batch(batch.hidden[start:stop], batch.weight, batch.labels[start:stop])
-        assert_near(found[sequence], oracle_sums(part, shift=True), f"sequence {sequence}")
-    assert found[1] == 0 and found[2] == 0
-
-
-def test_no_sequences(backend):
-    batch = random_batch((0,), VOCAB, HIDDEN)
-    bounds = torch.zeros(1, dtype=torch.int64)
-    found = sequence_logps(batch.hidden, batch.weight, batch.labels, cu_seqlens=bounds, backend=backend)
-    assert found.shape == (0,)
-
-
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_long_sums_keep_their_last_digits(backend, layout):
-    """32,768 tokens: the sum is good to a few float32 roundings, not to one for each token."""
-    tokens = 1 << 15
-    batch = random_batch((2, tokens), 17, 8, dtype=torch.bfloat16)
-    hidden, labels, bounds = batch.hidden, batch.labels, None
-    if layout == "packed":
-        hidden, labels, bounds = hidden.flatten(0, 1), labels.flatten(), torch.arange(3) * tokens
-    found = sequence_logps(hidden, batch.weight, labels, cu_seqlens=bounds, backend=backend)
-    truth = oracle_sums(batch)
-    assert ((found - truth) / truth).abs().max() < 5e-7
-
-
-# ---- the registry and the objects
-
-
-def test_registry():
-    assert {"dpo", "spo"} <= set(LOSSES)
-    assert build_loss("dpo") == DPO() and build_loss("dpo", beta=0.3) == DPO(beta=0.3)
-    assert build_loss("spo") == SPO()
-    built = build_loss("spo", base="dpo", beta=0.3, weight=0.5, penalty="hinge", epsilon=0.1)
-    assert built == SPO(DPO(beta=0.3), weight=0.5, penalty="hinge", epsilon=0.1)
-    assert build_loss("spo", base=DPO(beta=0.2)) == SPO(DPO(beta=0.2))
-
-
-def test_objectives_are_frozen():
-    for objective in (DPO(), SPO()):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            objective.beta = 1.0
-
-
-def test_the_reconstruction_says_so():
-    assert "reconstruct" in SPO.__doc__.lower() and "not verified" in SPO.__doc__.lower()
+# ---- objectives of one's own
 
 
 def test_what_an_objective_sees(backend):

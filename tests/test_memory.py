@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from spo_kernels import fused_spo_loss, linear_logprob
+from spo_kernels._memory import in_huge_pages
 from spo_kernels.testing import TensorMeter, eager_logprob, evaluate, random_batch, random_upstream
 
 N, V, H = 256, 2048, 32
@@ -169,3 +170,10 @@ def test_the_process_stays_small(backend):
         [sys.executable, "-c", textwrap.dedent(_RSS), backend], capture_output=True, text=True, check=True
     )
     assert int(run.stdout) * KIB < 2048 * 16384 * 4 / 2
+
+
+def test_huge_pages_leave_the_values_alone():
+    for elements in (0, 1, 1 << 18, 3 << 20):
+        buffer = in_huge_pages(torch.empty(elements))
+        buffer.fill_(2.0)
+        assert buffer.sum().item() == 2.0 * elements

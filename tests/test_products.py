@@ -15,17 +15,21 @@ SHAPES += [(0, 5, 3), (5, 0, 3), (5, 3, 0)]
 pytestmark = pytest.mark.skipif(not NAMES, reason=f"no native products here: {WHY_NOT}")
 
 
-def multiply(name, a, b, out, accumulate=False, threads=2):
-    (m, k), n = a.shape, b.shape[1]
+def multiply(name, a, b, out, accumulate=False, threads=2, a_rows=None, b_rows=None, out_rows=None):
+    def operand(matrix, rows):
+        return (matrix.data_ptr(), *matrix.stride(), SCALARS[matrix.dtype], *address(matrix, rows))
+
+    def address(matrix, rows):
+        return (0 if rows is None else rows.data_ptr(), matrix.shape[0])
+
     NATIVE.product(
         name,
-        a=(a.data_ptr(), *a.stride(), SCALARS[a.dtype]),
-        b=(b.data_ptr(), *b.stride(), SCALARS[b.dtype]),
-        c=out.data_ptr(),
-        c_stride=out.stride(0),
-        m=m,
-        n=n,
-        k=k,
+        a=operand(a, a_rows),
+        b=operand(b, b_rows),
+        out=(out.data_ptr(), out.stride(0), *address(out, out_rows)),
+        m=a.shape[0] if a_rows is None else a_rows.numel(),
+        n=b.shape[1],
+        k=a.shape[1],
         accumulate=accumulate,
         threads=threads,
     )
@@ -63,6 +67,26 @@ def test_against_float64(name, dtype_a, dtype_b, layout):
             # each of k additions rounds by at most 2^-24 of what is summed
             bound = 2.0**-24 * (k + 2) * (magnitude + start.double().abs())
             assert (error <= bound).all(), (m, n, k, accumulate, (error / bound).max().item())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("layout", ["rows", "columns", "piece"])
+@pytest.mark.parametrize("dtype", list(SCALARS), ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_listed_rows(name, dtype, layout, threads):
+    for m, n, k in SHAPES:
+        a, b = operand(m + 9, k, torch.float32, layout), operand(k + 5, n, dtype, layout)
+        # rows of the operands may repeat, in any order; those of the result are distinct
+        a_rows, b_rows = torch.randint(m + 9, (m,)), torch.randint(k + 5, (k,))
+        out_rows = torch.randperm(m + 4)[:m]
+        start = torch.randn(m + 4, n)
+        for accumulate in (False, True):
+            plain = start[out_rows]
+            multiply(name, a[a_rows], b[b_rows], plain, accumulate)
+            expected = start.clone().index_copy_(0, out_rows, plain)
+            out = start.clone()
+            multiply(name, a, b, out, accumulate, threads, a_rows, b_rows, out_rows)
+            assert torch.equal(out, expected), (m, n, k, accumulate)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,6 +144,32 @@ def test_wrong_result_shape_is_refused_before_the_pointer_crosses(monkeypatch):
         products.matmul(torch.ones(2, 3), torch.ones(3, 4), out=torch.ones(2, 5))
 
 
+@pytest.mark.parametrize("choice", ["native", "vendor"])
+@pytest.mark.parametrize("name, size", [("a_rows", 4), ("b_rows", 3), ("out_rows", 4)])
+def test_row_lists_are_checked(monkeypatch, choice, name, size):
+    monkeypatch.setenv("SPO_CPU_PRODUCT", choice)
+    products = NativeProducts(NATIVE)
+    a, b, out = torch.ones(4, 3), torch.ones(3, 2), torch.full((4, 2), 7.0)
+    for outside in (-1, size, 2**62, -(2**63)):
+        rows = torch.arange(size)
+        rows[1] = outside
+        with pytest.raises(IndexError):
+            products.matmul(a, b, out, **{name: rows})
+    assert (out == 7).all() or choice == "vendor"
+    for wrong in (torch.arange(size, dtype=torch.int32), torch.arange(2 * size)[::2], torch.arange(size)[:, None]):
+        with pytest.raises(ValueError, match=f"{name} must be a contiguous int64 vector"):
+            products.matmul(a, b, out, **{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["a_rows", "b_rows", "out_rows"])
+def test_row_lists_of_the_wrong_length_are_refused(monkeypatch, name):
+    monkeypatch.setenv("SPO_CPU_PRODUCT", "native")
+    with pytest.raises(ValueError, match="out must be a float32"):
+        NativeProducts(NATIVE).matmul(
+            torch.ones(4, 3), torch.ones(3, 2), torch.ones(4, 2), **{name: torch.zeros(2, dtype=torch.int64)}
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_choice_by_environment(monkeypatch, dtype):
     monkeypatch.setenv("SPO_CPU_PRODUCT", "vendor")
@@ -131,16 +181,20 @@ def test_choice_by_environment(monkeypatch, dtype):
         NativeProducts(NATIVE)
 
 
+@pytest.mark.parametrize("lists", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_native_and_vendor_agree(monkeypatch, dtype):
+def test_native_and_vendor_agree(monkeypatch, dtype, lists):
     monkeypatch.setenv("SPO_CPU_PRODUCT", "native")
     a, b = torch.randn(33, 300), torch.randn(300, 129).to(dtype)
+    rows = {}
+    if lists:
+        rows = {"a_rows": torch.randint(33, (20,)), "b_rows": torch.randperm(300), "out_rows": torch.randperm(33)[:20]}
     results = []
     for products in (NativeProducts(NATIVE), VendorProducts()):
         out = torch.zeros(33, 129)
         right = b.to(products.operand_dtype(b))
-        products.matmul(a, right, out=out)
-        products.matmul(a, right, out=out, accumulate=True)
+        products.matmul(a, right, out=out, **rows)
+        products.matmul(a, right, out=out, accumulate=True, **rows)
         results.append(out)
     tolerance = 0.3 if dtype == torch.bfloat16 else 1e-3
     torch.testing.assert_close(*results, atol=tolerance, rtol=0)

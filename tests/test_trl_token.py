@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spo_kernels import fused_spo_loss
-from spo_kernels.losses import DPO, WPO
+from spo_kernels.losses import WPO, build_loss
 from spo_kernels.testing import eager_logprob, random_batch
 from spo_kernels.token_weights import ld_dpo_weights
 
@@ -62,13 +62,12 @@ def trl_loss(policy, reference, mask, **changes):
         aux_loss_enabled=False,
         precompute_ref_logps=False,
         f_divergence_type="reverse_kl",
-        loss_types=["sigmoid"],
         loss_weights=[1.0],
         beta=0.1,
         _metrics={"train": collections.defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
-        **{"ld_alpha": None, "use_weighting": False} | changes,
+        **{"ld_alpha": None, "use_weighting": False, "loss_types": ["sigmoid"]} | changes,
     )
     inputs = {"input_ids": policy.labels, "attention_mask": torch.ones_like(mask), "completion_mask": mask}
     loss = DPOTrainer._compute_loss(trainer, trainer.model, inputs, return_outputs=False)
@@ -93,14 +92,16 @@ def ours(policy, reference, mask, objective, ld_alpha):
     return [loss.detach(), *(leaf.grad for leaf in leaves)]
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sigmoid_norm"])
 @pytest.mark.parametrize(
     ("ld_alpha", "use_weighting"), list(itertools.product([None, 0.0, 0.375, 1.0], [False, True])), ids=str
 )
-def test_same_loss_and_gradients(ld_alpha, use_weighting):
-    policy, reference, mask = make_inputs()
-    expected = trl_loss(policy, reference, mask, ld_alpha=ld_alpha, use_weighting=use_weighting)
-    objective = WPO(DPO(beta=0.1), clamp=False) if use_weighting else DPO(beta=0.1)
-    found = ours(policy, reference, mask, objective, ld_alpha)
+def test_same_loss_and_gradients(ld_alpha, use_weighting, loss_type):
+    """IPO and sigmoid_norm divide by lengths, which are TRL's: token weights do not change them."""
+    inputs = make_inputs()
+    expected = trl_loss(*inputs, ld_alpha=ld_alpha, use_weighting=use_weighting, loss_types=[loss_type])
+    objective = build_loss(loss_type, beta=0.1)
+    found = ours(*inputs, WPO(objective, clamp=False) if use_weighting else objective, ld_alpha)
     for value, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(value, exact, rtol=1e-10, atol=1e-12)
 

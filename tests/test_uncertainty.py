@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spo_kernels import fused_spo_loss
+from spo_kernels.losses import UncertaintyDPO
 from spo_kernels.testing import TensorMeter, random_batch
 from spo_kernels.uncertainty import EmbeddingUncertainty
 
@@ -46,19 +47,24 @@ def test_ill_conditioned():
 
 
 def test_into_the_loss():
-    def penalised(pairs):
-        gap = pairs.input("uncertainty", "penalised")
-        return -torch.nn.functional.logsigmoid(0.1 * (pairs.chosen - pairs.rejected) + gap)
-
-    batch = random_batch((4, 5), 17, SIZE)
+    """Its output is a per-pair input: an uncertain chosen response lowers the gradient."""
+    batch, gradients = random_batch((4, 5), 17, SIZE), []
     uncertainty = EmbeddingUncertainty(SIZE)
     uncertainty.update(embeddings(20))
-    gap = uncertainty(embeddings(2, seed=1)) - uncertainty(embeddings(2, seed=2))
-    plain, with_gap = (
-        fused_spo_loss(batch.hidden, batch.weight, batch.labels, loss=penalised, pair_inputs={"uncertainty": value})[0]
-        for value in (torch.zeros(2), gap)
-    )
-    assert with_gap != plain and not gap.requires_grad
+    rejected = uncertainty(embeddings(2, seed=1))
+    for chosen in (rejected, uncertainty(30 * embeddings(2, seed=1))):
+        hidden = batch.hidden.clone().requires_grad_()
+        loss, _ = fused_spo_loss(
+            hidden,
+            batch.weight,
+            batch.labels,
+            loss=UncertaintyDPO(),
+            ref_logps=torch.full((4,), -12.0),
+            pair_inputs={"chosen_uncertainty": chosen, "rejected_uncertainty": rejected},
+        )
+        loss.backward()
+        gradients.append(hidden.grad.norm())
+    assert 0 < gradients[1] < 0.5 * gradients[0]
 
 
 def test_streaming_memory():

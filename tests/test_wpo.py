@@ -162,5 +162,5 @@ def test_bad_input():
     class Wrong(DPO):
         token_outputs = ("logits",)
 
-    with pytest.raises(ValueError, match="token_outputs must be one of 'logp', 'entropy', 'log_sum_p2', got 'logits'"):
+    with pytest.raises(ValueError, match=r"token_outputs must be one of .*, got 'logits'"):
         run(make_batch(), loss=Wrong(reference_free=True))

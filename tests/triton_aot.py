@@ -26,6 +26,7 @@ from spo_kernels.kernels.pair_loss import _pair_loss_kernel
 from spo_kernels.kernels.scale_rows import _scale_rows_kernel
 from spo_kernels.kernels.tile_grad import _tile_grad_kernel
 from spo_kernels.kernels.tile_stats import _tile_stats_kernel
+from spo_kernels.tiles.spec import MASS_BLOCK
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -68,7 +69,7 @@ def _stats_cases(architecture: str) -> Iterator[Case]:
     pointers = dict.fromkeys(("tile_ptr", "max_ptr", "sum_ptr", "label_logit_ptr"), FLOAT) | {"labels_ptr": "*i64"}
     sizes = dict.fromkeys(("columns", "tile_stride", "out_stride", "block_lse_stride"), "i32") | {"scale": "fp32"}
     plain = dict.fromkeys(("bias_ptr", "shifted_sum_ptr", "square_sum_ptr", "block_lse_ptr", "rescale_ptr", "out_ptr"))
-    plain |= {"softcap": None, "MASS_BLOCK": config.MASS_BLOCK, "WHOLE_ROW": False}
+    plain |= {"softcap": None, "MASS_BLOCK": MASS_BLOCK, "WHOLE_ROW": False}
     moments = dict.fromkeys(("shifted_sum_ptr", "square_sum_ptr", "bias_ptr"), FLOAT) | {"softcap": "fp32"}
     table = config.launch_for("tile_stats", architecture)
     yield Case("tile_stats", _tile_stats_kernel, pointers | sizes, plain, table)

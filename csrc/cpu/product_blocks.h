@@ -1,8 +1,13 @@
 // Blocking and packing of a product, as templates over a micro-kernel; included by one file per instruction set.
 //
-// K is cut into blocks. For each, all of A is packed into panels of kRows rows (shared, read from L3 or L2), then
-// every thread takes panels of kColumns columns of B, packs each into its own buffer (L2) and multiplies it by all
-// panels of A: a panel of A (L1) times a panel of B, accumulated in registers over the K block.
+// Rows and K are cut into blocks. For each, rows of A are packed with K side by side (shared, read from L3 or L2), then
+// every thread takes panels of kColumns columns of B, packs each into its own buffer (L2) and multiplies it by kRows
+// rows of A at a time, accumulated in registers over the K block. Where B has too few columns for that, its panels are
+// packed before, for all threads, which then take parts of A's rows.
+//
+// What is packed consists of units of 4 bytes: kStep values of k of one row of A or column of B ("lane"). A vector of
+// units is loaded along k of one lane, or along lanes at one step of k, whichever lie side by side in the operand;
+// where the packed form has the other order, a square of units is transposed in registers.
 //
 // No standard library here: an inline function compiled for this instruction set could replace another file's.
 #pragma once
@@ -10,7 +15,6 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #include "product.h"
@@ -18,14 +22,26 @@
 namespace spo {
 namespace {
 
-constexpr int kCacheLine = 64;
+// 2048 rows of A, or 4 MiB, at once: a panel of B is packed again for each such block, at 1 % of its products' time
+constexpr int64_t kBlockRows = 2048;
+// what a thread packs of A at a time: 4 cache lines of lanes, or a page along k, whichever lie side by side
+constexpr int64_t kPackLanes = 64, kPackDepth = 256;
+// lanes side by side are a cache line or two per k, far apart: no machine prefetches that by itself
+constexpr int64_t kPrefetch = 16;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+inline int64_t pieces(int64_t value, int64_t step) { return (value + step - 1) / step; }
+inline int64_t rounded_up(int64_t value, int64_t step) { return pieces(value, step) * step; }
 
-inline void* allocate(int64_t bytes) {
-  return std::aligned_alloc(kCacheLine, static_cast<size_t>(rounded_up(bytes, kCacheLine)));
-}
+// The rows or the columns of an operand, from the one numbered `first` on.
+struct Axis {
+  int64_t stride;
+  const int64_t* list;  // null: in order
+  int64_t first;
+
+  int64_t operator()(int64_t i) const { return (list == nullptr ? first + i : list[first + i]) * stride; }
+  bool side_by_side() const { return stride == 1 && list == nullptr; }
+};
 
 // One element as float. Specialised, not overloaded: the scalar is known where the loops are compiled.
 template <Scalar kScalar>
@@ -42,93 +58,169 @@ inline float to_float(const void* data, int64_t index) {
   }
 }
 
-// Panels of `kWidth` lanes: out[(k / step) * kWidth * step + lane * step + k % step], zero beyond `lanes` and `depth`.
-// `lane_stride` and `k_stride` are those of the operand; Kernel::kStep values of k lie side by side.
-template <typename Kernel, int kWidth, Scalar kScalar>
-inline void pack_panel(const Operand& from, int64_t lane_stride, int64_t k_stride, int64_t offset, int64_t lanes,
-                       int64_t depth, typename Kernel::Packed* out) {
-  constexpr int kStep = Kernel::kStep;
-  const int64_t padded = rounded_up(depth, kStep);
-  if (lanes == kWidth && depth == padded && lane_stride == 1) {
-    for (int64_t k = 0; k < depth; k += kStep, out += kWidth * kStep)
-      for (int s = 0; s < kStep; ++s)
-        for (int lane = 0; lane < kWidth; ++lane)
-          out[lane * kStep + s] = Kernel::template load<kScalar>(from.data, offset + (k + s) * k_stride + lane);
-    return;
-  }
-  // eight lanes at a time keep their cache lines in L1 while k runs along them
-  constexpr int kGroup = kWidth % 8 == 0 ? 8 : kWidth;
-  for (int first = 0; first < kWidth; first += kGroup)
-    for (int64_t k = 0; k < padded; ++k) {
-      auto* place = out + (k / kStep) * kWidth * kStep + k % kStep;
-      for (int lane = first; lane < first + kGroup; ++lane) {
-        const bool inside = lane < lanes && k < depth;
-        const int64_t index = offset + k * k_stride + lane * lane_stride;
-        place[lane * kStep] = inside ? Kernel::template load<kScalar>(from.data, index) : typename Kernel::Packed{};
-      }
-    }
+template <Scalar kScalar>
+inline void prefetch(const void* data, int64_t index) {
+  constexpr int64_t kSize = kScalar == Scalar::kFloat ? 4 : 2;
+  _mm_prefetch(static_cast<const char*>(data) + index * kSize, _MM_HINT_T0);
 }
 
-template <typename Kernel, int kWidth>
-inline void pack(const Operand& from, int64_t lane_stride, int64_t k_stride, int64_t offset, int64_t lanes,
-                 int64_t depth, typename Kernel::Packed* out) {
+// A part of an operand, `lanes` by `depth`; beyond it there are zeros.
+template <typename Kernel, Scalar kScalar>
+struct Source {
+  using Units = typename Kernel::Units;
+  using Packed = typename Kernel::Packed;
+  static constexpr int64_t kLanes = Kernel::kLanes, kStep = Kernel::kStep;
+
+  const void* data;
+  Axis lane_axis, k_axis;
+  int64_t lanes, depth;
+
+  // kLanes steps of k of one lane
+  Units along_k(int64_t lane, int64_t k) const {
+    const int64_t count = lane < lanes ? smaller(kLanes * kStep, depth - k) : 0;
+    if (count == kLanes * kStep && k_axis.side_by_side())
+      return Kernel::template load_along_k<kScalar>(data, lane_axis(lane) + k_axis(k));
+    Packed values[kLanes * kStep] = {};
+    for (int64_t i = 0; i < count; ++i)
+      values[i] = Kernel::template load<kScalar>(data, lane_axis(lane) + k_axis(k + i));
+    return Kernel::load_units(values);
+  }
+
+  // kLanes lanes at one step of k
+  Units along_lanes(int64_t lane, int64_t k) const {
+    const int64_t count = smaller(kLanes, lanes - lane), steps = smaller(kStep, depth - k);
+    if (count == kLanes && steps == kStep && lane_axis.side_by_side()) {
+      const int64_t start = lane_axis(lane);
+      for (int64_t ahead = k + kPrefetch; ahead < smaller(k + kPrefetch + kStep, depth); ++ahead)
+        prefetch<kScalar>(data, start + k_axis(ahead));
+      return Kernel::template load_along_lanes<kScalar>(data, start + k_axis(k), start + k_axis(k + kStep - 1));
+    }
+    Packed values[kLanes * kStep] = {};
+    for (int64_t s = 0; s < steps; ++s)
+      for (int64_t i = 0; i < count; ++i)
+        values[i * kStep + s] = Kernel::template load<kScalar>(data, lane_axis(lane + i) + k_axis(k + s));
+    return Kernel::load_units(values);
+  }
+
+  // out[lane * row_size + k]
+  void pack_rows(Packed* out, int64_t row_size) const {
+    constexpr int64_t kSquare = kLanes * kStep;
+    if (!lane_axis.side_by_side()) {
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int64_t k = 0; k < depth; k += kSquare)
+          Kernel::store_units(out + lane * row_size + k, along_k(lane, k));
+      return;
+    }
+    for (int64_t k = 0; k < depth; k += kSquare)
+      for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+        Units units[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) units[i] = along_lanes(lane, k + i * kStep);
+        Kernel::transpose(units);
+        for (int64_t i = 0; i < smaller(kLanes, lanes - lane); ++i)
+          Kernel::store_units(out + (lane + i) * row_size + k, units[i]);
+      }
+  }
+
+  // out[(k / kStep) * kColumns * kStep + lane * kStep + k % kStep]
+  void pack_panel(Packed* out) const {
+    constexpr int64_t kSquare = kLanes * kStep, kStepSize = Kernel::kColumns * kStep;
+    if (k_axis.side_by_side())
+      for (int64_t lane = 0; lane < Kernel::kColumns; lane += kLanes)
+        for (int64_t k = 0; k < depth; k += kSquare) {
+          Units units[kLanes];
+          for (int64_t i = 0; i < kLanes; ++i) units[i] = along_k(lane + i, k);
+          Kernel::transpose(units);
+          for (int64_t i = 0; i < pieces(smaller(kSquare, depth - k), kStep); ++i)
+            Kernel::store_units(out + (k / kStep + i) * kStepSize + lane * kStep, units[i]);
+        }
+    else
+      for (int64_t k = 0; k < depth; k += kStep, out += kStepSize)
+        for (int64_t lane = 0; lane < Kernel::kColumns; lane += kLanes)
+          Kernel::store_units(out + lane * kStep, along_lanes(lane, k));
+  }
+};
+
+// Calls `use` with the part of an operand that has these axes.
+template <typename Kernel, typename Use>
+inline void with_source(const Operand& from, const Axis& lane_axis, const Axis& k_axis, int64_t lanes, int64_t depth,
+                        const Use& use) {
   switch (from.scalar) {
     case Scalar::kFloat:
-      return pack_panel<Kernel, kWidth, Scalar::kFloat>(from, lane_stride, k_stride, offset, lanes, depth, out);
+      return use(Source<Kernel, Scalar::kFloat>{from.data, lane_axis, k_axis, lanes, depth});
     case Scalar::kBFloat16:
-      return pack_panel<Kernel, kWidth, Scalar::kBFloat16>(from, lane_stride, k_stride, offset, lanes, depth, out);
+      return use(Source<Kernel, Scalar::kBFloat16>{from.data, lane_axis, k_axis, lanes, depth});
     case Scalar::kHalf:
-      return pack_panel<Kernel, kWidth, Scalar::kHalf>(from, lane_stride, k_stride, offset, lanes, depth, out);
+      return use(Source<Kernel, Scalar::kHalf>{from.data, lane_axis, k_axis, lanes, depth});
   }
 }
 
 template <typename Kernel>
-void product(const Operand& a, const Operand& b, float* c, int64_t c_stride, const ProductShape& shape,
-             bool accumulate, int threads) {
+void product(const Operand& a, const Operand& b, const Result& c, const ProductShape& shape, bool accumulate,
+             int threads) {
   using Packed = typename Kernel::Packed;
+  constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepth = Kernel::kDepth, kStep = Kernel::kStep;
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Packed));
+  const Axis c_rows{c.row_stride, c.rows, 0};
   if (shape.m == 0 || shape.n == 0) return;
   if (shape.k == 0) {
     for (int64_t row = 0; row < shape.m && !accumulate; ++row)
-      std::memset(c + row * c_stride, 0, static_cast<size_t>(shape.n) * sizeof(float));
+      std::memset(c.data + c_rows(row), 0, static_cast<size_t>(shape.n) * sizeof(float));
     return;
   }
-  constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepth = Kernel::kDepth;
-  const int64_t row_panels = (shape.m + kRows - 1) / kRows, column_panels = (shape.n + kColumns - 1) / kColumns;
-  // fewer column panels than threads: cut the rows too, so that every thread has work
+  const int64_t column_panels = pieces(shape.n, kColumns);
+  const int64_t block = rounded_up(pieces(shape.m, pieces(shape.m, kBlockRows)), kRows);
+  // fewer column panels than threads could share: cut the rows too, so that every thread has work
   const int64_t wanted = 4 * threads;
-  const int64_t row_chunks = column_panels >= wanted ? 1 : smaller((wanted + column_panels - 1) / column_panels,
-                                                                    (row_panels + 7) / 8);
-  const int64_t chunk = (row_panels + row_chunks - 1) / row_chunks;
-  auto* a_panels = static_cast<Packed*>(allocate(row_panels * kRows * kDepth * sizeof(Packed)));
-  auto* b_panels = static_cast<Packed*>(allocate(threads * kColumns * kDepth * sizeof(Packed)));
+  const bool share = threads > 1 && column_panels < wanted;
+  const int64_t chunks = share ? smaller(pieces(wanted, column_panels), block / kRows) : 1;
+  const int64_t chunk = rounded_up(pieces(block, chunks), kRows);
+  // one line more than needed, so that rows do not fall on the same sets of L1
+  const int64_t padded = rounded_up(smaller(kDepth, shape.k), kLine), a_size = padded + kLine;
+  const int64_t b_size = kColumns * padded;
+  auto* a_rows = static_cast<Packed*>(product_scratch(
+      (block * a_size + (share ? column_panels : threads) * b_size) * static_cast<int64_t>(sizeof(Packed))));
+  Packed* b_panels = a_rows + block * a_size;
+
 #pragma omp parallel num_threads(threads)
   {
 #ifdef _OPENMP
-    Packed* b_panel = b_panels + omp_get_thread_num() * kColumns * kDepth;
+    Packed* own_panel = b_panels + (share ? 0 : omp_get_thread_num()) * b_size;
 #else
-    Packed* b_panel = b_panels;
+    Packed* own_panel = b_panels;
 #endif
-    for (int64_t k = 0; k < shape.k; k += kDepth) {
-      const int64_t depth = smaller(kDepth, shape.k - k);
-#pragma omp for schedule(static)
-      for (int64_t panel = 0; panel < row_panels; ++panel)
-        pack<Kernel, kRows>(a, a.row_stride, a.column_stride, panel * kRows * a.row_stride + k * a.column_stride,
-                            smaller(kRows, shape.m - panel * kRows), depth, a_panels + panel * kRows * kDepth);
+    const auto pack_b = [&](int64_t panel, int64_t k, int64_t depth, Packed* out) {
+      const int64_t column = panel * kColumns;
+      with_source<Kernel>(b, {b.column_stride, nullptr, column}, {b.row_stride, b.rows, k},
+                          smaller(kColumns, shape.n - column), depth, [&](const auto& part) { part.pack_panel(out); });
+    };
+    for (int64_t first = 0; first < shape.m; first += block)
+      for (int64_t k = 0; k < shape.k; k += kDepth) {
+        const int64_t depth = smaller(kDepth, shape.k - k), rows = smaller(block, shape.m - first);
+        const int64_t shared = share ? column_panels : 0, across = pieces(depth, kPackDepth);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t task = 0; task < shared; ++task) pack_b(task, k, depth, b_panels + task * b_size);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < column_panels * row_chunks; ++task) {
-        const int64_t column = task / row_chunks * kColumns, first = task % row_chunks * chunk;
-        const int64_t columns = smaller(kColumns, shape.n - column);
-        pack<Kernel, kColumns>(b, b.column_stride, b.row_stride, column * b.column_stride + k * b.row_stride, columns,
-                               depth, b_panel);
-        for (int64_t panel = first; panel < smaller(first + chunk, row_panels); ++panel)
-          Kernel::multiply(a_panels + panel * kRows * kDepth, b_panel, (depth + Kernel::kStep - 1) / Kernel::kStep,
-                           c + panel * kRows * c_stride + column, c_stride, smaller(kRows, shape.m - panel * kRows),
-                           columns, accumulate || k > 0);
+        for (int64_t task = 0; task < pieces(rows, kPackLanes) * across; ++task) {
+          const int64_t row = task / across * kPackLanes, inner = task % across * kPackDepth;
+          with_source<Kernel>(a, {a.row_stride, a.rows, first + row}, {a.column_stride, nullptr, k + inner},
+                              smaller(kPackLanes, rows - row), smaller(kPackDepth, depth - inner),
+                              [&](const auto& part) { part.pack_rows(a_rows + row * a_size + inner, a_size); });
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < column_panels * chunks; ++task) {
+          const int64_t panel = task / chunks, column = panel * kColumns, begin = task % chunks * chunk;
+          if (!share) pack_b(panel, k, depth, own_panel);
+          const Packed* b_panel = share ? b_panels + panel * b_size : own_panel;
+          for (int64_t row = begin; row < smaller(begin + chunk, rows); row += kRows) {
+            const int64_t count = smaller(kRows, rows - row);
+            float* places[kRows];
+            for (int64_t i = 0; i < kRows; ++i) places[i] = c.data + c_rows(first + row + smaller(i, count - 1)) + column;
+            Kernel::multiply(a_rows + row * a_size, a_size, b_panel, pieces(depth, kStep), places, count,
+                             smaller(kColumns, shape.n - column), accumulate || k > 0);
+          }
+        }
       }
-    }
   }
-  std::free(b_panels);
-  std::free(a_panels);
 }
 
 }  // namespace

@@ -71,22 +71,30 @@ SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row
   // a float that has grown by thousands of nearly equal terms rounds each of them the same way: short sums in
   // float, their sum in double
   double sum = 0.0, shifted_sum = 0.0, square_sum = 0.0;
-  constexpr int64_t kBlock = 256;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, n);
+  float* block_lse = stats.block_lse != nullptr ? stats.block_lse + row * stats.block_lse_stride : nullptr;
+  for (int64_t begin = 0; begin < n; begin += kMassBlock) {
+    const int64_t end = std::min(begin + kMassBlock, n);
+    // Through memory, so that the sums see rounded values: contracted into a multiply-add they would differ in the
+    // last bit between the instances of this template.
+    float exponentials[kMassBlock];
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) exponentials[i - begin] = fast_exp(z[i] - base);
     float block = 0.0f, block_shifted = 0.0f, block_square = 0.0f;
 #pragma omp simd reduction(+ : block, block_shifted, block_square)
     for (int64_t i = begin; i < end; ++i) {
-      const float logit = z[i];
-      const float e = fast_exp(logit - base);
+      const float e = exponentials[i - begin];
       block += e;
       if (kMoments) {
         // exp(-inf) * -inf counts as 0
-        block_shifted += e == 0.0f ? 0.0f : e * (logit - base);
+        block_shifted += e == 0.0f ? 0.0f : e * (z[i] - base);
         block_square += e * e;
       }
-      if (kRescale) x[i] = e * slope(logit, scale, inverse);
     }
+    if (kRescale) {
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) x[i] = exponentials[i - begin] * slope(z[i], scale, inverse);
+    }
+    if (block_lse != nullptr) block_lse[begin / kMassBlock] = base + std::log(block);
     sum += block;
     shifted_sum += block_shifted;
     square_sum += block_square;

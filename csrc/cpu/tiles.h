@@ -23,7 +23,10 @@ struct Tile {
   LogitTransform transform;
 };
 
-// Running statistics of each row, see spo_kernels/tiles/spec.py; all [rows].
+// Width of the vocabulary blocks whose mass is reported, MASS_BLOCK of spo_kernels/tiles/spec.py.
+constexpr int64_t kMassBlock = 128;
+
+// Running statistics of each row, see spo_kernels/tiles/spec.py; all [rows] but block_lse.
 struct TokenStats {
   float* max;
   float* sum;
@@ -31,6 +34,8 @@ struct TokenStats {
   float* shifted_sum;  // optional, with square_sum
   float* square_sum;   // optional, with shifted_sum
   float* rescale;      // optional: also turn the tile into exp(logit - max) * slope, 0 at the label
+  float* block_lse;    // optional, [rows, columns / kMassBlock rounded up]: log-sum-exp of each block of columns
+  int64_t block_lse_stride;
 };
 
 // Upstream gradients of each row and the statistics they need; all [rows], all but lse optional.

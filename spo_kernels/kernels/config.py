@@ -32,8 +32,6 @@ class Launch:
 
 # a row of this many columns or fewer stays in registers, 16 per thread at 16 warps; at twice as many, some spill
 WHOLE_ROW_COLUMNS = 8192
-# width of the vocabulary blocks whose mass tile_stats can report
-MASS_BLOCK = 256
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 

@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from spo_kernels.kernels.config import (
-    MASS_BLOCK,
     WHOLE_ROW_COLUMNS,
     Launch,
     architecture_of,
@@ -31,7 +30,7 @@ from spo_kernels.kernels.config import (
     with_masses,
 )
 from spo_kernels.kernels.transform import load_label, load_logits, slope
-from spo_kernels.tiles.spec import LogitTransform, TokenStats
+from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenStats
 
 
 @triton.jit

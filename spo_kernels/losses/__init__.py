@@ -27,6 +27,7 @@ from spo_kernels.losses.sft import RPO, SFT, SFTDPO
 from spo_kernels.losses.simpo import AlphaPO, SigmoidNorm, SimPO
 from spo_kernels.losses.spo import SPO
 from spo_kernels.losses.squares import SPPO, CalDPO, SPPOHard
+from spo_kernels.losses.tdpo import TDPO
 from spo_kernels.losses.weighted_sum import WeightedSum
 from spo_kernels.losses.wpo import WPO
 
@@ -54,6 +55,7 @@ __all__ = [
     "SFTDPO",
     "SPO",
     "SPPO",
+    "TDPO",
     "WPO",
     "AOTUnpaired",
     "APODown",

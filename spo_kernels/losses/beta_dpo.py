@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_in, check_not_negative, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps, check_flag, check_in, check_not_negative, check_positive
 from spo_kernels.losses.state import RunningState, Stateful, batch_moments
 from spo_kernels.losses.terms import logistic, margin
 
@@ -37,6 +37,7 @@ class BetaDPO(Stateful):
         check_positive("beta", self.beta)
         check_not_negative("alpha", self.alpha)
         check_in("decay", self.decay, "[0, 1)")
+        check_flag("detach_beta", self.detach_beta)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""

@@ -1,6 +1,7 @@
 """Objectives made of other objectives."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,6 +12,8 @@ _ORDER: tuple[Coupling, ...] = ("margin", "sequence", "pair", "batch")
 
 class Composite:
     """What an objective takes over from its parts: the first one's β, and everyone's token outputs and statistics."""
+
+    own_token_outputs: ClassVar[tuple[str, ...]] = ()
 
     def parts(self) -> tuple[Objective, ...]:
         """The objectives that it is made of."""
@@ -23,8 +26,9 @@ class Composite:
 
     @property
     def token_outputs(self) -> tuple[str, ...]:
-        """What the parts need of every token, each once."""
-        return tuple(dict.fromkeys(name for part in self.parts() for name in token_outputs_of(part)))
+        """What it and the parts need of every token, each once."""
+        parts = (name for part in self.parts() for name in token_outputs_of(part))
+        return tuple(dict.fromkeys((*self.own_token_outputs, *parts)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The parts' running statistics, "0.mean" for the first one's "mean"; empty where they have none."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spo_kernels.losses.composite import Composite, check_objective
 from spo_kernels.losses.dpo import DPO
+from spo_kernels.losses.ipo import IPO
 from spo_kernels.losses.pairs import (
     Coupling,
     Objective,
@@ -19,6 +20,7 @@ from spo_kernels.losses.pairs import (
     check_positive,
     coupling_of,
 )
+from spo_kernels.losses.simpo import SigmoidNorm
 from spo_kernels.losses.terms import clamped_exp, log_ratios, logistic
 
 _DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -32,11 +34,11 @@ class FDivergence(Composite):
     `(e^{(a-1) r} - 1) / (a - 1)`, which is r at a = 1. Exponents are taken as at most 80: beyond, a response gets no
     gradient.
 
-    The base has to see the two responses through the difference of their scores only, as `DPO`, `CDPO`, `Robust`,
-    `EXO`, `Hinge`, `IPO`, `SigmoidNorm` and `DiscoPOP` do: elsewhere the partition function does not cancel.
+    The base has to see the two responses through the difference of their scores only: elsewhere the partition function
+    does not cancel. Those with coupling "margin" do, and TRL takes `IPO` and `SigmoidNorm` too.
 
     Attributes:
-        base: Such an objective.
+        base: Such an objective; a ValueError for others.
         divergence: Which score.
         coefficient: a of "alpha_divergence", in [-10, 10]; TRL's 0.5.
     """
@@ -47,6 +49,11 @@ class FDivergence(Composite):
 
     def __post_init__(self) -> None:
         check_objective("base", self.base)
+        if coupling_of(self.base) != "margin" and not isinstance(self.base, (IPO, SigmoidNorm)):
+            raise ValueError(
+                "base must depend on the difference of two scores only: an objective with coupling 'margin', IPO or "
+                f"SigmoidNorm; got {self.base!r}"
+            )
         check_choice("divergence", self.divergence, _DIVERGENCES)
         check_in("coefficient", self.coefficient, "[-10, 10]")
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps, check_flag, check_positive
 from spo_kernels.losses.terms import logistic, margin
 
 
@@ -24,6 +24,7 @@ class DPO:
 
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)
+        check_flag("reference_free", self.reference_free)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_choice, check_not_negative, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps, check_choice, check_flag, check_not_negative, check_positive
 from spo_kernels.losses.terms import NORMALIZATIONS, coupling_with_nll, margin, nll
 
 
@@ -24,6 +24,7 @@ class Hinge:
 
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)
+        check_flag("reference_free", self.reference_free)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""

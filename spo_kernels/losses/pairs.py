@@ -10,6 +10,9 @@ from torch import Tensor
 # term per response; both log-probabilities of the pair; other pairs of the batch.
 Coupling = Literal["margin", "sequence", "pair", "batch"]
 
+# what an objective may ask for of every token
+TOKEN_OUTPUTS = ("logp", "entropy", "log_sum_p2", "kl")
+
 
 @dataclass(frozen=True)
 class PairLogps:
@@ -91,9 +94,10 @@ class Objective(Protocol):
     An objective may also have `beta` (scales the logged rewards, 1 if absent) and `coupling`, which declares what
     a pair's loss depends on ("batch" if absent) and lets a trained head cost three products instead of four.
 
-    With `token_outputs`, names from "logp", "entropy" and "log_sum_p2" (see `linear_logprob`), it finds their sums
-    over each response's tokens, unweighted and detached, among the per-pair inputs: "chosen_logp", "rejected_logp"
-    and so on. They are known only after a pass over the vocabulary, so that a trained head costs four products.
+    With `token_outputs`, names from "logp", "entropy", "log_sum_p2" (see `linear_logprob`) and "kl" (see `linear_kl`),
+    it finds their unweighted sums over each response's tokens among the per-pair inputs: "chosen_logp",
+    "rejected_logp" and so on. All but "kl" are detached. They are known only after a pass over the vocabulary, so that
+    a trained head costs four products.
     """
 
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -136,7 +140,7 @@ def token_outputs_of(objective: Objective) -> tuple[str, ...]:
     """
     names: tuple[str, ...] = getattr(objective, "token_outputs", ())
     for name in names:
-        check_choice("a name in the objective's token_outputs", name, ("logp", "entropy", "log_sum_p2"))
+        check_choice("a name in the objective's token_outputs", name, TOKEN_OUTPUTS)
     return names
 
 
@@ -160,6 +164,12 @@ def check_in(name: str, value: float, interval: str) -> None:
     below = number and (value <= high if interval[-1] == "]" else value < high)
     if not (above and below):
         raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

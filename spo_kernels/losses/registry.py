@@ -32,6 +32,7 @@ from spo_kernels.losses.simpo import AlphaPO, SigmoidNorm, SimPO
 from spo_kernels.losses.spo import SPO
 from spo_kernels.losses.squares import SPPO, CalDPO, SPPOHard
 from spo_kernels.losses.state import has_state
+from spo_kernels.losses.tdpo import TDPO
 from spo_kernels.losses.weighted_sum import WeightedSum
 from spo_kernels.losses.wpo import WPO
 
@@ -83,12 +84,14 @@ LOSSES: dict[str, type] = {
     "spo": SPO,
     "sppo": SPPO,
     "sppo_hard": SPPOHard,
+    "tdpo": TDPO,
     "uncertainty_dpo": UncertaintyDPO,
     "wpo": WPO,
 }
 
 # made once: torch.compile can look an objective up, but cannot trace a dataclass's construction and checks
 _DEFAULTS: dict[str, Objective] = {name: loss() for name, loss in LOSSES.items()}
+_STATEFUL = frozenset(name for name, loss in _DEFAULTS.items() if has_state(loss))
 
 
 def named_loss(name: str) -> Objective:
@@ -99,7 +102,7 @@ def named_loss(name: str) -> Objective:
             one object by name would share between all its users.
     """
     _check_name(name)
-    if has_state(_DEFAULTS[name]):
+    if name in _STATEFUL:
         raise ValueError(
             f"loss = {name!r} keeps running statistics: make it once with build_loss({name!r}) and pass that object"
         )

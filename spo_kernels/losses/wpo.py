@@ -1,6 +1,7 @@
 """Weighted Preference Optimization (WPO, arXiv 2406.11827): pairs count by how likely the policy is to write them."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class WPO(Composite):
         clamp: Limit the weight to 1. TRL's `use_weighting` does not: False gives its numbers.
     """
 
+    own_token_outputs: ClassVar[tuple[str, ...]] = ("logp", "log_sum_p2")
     base: Objective = field(default_factory=DPO)
     clamp: bool = True
 
@@ -39,11 +41,6 @@ class WPO(Composite):
     def coupling(self) -> Coupling:
         """What the base declares: the weight carries no gradient."""
         return coupling_of(self.base)
-
-    @property
-    def token_outputs(self) -> tuple[str, ...]:
-        """What the weight needs, and what the base does."""
-        return tuple(dict.fromkeys(("logp", "log_sum_p2", *super().token_outputs)))
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""

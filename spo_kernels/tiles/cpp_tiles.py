@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
+from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats, mass_blocks
 
 
 def _pointer(tensor: Tensor | None, length: int, dtype: torch.dtype = torch.float32) -> int:
@@ -29,6 +29,21 @@ def _check_tile(tile: Tensor, out: Tensor | None) -> tuple[int, int]:
     return tile.shape[0], tile.shape[1]
 
 
+def _mass_pointer(block_lse: Tensor | None, rows: int, columns: int, rescale: Tensor | None) -> tuple[int, int]:
+    """Address and row stride of the block masses; zeros for None."""
+    if block_lse is None:
+        return 0, 0
+    shape = (rows, mass_blocks(columns))
+    if rescale is not None:
+        raise ValueError("block_lse cannot be had together with rescale")
+    if block_lse.dtype != torch.float32 or block_lse.shape != shape or block_lse.stride(1) != 1 or block_lse.is_cuda:
+        raise ValueError(
+            f"block_lse: expected a CPU float32 {list(shape)} matrix with contiguous rows, "
+            f"got {block_lse.dtype} {list(block_lse.shape)} on {block_lse.device}"
+        )
+    return block_lse.data_ptr(), block_lse.stride(0)
+
+
 class CppTiles:
     """See `TileBackend` for the meaning of each argument."""
 
@@ -46,9 +61,11 @@ class CppTiles:
         stats: TokenStats,
         rescale: Tensor | None,
         out: Tensor | None = None,
+        block_lse: Tensor | None = None,
     ) -> None:
         """See `TileBackend.tile_stats`."""
         rows, columns = _check_tile(tile, out)
+        masses, masses_stride = _mass_pointer(block_lse, rows, columns, rescale)
         self._native.tile_stats(
             tile=tile.data_ptr(),
             rows=rows,
@@ -63,6 +80,8 @@ class CppTiles:
             shifted_sum=_pointer(stats.shifted_sum, rows),
             square_sum=_pointer(stats.square_sum, rows),
             rescale=_pointer(rescale, rows),
+            block_lse=masses,
+            block_lse_stride=masses_stride,
             threads=torch.get_num_threads(),
         )
 

@@ -12,6 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# width of the vocabulary blocks whose mass `tile_stats` reports
+MASS_BLOCK = 128
+
+
+def mass_blocks(columns: int) -> int:
+    """How many blocks of `MASS_BLOCK` columns a tile has, the last of them maybe ragged."""
+    return -(-columns // MASS_BLOCK)
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -115,8 +123,13 @@ class TileBackend(Protocol):
         stats: TokenStats,
         rescale: Tensor | None,
         out: Tensor | None = None,
+        block_lse: Tensor | None = None,
     ) -> None:
         """Merge the tile into `stats`, and leave it as it is.
+
+        `block_lse` (`[R, mass_blocks(C)]`, rows may be strided), not together with `rescale`, receives the
+        log-sum-exp of the logits of each MASS_BLOCK neighbouring columns; -inf is allowed where that is more than
+        87 below the running maximum.
 
         With `rescale` (`[R]`), also prepare `Σ_v e_v d logit_v/d product_v W_v`:
         the tile becomes `exp(logit - new max) * d logit / d product`, 0 at the label's column, and `rescale`

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
+from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats
 
 # A tile is handled in this many pieces, so that temporaries stay small.
 _PIECES = 16
@@ -20,7 +20,8 @@ def _pieces(tile: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _logits(tile: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+def to_logits(tile: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    """Logits of a tile of products, in a tensor of their own."""
     logits = tile + bias if bias is not None else tile.clone()
     if transform.scale != 1.0:
         logits *= transform.scale
@@ -29,7 +30,7 @@ def _logits(tile: Tensor, bias: Tensor | None, transform: LogitTransform) -> Ten
     return logits
 
 
-def _slope(logits: Tensor, transform: LogitTransform) -> Tensor | float:
+def logit_slope(logits: Tensor, transform: LogitTransform) -> Tensor | float:
     """d logit / d product, from the logit."""
     if transform.softcap is None:
         return transform.scale
@@ -51,12 +52,14 @@ def tile_stats(
     stats: TokenStats,
     rescale: Tensor | None,
     out: Tensor | None = None,
+    block_lse: Tensor | None = None,
 ) -> None:
     """See `TileBackend.tile_stats`."""
     for rows in _pieces(tile):
         part = None if rescale is None else rescale[rows]
+        masses = None if block_lse is None else block_lse[rows]
         target = (tile if out is None else out)[rows]
-        _stats_piece(tile[rows], bias, labels[rows], transform, stats.rows(rows.start, rows.stop), part, target)
+        _stats_piece(tile[rows], bias, labels[rows], transform, stats.rows(rows.start, rows.stop), part, masses, target)
 
 
 def _stats_piece(
@@ -66,9 +69,13 @@ def _stats_piece(
     transform: LogitTransform,
     stats: TokenStats,
     rescale: Tensor | None,
+    block_lse: Tensor | None,
     out: Tensor,
 ) -> None:
-    logits = _logits(tile, bias, transform)
+    logits = to_logits(tile, bias, transform)
+    if block_lse is not None:
+        for i, block in enumerate(logits.split(MASS_BLOCK, 1)):
+            torch.logsumexp(block, 1, out=block_lse[:, i])
     inside = (labels >= 0) & (labels < tile.shape[1])
     columns = labels.clamp(0, tile.shape[1] - 1)[:, None]
     label_logit = logits.gather(1, columns)[:, 0]
@@ -79,7 +86,7 @@ def _stats_piece(
     finite_max = new_max.masked_fill(new_max == -torch.inf, 0.0)
     drop = stats.max - finite_max
     shrink = drop.exp()
-    slope = 1.0 if rescale is None else _slope(logits, transform)
+    slope = 1.0 if rescale is None else logit_slope(logits, transform)
     shifted = logits.sub_(finite_max[:, None])
     exponential = shifted.exp()
     if stats.shifted_sum is not None and stats.square_sum is not None:
@@ -119,8 +126,8 @@ def scale_rows(matrix: Tensor, factors: Tensor) -> None:
 def _grad_piece(
     tile: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, grads: TokenGrads, out: Tensor
 ) -> None:
-    logits = _logits(tile, bias, transform)
-    slope = _slope(logits, transform)
+    logits = to_logits(tile, bias, transform)
+    slope = logit_slope(logits, transform)
     log_p = logits.sub_(grads.lse_value[:, None])
     if grads.only_logp:
         assert grads.logp is not None

@@ -6,7 +6,7 @@ from torch import Tensor
 from spo_kernels.kernels import scale_rows as rows_kernel
 from spo_kernels.kernels import tile_grad as grad_kernel
 from spo_kernels.kernels import tile_stats as stats_kernel
-from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
+from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats, mass_blocks
 
 TEMPORARIES = 0.0
 
@@ -35,6 +35,21 @@ def _check_out(tile: Tensor, out: Tensor | None) -> None:
         raise ValueError(f"out: expected {list(tile.shape)} on {tile.device}, got {list(out.shape)} on {out.device}")
 
 
+def _check_masses(tile: Tensor, block_lse: Tensor | None, rescale: Tensor | None) -> None:
+    if block_lse is None:
+        return
+    shape = (tile.shape[0], mass_blocks(tile.shape[1]))
+    if rescale is not None:
+        raise ValueError("block_lse cannot be had together with rescale")
+    if block_lse.dtype != torch.float32 or block_lse.shape != shape or block_lse.stride(1) != 1:
+        raise ValueError(
+            f"block_lse: expected a float32 {list(shape)} matrix with contiguous rows, "
+            f"got {block_lse.dtype} {list(block_lse.shape)}"
+        )
+    if block_lse.device != tile.device:
+        raise ValueError(f"block_lse is on {block_lse.device}, but the tile is on {tile.device}")
+
+
 def tile_stats(
     tile: Tensor,
     bias: Tensor | None,
@@ -43,11 +58,13 @@ def tile_stats(
     stats: TokenStats,
     rescale: Tensor | None,
     out: Tensor | None = None,
+    block_lse: Tensor | None = None,
 ) -> None:
     """See `TileBackend.tile_stats`."""
     _check(tile, bias, labels, {**vars(stats), "rescale": rescale})
     _check_out(tile, out)
-    stats_kernel.tile_stats(tile, bias, labels, transform, stats, rescale, out)
+    _check_masses(tile, block_lse, rescale)
+    stats_kernel.tile_stats(tile, bias, labels, transform, stats, rescale, out, block_lse)
 
 
 def tile_grad(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from spo_kernels.losses import LOSSES
 from spo_kernels.train.errors import TrainError
 
 # These may differ between a run and its resumption: they do not change the weights.
@@ -58,8 +59,8 @@ class TrainConfig:
         "objective",
         ("sft", "preference"),
     )
-    loss: str = option("spo", "preference loss, a name in spo_kernels.losses.LOSSES", "objective")
-    base_loss: str | None = option(None, "loss that spo wraps (default: dpo)", "objective")
+    loss: str = option("spo", f"preference loss, see docs/objectives.md: {', '.join(sorted(LOSSES))}", "objective")
+    base_loss: str | None = option(None, "loss that spo wraps, any of the same (default: dpo)", "objective")
     beta: float | None = option(
         None, "scale of the implicit reward (default: the loss's own, 0.1 for dpo)", "objective"
     )

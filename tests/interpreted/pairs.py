@@ -123,15 +123,20 @@ def test_only_the_kernels_own_objectives_take_the_fast_path():
 
 
 @pytest.mark.parametrize("path", [None, "two_pass", "packed", "factorised"])
-@pytest.mark.parametrize("loss", ["dpo", "spo", SPO(penalty="hinge")], ids=["dpo", "spo", "hinge"])
+@pytest.mark.parametrize(
+    ("loss", "weighted"),
+    [("dpo", False), ("spo", False), (SPO(penalty="hinge"), False), ("spo", True)],
+    ids=["dpo", "spo", "hinge", "weighted"],
+)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_fused_spo_loss(monkeypatch, loss, packed, path):
-    """The whole call on both backends: the same loss, metrics and gradients."""
+def test_fused_spo_loss(monkeypatch, loss, packed, path, weighted):
+    """The whole call on both backends: the same loss, metrics and gradients; the kernel knows no token weights."""
     if path == "packed":  # each pair is then a group of its own
         monkeypatch.setattr(paths.PairProblem, "rows", lambda self, accumulators: max(self.pair_tokens))
     batch = random_batch((4, 9), 70, 8, ignored=0.2)
     cu_seqlens = torch.tensor([0, 9, 20, 20, 36]) if packed else None
     shape = (36,) if packed else (4, 9)
+    token_weights = torch.linspace(0, 2, 36).reshape(shape) if weighted else None
     results = {}
     for backend in ("torch", "triton"):
         hidden = batch.hidden.reshape(*shape, 8).clone().requires_grad_()
@@ -143,6 +148,7 @@ def test_fused_spo_loss(monkeypatch, loss, packed, path):
             loss=loss,
             ref_logps=torch.linspace(-40, -20, 4),
             cu_seqlens=cu_seqlens,
+            token_weights=token_weights,
             token_metrics=True,
             shift=True,
             path=path,

@@ -222,3 +222,8 @@ case(
     epsilon=0.1,
 )
 case("spo", f.weighted((1.0, partial(f.aot, b=0.1)), (1.0, f.sft_mean)), label="aot", base="aot")
+case("wpo", f.wpo)
+case("wpo", partial(f.wpo, clamp=False), label="trl", clamp=False)
+case("spo", f.weighted((1.0, f.wpo), (1.0, f.sft_mean)), label="wpo", base="wpo")
+case("tdpo", partial(f.tdpo, b=0.1, a=0.5))
+case("tdpo", partial(f.tdpo, b=0.2, a=1.0), label="1", beta=0.2, variant="tdpo1")

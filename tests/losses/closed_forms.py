@@ -199,6 +199,20 @@ def dpop(x: Points, b: float, lam: float) -> tuple[Array, Array, Array]:
     return -logsig(z), -b * sig(-z) * (1 + lam * (x.r_w <= 0)), b * sig(-z)
 
 
+def tdpo(x: Points, b: float, a: float) -> tuple[Array, Array, Array]:
+    z = b * (x.delta - a * (x.inputs["rejected_kl"] - x.inputs["chosen_kl"]))
+    return both(-logsig(z), -b * sig(-z))
+
+
+def wpo(x: Points, clamp: bool = True) -> tuple[Array, Array, Array]:
+    mean_w = (x.inputs["chosen_logp"] - x.inputs["chosen_log_sum_p2"]) / x.m_w
+    mean_l = (x.inputs["rejected_logp"] - x.inputs["rejected_log_sum_p2"]) / x.m_l
+    weight = np.exp(mean_w + mean_l)
+    weight = np.minimum(weight, 1.0) if clamp else weight
+    loss, g_w, g_l = dpo(x)
+    return weight * loss, weight * g_w, weight * g_l
+
+
 def log_ratio(x: Points, space: str, normalization: str) -> Array:
     w, lo = (x.p_w, x.p_l) if space == "policy_ratio" else (x.r_w, x.r_l)
     return w / x.m_w - lo / x.m_l if normalization == "mean" else w - lo

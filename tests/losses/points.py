@@ -18,6 +18,12 @@ INPUTS = {
     "rejected_probability": (0.0, 0.5),
     "kl": (-1.0, 4.0),
 }
+# sums over tokens, which fused_spo_loss finds where an objective asks for them
+TOKEN_INPUTS = {
+    f"{side}_{name}": bounds
+    for name, bounds in {"kl": (0.0, 30.0), "logp": (-60.0, 0.0), "log_sum_p2": (-60.0, 0.0)}.items()
+    for side in ("chosen", "rejected")
+}
 
 
 def random_points(count=256, seed=0):
@@ -27,7 +33,7 @@ def random_points(count=256, seed=0):
     scale = 10.0 ** draw.uniform(-2, 1.5, count)
     q_w, q_l = -n_w * draw.uniform(0.1, 4.0, count), -n_l * draw.uniform(0.1, 4.0, count)
     p_w, p_l = (np.minimum(q + scale * draw.normal(size=count), -1e-3) for q in (q_w, q_l))
-    inputs = {name: draw.uniform(*bounds, count) for name, bounds in INPUTS.items()}
+    inputs = {name: draw.uniform(*bounds, count) for name, bounds in (INPUTS | TOKEN_INPUTS).items()}
     return Points(p_w, p_l, q_w, q_l, n_w, n_l, inputs)
 
 
@@ -47,7 +53,7 @@ def extreme_points(size):
         (-3.0, -2.25, -2.0, -1.0, 1, 1),
     ]
     columns = [np.array(column) for column in zip(*rows, strict=True)]
-    inputs = {name: np.linspace(*bounds, len(rows)) for name, bounds in INPUTS.items()}
+    inputs = {name: np.linspace(*bounds, len(rows)) for name, bounds in (INPUTS | TOKEN_INPUTS).items()}
     return Points(*columns, inputs)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from spo_kernels import fused_spo_loss
 from spo_kernels.losses import PairLogps, build_loss, needs_inputs, needs_reference
-from spo_kernels.losses.pairs import coupling_of
+from spo_kernels.losses.pairs import coupling_of, token_outputs_of
 from spo_kernels.testing import eager_logprob, random_batch, worst_error
 
 from .cases import CASES
@@ -33,23 +33,32 @@ def make_batch():
 
 
 BATCH, REFERENCE, INPUT_VALUES = make_batch()
+# those that need the reference's logits too are in tests/test_kl.py
+FUSED = {
+    label: case
+    for label, case in CASES.items()
+    if "kl" not in token_outputs_of(build_loss(case.name, **case.hyperparameters))
+}
 
 
 def leaves(dtype):
     return [tensor.to(dtype, copy=True).requires_grad_() for tensor in (BATCH.hidden, BATCH.weight)]
 
 
+def pairs_of(hidden, weight, dtype):
+    """The batch as an objective sees it, from logits in one precision."""
+    logp, extras = eager_logprob(hidden, weight, BATCH.labels, dtype=dtype, outputs=("log_sum_p2",))
+    inputs = {name: value.to(dtype) for name, value in INPUT_VALUES.items()}
+    for name, values in (("logp", logp), ("log_sum_p2", extras["log_sum_p2"])):
+        inputs[f"chosen_{name}"], inputs[f"rejected_{name}"] = values.detach().sum(-1).chunk(2)
+    lengths = torch.tensor(LENGTHS)
+    return PairLogps(*logp.sum(-1).chunk(2), *REFERENCE.to(dtype).chunk(2), *lengths.chunk(2), inputs=inputs)
+
+
 def eager(case, dtype):
     """With the logits, the sums and the objective in one precision; the whole batch at once."""
     hidden, weight = leaves(dtype)
-    sums = eager_logprob(hidden, weight, BATCH.labels, dtype=dtype).sum(-1)
-    lengths = torch.tensor(LENGTHS)
-    pairs = PairLogps(
-        *sums.chunk(2),
-        *REFERENCE.to(dtype).chunk(2),
-        *lengths.chunk(2),
-        inputs={name: value.to(dtype) for name, value in INPUT_VALUES.items()},
-    )
+    pairs = pairs_of(hidden, weight, dtype)
     loss = build_loss(case.name, **case.hyperparameters)(pairs).mean()
     loss.backward()
     return loss.detach(), hidden.grad, weight.grad
@@ -75,12 +84,13 @@ def fused(case, dtype, *, packed=False, **options):
 
 
 def paths(case):
-    separable = coupling_of(build_loss(case.name, **case.hyperparameters)) != "batch"
+    objective = build_loss(case.name, **case.hyperparameters)
+    separable = coupling_of(objective) != "batch" and not token_outputs_of(objective)
     return ("two_pass", "packed", "factorised") if separable else ("two_pass",)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
 def test_float64(case, packed):
     truth = eager(case, torch.float64)
     for path in paths(case):
@@ -91,7 +101,7 @@ def test_float64(case, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
 def test_float32(backend, case, packed):
     """At most twice eager float32's own worst error, and eight roundings of the largest element."""
     truth, same = eager(case, torch.float64), eager(case, torch.float32)
@@ -107,6 +117,7 @@ class Spy:
 
     def __init__(self, objective):
         self.objective = objective
+        self.token_outputs = token_outputs_of(objective)
 
     def __call__(self, pairs):
         self.pairs = pairs
@@ -115,7 +126,7 @@ class Spy:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
 def test_half_precision_hidden_states_give_the_same_coefficients(case, dtype):
     """Coefficients in float32 from half-precision states, against float64 from the same states."""
     objective = build_loss(case.name, **case.hyperparameters)
@@ -128,9 +139,7 @@ def test_half_precision_hidden_states_give_the_same_coefficients(case, dtype):
         options["pair_inputs"] = {name: INPUT_VALUES[name].float() for name in needs_inputs(objective)}
     loss, _ = fused_spo_loss(hidden.requires_grad_(), weight, BATCH.labels, loss=found, **options)
     loss.backward()
-    sums = eager_logprob(hidden.double(), weight.double(), BATCH.labels, dtype=torch.float64).sum(-1)
-    pairs = PairLogps(*sums.chunk(2), *REFERENCE.chunk(2), *torch.tensor(LENGTHS).chunk(2), inputs=INPUT_VALUES)
-    wanted(pairs).mean().backward()
+    wanted(pairs_of(hidden.double(), weight.double(), torch.float64)).mean().backward()
     for side in ("chosen", "rejected"):
         coefficient, truth = getattr(found.pairs, side).grad, getattr(wanted.pairs, side).grad
         assert (coefficient is None) == (truth is None), side

@@ -1,0 +1,151 @@
+"""Running statistics: changed by training only, once a batch, saved and restored through any wrapper."""
+
+import numpy as np
+import pytest
+import torch
+
+from spo_kernels import fused_spo_loss
+from spo_kernels.losses import SPO, DrDPO, WeightedSum, build_loss, needs_inputs, needs_reference
+from spo_kernels.losses.state import RunningState, batch_moments
+from spo_kernels.testing import random_batch
+
+from .closed_forms import logsig
+from .points import as_pairs, random_points
+
+STATEFUL = ("alpha_dpo_code", "bco", "beta_dpo")
+each_stateful = pytest.mark.parametrize("name", STATEFUL)
+
+
+def losses_of(objective, seed):
+    return objective(as_pairs(random_points(8, seed))).detach()
+
+
+@each_stateful
+def test_three_batches(name):
+    """Against the recurrences, written out."""
+    objective, mean, std = build_loss(name), 0.0, 0.0
+    for step in range(3):
+        x = random_points(8, step)
+        if name == "alpha_dpo_code":
+            gap = x.r_w / x.n_w - x.r_l / x.n_l
+            mean, std = 0.9 * mean + 0.1 * gap.mean(), 0.9 * std + 0.1 * gap.std(ddof=1)
+            truth = -logsig(10 * (x.p_w / x.n_w - x.p_l / x.n_l - 0.03 - 0.005 * (gap - mean) / std))
+        elif name == "bco":
+            batch_mean = 0.1 * np.concatenate([x.r_w, x.r_l]).mean()
+            mean += (batch_mean - mean) / (step + 1)
+            truth = -logsig(0.1 * x.r_w - mean) - logsig(mean - 0.1 * x.r_l)
+        else:
+            mean = 0.9 * mean + 0.1 * x.delta.mean()
+            truth = -logsig(np.maximum(1e-3, 0.1 * (1 + 0.6 * (x.delta - mean))) * x.delta)
+        np.testing.assert_allclose(losses_of(objective, step).numpy(), truth, rtol=1e-10)
+
+
+@each_stateful
+def test_evaluation_changes_nothing(name):
+    objective = build_loss(name)
+    losses_of(objective, 0)
+    before = objective.state_dict()
+    with torch.no_grad():
+        losses_of(objective, 1)
+    with torch.inference_mode():
+        losses_of(objective, 1)
+    assert objective.state_dict() == before
+    assert needs_reference(objective) and needs_inputs(objective) == ()
+    assert objective.state_dict() == before, "asking what it needs is not training either"
+
+
+WRAPPERS = {
+    "itself": lambda objective: objective,
+    "spo": SPO,
+    "spo-dr_dpo": lambda objective: SPO(DrDPO(objective)),
+    "sum": lambda objective: WeightedSum((build_loss("dpo"), objective, build_loss("sft")), (1, 1, 1)),
+}
+
+
+@each_stateful
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_resumed_like_never_stopped(name, wrap):
+    straight = wrap(build_loss(name))
+    losses_of(straight, 0)
+    losses_of(straight, 1)
+    saved = straight.state_dict()
+    assert saved and all(value.ndim == 0 and value.device.type == "cpu" for value in saved.values())
+    resumed = wrap(build_loss(name))
+    resumed.load_state_dict(saved)
+    losses_of(straight, 2)
+    assert saved == resumed.state_dict(), "a saved state is a copy"
+    losses_of(resumed, 2)
+    assert torch.equal(losses_of(straight, 3), losses_of(resumed, 3))
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_foreign_state_is_refused(wrap):
+    with pytest.raises(ValueError, match=r"state has \['wrong'\], expected \['"):
+        wrap(build_loss("bco")).load_state_dict({"wrong": torch.zeros(())})
+
+
+def test_objects_do_not_share_their_state():
+    first, second = build_loss("bco"), build_loss("bco")
+    losses_of(first, 0)
+    assert first.state_dict() != second.state_dict() and first == second
+
+
+def test_no_state():
+    assert SPO().state_dict() == {}
+    SPO().load_state_dict({})
+
+
+@each_stateful
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_once_a_batch(name, reduction):
+    """Through fused_spo_loss, with a trained head too."""
+    batch = random_batch((6, 5), 17, 8)
+    reference = torch.linspace(-20, -10, 6)
+    objective, other = build_loss(name), build_loss(name)
+    loss, _ = fused_spo_loss(
+        batch.hidden.requires_grad_(),
+        batch.weight.requires_grad_(),
+        batch.labels,
+        ref_logps=reference,
+        loss=objective,
+        reduction=reduction,
+    )
+    loss.sum().backward()
+    spied = []
+    fused_spo_loss(
+        batch.hidden, batch.weight, batch.labels, ref_logps=reference, loss=lambda p: spied.append(p) or p.chosen
+    )
+    other(spied[0])
+    assert objective.state_dict() == other.state_dict()
+
+
+def test_running_state():
+    state = RunningState(mean=1.0)
+    like = torch.zeros((), dtype=torch.float32)
+    assert state.get("mean", like).dtype == torch.float32
+    state.update(mean=torch.tensor(2.0, requires_grad=True))
+    assert state.get("mean", like) == 2 and not state.get("mean", like).requires_grad
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 9])
+def test_batch_moments(count):
+    values = torch.arange(count, dtype=torch.float64) ** 2
+    mean, std = batch_moments(values)
+    assert mean == (values.mean() if count else 0)
+    assert torch.allclose(std, values.std() if count > 1 else torch.zeros((), dtype=torch.float64))
+
+
+def _process(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    parts = (torch.tensor([1.0, 5.0, 2.0]), torch.tensor([-3.0, 7.0]))
+    mean, std = batch_moments(parts[rank])
+    both = torch.cat(parts)
+    torch.testing.assert_close(mean, both.mean())
+    torch.testing.assert_close(std, both.std())
+    with torch.no_grad():
+        assert batch_moments(parts[rank])[0] == parts[rank].mean(), "evaluation asks nobody"
+    torch.distributed.destroy_process_group()
+
+
+def test_statistics_are_of_all_processes(tmp_path):
+    torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
