@@ -7,6 +7,7 @@ from typing import Any
 
 from spo_kernels.losses import Objective, build_loss
 from spo_kernels.losses.needs import needs_inputs, needs_value
+from spo_kernels.losses.pairs import token_outputs_of
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
 
@@ -42,6 +43,11 @@ def build_objective(config: TrainConfig) -> Objective | None:
         raise TrainError(f"--loss {config.loss}: {error}") from error
     if config.spo_inner_steps and not needs_value(objective):
         raise TrainError("--spo-inner-steps needs --spo-penalty hinge: the gradient of nll has no value in it")
+    if "kl" in token_outputs_of(objective) and config.reference != "online":
+        raise TrainError(
+            f"--loss {config.loss} compares whole distributions with the reference's, not log-probs of tokens, "
+            "which is what is precomputed: it needs --reference online"
+        )
     return objective
 
 

@@ -9,6 +9,7 @@ import torch
 
 from spo_kernels.losses import LOSSES, build_loss
 from spo_kernels.losses.needs import needs_inputs
+from spo_kernels.losses.pairs import token_outputs_of
 from spo_kernels.losses.state import has_state
 
 from .conftest import Fails, Train, assert_close_weights, assert_same_weights, read_metrics, write_jsonl
@@ -28,15 +29,22 @@ def numbered(tmp_path: Path, pairs_file: Path) -> Path:
     return write_jsonl(tmp_path / "numbered.jsonl", [{**r, **n} for r, n in zip(rows, numbers, strict=True)])
 
 
+def reference_of(loss: str) -> tuple[str, ...]:
+    """Whole distributions of the reference can't be precomputed."""
+    return ("--reference", "online") if "kl" in token_outputs_of(build_loss(loss)) else ()
+
+
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_every_objective_trains(train: Train, tmp_path: Path, numbered: Path, loss: str) -> None:
-    output = run(train, tmp_path / "out", "--loss", loss, "--max-steps", 2, "--learning-rate", 1e-4, dataset=numbered)
+    options = ("--loss", loss, "--max-steps", 2, "--learning-rate", 1e-4, *reference_of(loss))
+    output = run(train, tmp_path / "out", *options, dataset=numbered)
     assert len(read_metrics(output, "train")) == 2
 
 
-@pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"spo", "mpo"}))
-def test_spo_wraps_every_objective(train: Train, tmp_path: Path, numbered: Path, loss: str) -> None:
-    output = run(train, tmp_path / "out", "--base-loss", loss, "--max-steps", 1, dataset=numbered)
+@pytest.mark.parametrize("loss", ["odpo", "simpo", "tdpo", "wpo"])
+def test_spo_wraps_other_objectives(train: Train, tmp_path: Path, numbered: Path, loss: str) -> None:
+    options = ("--base-loss", loss, "--max-steps", 1, *reference_of(loss))
+    output = run(train, tmp_path / "out", *options, dataset=numbered)
     assert len(read_metrics(output, "train")) == 1
 
 
@@ -69,6 +77,7 @@ INPUT_ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
     "sft": (("--stage", "sft", "--pair-input", "offset=x"), "the loss reads no input 'offset'; it reads: none"),
     "bad hyperparameter": (("--loss", "simpo", "--loss-arg", "gamma=-1"), "--loss simpo: gamma must be"),
     "text for a number": (("--loss", "simpo", "--loss-arg", "gamma=much"), "--loss simpo: gamma must be"),
+    "whole distributions": (("--loss", "tdpo"), "--loss tdpo compares whole distributions with the reference's"),
     "no beta": (("--loss", "sft", "--beta", 1), "--loss sft: loss 'sft' has no hyperparameter beta"),
 }
 
