@@ -112,6 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
     """What made the figures: command, commit, machine, versions."""
+    # without where the results went
+    arguments = [a for a in sys.argv[1:] if a not in ("--output-dir", str(options.output_dir))]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     cpus = Path("/proc/cpuinfo")
     names = (
@@ -120,7 +122,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         else {platform.processor()}
     )
     return {
-        "command": shlex.join(["python", "-m", "experiments.displacement", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "experiments.displacement", *arguments]),
         "commit": commit,
         "machine": ", ".join(sorted(names)) or platform.machine(),
         "threads": f"{options.processes} processes x {options.threads} threads",
