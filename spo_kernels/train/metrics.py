@@ -37,7 +37,8 @@ class Window:
 
     def add_pairs(self, pair_logps: Tensor, baseline: Tensor, lengths: Tensor) -> None:
         """Log-probs [2B] of a batch's responses, those that they are compared with, and token counts."""
-        self.pairs.append(torch.stack([v.to("cpu", torch.float64) for v in (pair_logps, baseline, lengths)]))
+        device = pair_logps.device
+        self.pairs.append(torch.stack([v.to(device, torch.float64) for v in (pair_logps, baseline, lengths)]))
 
     def count(self, units: int, tokens: int) -> None:
         """Units (of all processes) that the sums are over, and tokens processed."""
@@ -54,7 +55,7 @@ class Window:
 
     def diagnostics(self) -> dict[str, float]:
         """Of the pairs of all processes; nothing where none were added."""
-        batches = [batch for part in gather_object([self.pairs]) for batch in part]
+        batches = [batch for part in gather_object([self._pairs_on_cpu()]) for batch in part]
         if not batches:
             return {}
         logps, baseline, lengths = torch.cat([b.view(3, 2, -1) for b in batches], dim=-1)
@@ -63,7 +64,11 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """Without tokens: a resumed run counts them, like seconds, from where it starts."""
-        return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "units": self.units, "pairs": self.pairs}
+        sums = {k: v.cpu() for k, v in self.sums.items()}
+        return {"sums": sums, "units": self.units, "pairs": self._pairs_on_cpu()}
+
+    def _pairs_on_cpu(self) -> list[Tensor]:
+        return [pairs.cpu() for pairs in self.pairs]
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {k: v.to(device) for k, v in state["sums"].items()}
