@@ -17,6 +17,7 @@ RESUME_MAY_CHANGE = frozenset(
         "resume",
         "save_steps",
         "keep_checkpoints",
+        "diagnostics",
         "logging_steps",
         "eval_steps",
         "quiet",
@@ -68,7 +69,8 @@ class TrainConfig:
     spo_penalty: str | None = option(None, "form of the spo penalty: nll or hinge (default: nll)", "objective")
     spo_value: str | None = option(
         None,
-        "value in the hinge: reference, or input: column spo_value of the data (default: reference)",
+        "value in the hinge: reference, or input: column spo_value of the data (default: reference, unless "
+        "--spo-inner-steps computes it)",
         "objective",
     )
     spo_epsilon: float | None = option(None, "slack of the hinge, in nats (default: 0)", "objective")
