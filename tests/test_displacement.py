@@ -53,7 +53,10 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[s
         assert program.main([*map(str, options), "--output-dir", str(output)]) == 0
         assert (output / "displacement.png").read_bytes().startswith(b"\x89PNG")
         results = json.loads((output / "results.json").read_text())
-        assert (output / "results.md").read_text() == report.markdown(results)
+        made = [(output / name).read_bytes() for name in ("tables.md", "displacement.png")]
+        assert made[0].decode() == report.markdown(results)
+        assert program.main(["--render", str(output / "results.json")]) == 0
+        assert made == [(output / name).read_bytes() for name in ("tables.md", "displacement.png")]
         return results
 
     return command

@@ -54,6 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
+    parser.add_argument("--render", type=Path, help="only make table and figure again, from this results.json")
     builtin = parser.add_argument_group("built-in task")
     builtin.add_argument("--sft-steps", type=int, default=290, help="stops short of full marks (default: 290)")
     builtin.add_argument("--demonstrations", type=int, default=task.Size.demonstrations)
@@ -78,6 +79,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.render is not None:
+        write(json.loads(options.render.read_text()), options.render.parent)
+        return 0
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     began = time.perf_counter()
     made_by = about(options)
@@ -103,11 +107,16 @@ def main(arguments: list[str] | None = None) -> int:
     made_by["minutes"] = round((time.perf_counter() - began) / 60, 1)
     results = {"about": made_by, "sft": starts, "runs": runs}
     (options.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    text = report.markdown(results)
-    (options.output_dir / "results.md").write_text(text)
-    report.draw(results, options.output_dir / "displacement.png")
-    print(f"\n{text}\nwritten: {options.output_dir}/results.json, results.md, displacement.png")
+    write(results, options.output_dir)
     return 0
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """tables.md and displacement.png; the former to the screen too."""
+    text = report.markdown(results)
+    (folder / "tables.md").write_text(text)
+    report.draw(results, folder / "displacement.png")
+    print(f"\n{text}\nwritten: {folder}/tables.md, displacement.png")
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
