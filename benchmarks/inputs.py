@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from .settings import Setting
 
 LOGIT_STD = 4.0  # spread of the logits: mean log p near -4 at V = 32768, as a language model's
+FLAT_STD = 1.0
 CHUNK_BYTES = 64 << 20  # one tile of logits while labels are drawn
 
 
@@ -27,6 +29,45 @@ class Problem:
     def clear(self) -> None:
         self.hidden.grad = None
         self.weight.grad = None
+
+
+def hidden_weight(setting: Setting) -> tuple[Tensor, Tensor]:
+    """Hidden states and head that give the setting's kind of logits."""
+    if setting.logits == "lm":
+        return lm_hidden_weight(setting)
+    return random_hidden_weight(setting, FLAT_STD if setting.logits == "flat" else LOGIT_STD)
+
+
+def lm_hidden_weight(setting: Setting) -> tuple[Tensor, Tensor]:
+    """Logits like a language model's: a prior that falls with the token's id, and a few tokens that stand out.
+
+    `logit_v = -2.2 log(1 + v / 300) + Σ_k c_k <W_v, W_id_k>`, rows of W random with norm 1, 60 ids drawn log-uniformly
+    (so that low ids, which tokenizers give to frequent tokens, come often), `c_k = 9.7 - log k`. At V = 32768 and
+    H = 1024: 58 entries of the softmax above 2^-12 and 2.7 % of the mass below, on average.
+    """
+    torch.manual_seed(setting.seed)
+    tokens, vocab, width = 2 * setting.pairs * setting.tokens, setting.vocab, setting.hidden
+    weight = torch.randn(vocab, width) * width**-0.5
+    weight[:, 0] = -2.2 * torch.log1p(torch.arange(vocab) / 300.0)
+    hidden = torch.zeros(tokens, width)
+    for rank in range(1, 61):
+        drawn = 300.0 * (vocab / 300.0) ** torch.rand(tokens) - 300.0
+        hidden += (9.7 - math.log(rank)) * weight[drawn.long().clamp(0, vocab - 1)]
+    hidden[:, 0] = 1.0
+    dtype = setting.torch_dtype
+    return hidden.view(2 * setting.pairs, setting.tokens, width).to(dtype), weight.to(dtype)
+
+
+@torch.no_grad()
+def concentration(problem: Problem) -> dict[str, float]:
+    """Entries of the softmax above 2^-12 and the mass below, means over (at most 256) tokens."""
+    few = problem.hidden.flatten(0, 1)[:: max(1, problem.setting.rows // 256)].float()
+    p = (few @ problem.weight.float().t()).softmax(-1)
+    above = p > 2.0**-12
+    return {
+        "entries_above_2^-12": above.sum(1).double().mean().item(),
+        "mass_below_2^-12": (p * ~above).sum(1).double().mean().item(),
+    }
 
 
 def random_hidden_weight(setting: Setting, logit_std: float = LOGIT_STD) -> tuple[Tensor, Tensor]:
@@ -48,7 +89,7 @@ def random_problem(setting: Setting, logit_std: float = LOGIT_STD) -> Problem:
 
 def peaked_problem(setting: Setting) -> Problem:
     """Inputs whose labels are drawn from softmax(hidden @ weight.T), with pair margins near zero."""
-    hidden, weight = random_hidden_weight(setting)
+    hidden, weight = hidden_weight(setting)
     draws, logps = draw_labels(hidden.flatten(0, 1), weight)
     shape = (2 * setting.pairs, setting.tokens, 2)
     labels = balance_pairs(draws.view(shape), logps.view(shape))

@@ -12,7 +12,7 @@ from .variant import Variant
 
 
 def all_variants(setting: Setting, layouts: dict[str, Layout] | None = None) -> dict[str, Variant]:
-    listed = [*floor_variants(setting, layouts), *naive.VARIANTS, *peers.VARIANTS, *our_variants()]
+    listed = [*floor_variants(setting, layouts), *naive.VARIANTS, *peers.VARIANTS, *our_variants(setting)]
     return {variant.name: variant for variant in listed}
 
 

@@ -50,7 +50,7 @@ def compare(setting: Setting, plan: Plan, names: list[str], start: Launch = laun
     """Measure the named variants. Returns the report that `--json` writes."""
     facts = describe_machine(setting.threads)
     with tempfile.TemporaryDirectory(prefix="spo-bench-") as folder:
-        files, truth, tiles = prepare(setting, plan, Path(folder))
+        files, truth, tiles, concentration = prepare(setting, plan, Path(folder))
         layouts = fastest(tiles)
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for turn in range(plan.rounds):
@@ -70,12 +70,15 @@ def compare(setting: Setting, plan: Plan, names: list[str], start: Launch = laun
         "plan": vars(plan),
         "machine": facts,
         "floor_tiles_ms": tiles,
+        "concentration": concentration,
         "float64_loss": truth,
         "rows": rows,
     }
 
 
-def prepare(setting: Setting, plan: Plan, folder: Path) -> tuple[dict[str, str], float | None, dict[str, Any]]:
+def prepare(
+    setting: Setting, plan: Plan, folder: Path
+) -> tuple[dict[str, str], float | None, dict[str, Any], dict[str, float]]:
     """Write the inputs and the float64 truth, and time the tilings of the floor."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
@@ -93,10 +96,11 @@ def prepare(setting: Setting, plan: Plan, folder: Path) -> tuple[dict[str, str],
         del solved
     say("tilings of the bare products")
     tiles = calibrate(problem)
+    concentration = inputs.concentration(problem)
     # The workers need what this process no longer does.
     del problem
     release_freed_memory()
-    return files, truth, tiles
+    return files, truth, tiles, concentration
 
 
 def make_job(

@@ -12,7 +12,7 @@ from .launch import launch
 from .machine import machine_line
 from .providers import all_variants, select
 from .rounds import Launch, Plan, compare, default_limit
-from .settings import DTYPES, Setting
+from .settings import DTYPES, LOGITS, Setting
 
 GIB = 2**30
 
@@ -24,6 +24,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_shape(made, pairs=2, tokens=512, hidden=1024, vocab=32768)
+    made.add_argument(
+        "--logits",
+        choices=LOGITS,
+        default="random",
+        help="distributions: spread at random (std 4), like a language model's, or flat (std 1); the last two also "
+        "list the sparse backward",
+    )
     made.add_argument("--variants", help="comma-separated names or shell patterns (default: all; with --long: a few)")
     made.add_argument("--list", action="store_true", help="print the variants and leave")
     made.add_argument("--rounds", type=positive, default=3, help="processes per variant, interleaved")
@@ -68,6 +75,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
         frozen=options.frozen_head,
         threads=options.threads,
         seed=options.seed,
+        logits=getattr(options, "logits", "random"),
     )
 
 
@@ -113,10 +121,18 @@ def run_table(setting: Setting, plan: Plan, names: list[str], start: Launch) -> 
     chosen = {kind: min(times, key=times.__getitem__) for kind, times in report["floor_tiles_ms"].items()}
     tiles = ", ".join(f"{kind} {tile} ({report['floor_tiles_ms'][kind][tile]:.0f} ms)" for kind, tile in chosen.items())
     print(f"floor: fastest tiling (rows x columns) of each product: {tiles}")
+    found = report["concentration"]
+    print(
+        f"softmax: {found['entries_above_2^-12']:.1f} entries above 2^-12 a token, "
+        f"{found['mass_below_2^-12']:.2%} of the mass below"
+    )
     if report["float64_loss"] is not None:
         print(f"float64 loss: {report['float64_loss']:.6f}")
     print()
     print(table.render(setting, report["rows"]))
+    model = table.cost_model(report["rows"])
+    if model is not None:
+        print(model)
     return report
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOGITS = ("random", "lm", "flat")
 PHASES = ("memory", "time", "accuracy")
 
 
@@ -25,6 +26,7 @@ class Setting:
     threads: int = 0  # 0: what torch chooses
     beta: float = 0.1
     seed: int = 0
+    logits: str = "random"  # what distributions the inputs give, see `inputs`
 
     @property
     def rows(self) -> int:
@@ -50,7 +52,7 @@ class Setting:
         head = "frozen" if self.frozen else "trained"
         return (
             f"{self.pairs} pairs x 2 x {self.tokens} tokens (N={self.rows}), H={self.hidden}, V={self.vocab}, "
-            f"{self.dtype}, head {head}, DPO beta {self.beta:g}, reference log-probs 0"
+            f"{self.dtype}, head {head}, DPO beta {self.beta:g}, reference log-probs 0, {self.logits} logits"
         )
 
 

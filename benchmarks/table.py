@@ -7,6 +7,8 @@ from typing import Any
 
 from .settings import Setting
 
+# GEMM-equivalents of a path, as in spo_kernels.paths, which this module must not import
+PATH_PRODUCTS = {"packed": 3, "factorised": 3, "two_pass": 4}
 MIB = 2**20
 Row = dict[str, Any]
 
@@ -67,11 +69,34 @@ def quantile(ordered: list[float], share: float) -> float:
 
 
 def add_ratios(setting: Setting, rows: list[Row]) -> None:
-    """`x_floor`: GE over the floor's GE (4 products, frozen head: 2), None where the floor was not measured."""
-    floor = next((row for row in rows if row["variant"] == f"floor-{setting.products}"), None)
-    base = floor.get("ge") if floor else None
-    for row in rows:
-        row["x_floor"] = row["ge"] / base if base and "ge" in row else None
+    """`x_floor`: GE over the floor's GE (4 products, frozen head: 2), None where the floor was not measured.
+
+    `x_three`: over the GE of three products, which is what a loss of pairs needs.
+    """
+    for key, products in (("x_floor", setting.products), ("x_three", 3)):
+        floor = next((row for row in rows if row["variant"] == f"floor-{products}"), None)
+        base = floor.get("ge") if floor else None
+        for row in rows:
+            row[key] = row["ge"] / base if base and "ge" in row else None
+
+
+def cost_model(rows: list[Row]) -> str | None:
+    """What `paths.py` predicts of this library's paths beside what was measured; None without those rows.
+
+    Both relative to two_pass, so that the speed of a product does not matter.
+    """
+    prefix = "ours-cpp-"
+    measured = {
+        row["variant"].removeprefix(prefix): row["ge"] for row in rows if prefix in row["variant"] and "ge" in row
+    }
+    if len(measured) < 2 or "two_pass" not in measured:
+        return None
+    base, expected = measured.pop("two_pass"), PATH_PRODUCTS["two_pass"]
+    parts = [
+        f"{path} predicted {PATH_PRODUCTS[path] / expected:.2f}, measured {ge / base:.2f}"
+        for path, ge in measured.items()
+    ]
+    return f"cost model, time over two_pass's: {'; '.join(parts)}"
 
 
 def columns(setting: Setting) -> list[tuple[str, Any]]:
@@ -93,6 +118,7 @@ def columns(setting: Setting) -> list[tuple[str, Any]]:
         ("p20", plain("ms_p20", 0)),
         ("p80", plain("ms_p80", 0)),
         ("GE", plain("ge", 2)),
+        *([] if setting.frozen else [("x3prod", plain("x_three", 2))]),
         (f"x{setting.products}prod", plain("x_floor", 2)),
         ("extra", plain("extra_mib", 0)),
         ("-dH" if setting.frozen else "-dH-dW", not_for_floor("beyond_gradients_mib")),
@@ -116,11 +142,11 @@ def number(value: float | None, spec: str) -> str:
 
 LEGEND = """\
 ms: forward + backward, median of the rounds' medians; min, p20, p80 over all samples. GE: ms over the ms of one
-bare [N,H] x [H,V] product timed beside it. x{products}prod: GE over the GE of floor-{products}. MiB: extra = peak
-above RSS before the call (inputs resident, one warm-up made); {beyond} = extra without those outputs; kept = what
-the first call left resident (caches, code; no gradients); RSS = peak of the whole process. Errors against float64 on
-the same inputs: worst token and worst {tokens}-token sum in nats (token outputs summed in fp32), relative Frobenius
-error of dH and dW."""
+bare [N,H] x [H,V] product timed beside it. xKprod: GE over the GE of floor-K. MiB: extra = peak above RSS before the
+call (inputs resident, one warm-up made); {beyond} = extra without those outputs; kept = what the first call left
+resident (caches, code; no gradients); RSS = peak of the whole process. Errors against float64 on the same inputs:
+worst token and worst {tokens}-token sum in nats (token outputs summed in fp32), relative Frobenius error of dH and
+dW."""
 
 
 def render(setting: Setting, rows: list[Row]) -> str:
@@ -145,5 +171,5 @@ def render(setting: Setting, rows: list[Row]) -> str:
         lines.append("  ".join(padded) + notes.get(place, ""))
     lines.append("")
     beyond = "-dH" if setting.frozen else "-dH-dW"
-    lines.append(LEGEND.format(products=setting.products, beyond=beyond, tokens=setting.tokens))
+    lines.append(LEGEND.format(beyond=beyond, tokens=setting.tokens))
     return "\n".join(lines)

@@ -5,7 +5,6 @@
 
 #include <array>
 #include <cstdint>
-#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -42,24 +41,9 @@ void tile_grad(std::uintptr_t tile, int64_t rows, int64_t columns, std::uintptr_
                  threads);
 }
 
-// The products that this build has and this machine can run.
-std::map<std::string, spo::ProductFunction> usable_products() {
-  std::map<std::string, spo::ProductFunction> usable;
-#if defined(__x86_64__) && defined(__GNUC__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (avx2 && spo::product_avx2() != nullptr) usable["avx2"] = spo::product_avx2();
-  if (avx512 && spo::product_avx512() != nullptr) usable["avx512"] = spo::product_avx512();
-  if (bf16 && spo::product_avx512_bf16() != nullptr) usable["avx512_bf16"] = spo::product_avx512_bf16();
-#endif
-  return usable;
-}
-
 py::list product_names() {
   py::list names;
-  for (const auto& entry : usable_products()) names.append(entry.first);
+  for (const auto* product = spo::usable_products(); product->run != nullptr; ++product) names.append(product->name);
   return names;
 }
 
@@ -83,14 +67,14 @@ spo::Operand operand(const OperandTuple& from, const char* list_name, int64_t ro
 
 void product(const std::string& name, const OperandTuple& a, const OperandTuple& b,
              const std::array<std::int64_t, 4>& out, int64_t m, int64_t n, int64_t k, bool accumulate, int threads) {
-  static const auto usable = usable_products();
-  const auto found = usable.find(name);
-  if (found == usable.end()) throw std::invalid_argument("product '" + name + "' cannot run on this machine");
+  const auto* chosen = spo::usable_products();
+  while (chosen->run != nullptr && name != chosen->name) ++chosen;
+  if (chosen->run == nullptr) throw std::invalid_argument("product '" + name + "' cannot run on this machine");
   const spo::Operand left = operand(a, "a_rows", m), right = operand(b, "b_rows", k);
   const spo::Result result{at<float>(static_cast<std::uintptr_t>(out[0])), out[1],
                            row_list("out_rows", static_cast<std::uintptr_t>(out[2]), m, out[3])};
   py::gil_scoped_release released;
-  found->second(left, right, result, {m, n, k}, accumulate, threads);
+  chosen->run(left, right, result, {m, n, k}, accumulate, threads);
 }
 
 bool made_by_amd() {

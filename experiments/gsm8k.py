@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build_model(folder: Path, corpus: Path) -> int:
+def build_model(folder: Path, corpus: Path, vocabulary: int = VOCABULARY) -> int:
     """A random Llama and a byte-level BPE tokenizer trained on the SFT text; returns its parameters."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
@@ -84,7 +84,7 @@ def build_model(folder: Path, corpus: Path) -> int:
     special = ["<pad>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     rows = [json.loads(line) for line in corpus.read_text().split("\n") if line]
     tokenizer.train_from_iterator((row[key] for row in rows for key in ("prompt", "completion")), trainer)
@@ -92,7 +92,7 @@ def build_model(folder: Path, corpus: Path) -> int:
 
     set_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=704,
         num_hidden_layers=4,

@@ -2,6 +2,7 @@
 
 from spo_kernels._backend import BackendStatus, backend_info
 from spo_kernels._version import __version__
+from spo_kernels.kl import linear_kl
 from spo_kernels.logprob import linear_logprob
 from spo_kernels.loss import fused_spo_loss
 from spo_kernels.sequences import sequence_logps
@@ -13,6 +14,7 @@ __all__ = [
     "__version__",
     "backend_info",
     "fused_spo_loss",
+    "linear_kl",
     "linear_logprob",
     "sequence_logps",
 ]

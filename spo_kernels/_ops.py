@@ -174,19 +174,16 @@ def linear_logprob_fwd(
         else:
             gradient = logp_grad.view(-1, hidden.shape[-1]) if need_logp_grad else None
             stats = forward(*common, moments=moments, logp_grad=gradient)
-    log_sum = stats.sum.log()
-    lse = stats.max + log_sum
-    entropy = log_sum_p2 = dropped_mass = kept_share = None
-    if stats.shifted_sum is not None and stats.square_sum is not None:
-        entropy = log_sum - stats.shifted_sum / stats.sum
-        log_sum_p2 = stats.square_sum.log() - 2.0 * log_sum
+    lse = stats.lse
+    entropy, log_sum_p2 = (stats.entropy, stats.log_sum_p2) if moments else (None, None)
+    dropped_mass = kept_share = None
     code_counts = torch.full(codes.shape[:1], _EXACT)
     if wanted.mode != "exact":
         dropped_mass, kept_share = torch.zeros_like(lse), torch.ones_like(lse)
     if sparse:
         code_counts = torch.tensor(found.kept.counts)
         dropped_mass, kept_share = found.dropped_mass, found.kept_share
-    always = (stats.label_logit - lse, lse, stats.label_logit == stats.max)
+    always = (stats.logp, lse, stats.label_logit == stats.max)
     values = (*always, entropy, log_sum_p2, dropped_mass, kept_share)
     outputs = (lse.new_empty(0) if v is None else counted.spread(v, labels.shape) for v in values)
     return (*outputs, logp_grad, padded_positions, count, codes, code_counts)

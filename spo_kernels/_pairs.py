@@ -14,8 +14,8 @@ from spo_kernels._memory import in_huge_pages
 from spo_kernels._products import accumulator_dtype
 from spo_kernels.tiles.spec import TokenGrads, TokenStats
 
-# log-probabilities of a tile's tokens to the coefficients that scale their gradients
-Coefficients = Callable[[Tensor], Tensor]
+# statistics of a tile's tokens to the coefficients that scale the gradients of their log-probabilities
+Coefficients = Callable[[TokenStats], Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ class KeptTiles:
         bias = self._head.bias_slice(0, self._vocab, self._wide)
         tiles, transform = self._backend.tiles, self._head.transform
         tiles.tile_stats(tile, bias, tokens.labels, transform, stats, None)
-        lse = stats.max + stats.sum.log()
-        grads = TokenGrads(lse_value=lse, logp=coefficients(stats.label_logit - lse))
+        grads = TokenGrads(lse_value=stats.lse, logp=coefficients(stats))
         tiles.tile_grad(tile, bias, tokens.labels, transform, grads, out)
         self._multiply(tile if out is None else out, states, tokens, sums, hidden_out, accumulate)
         return stats

@@ -99,16 +99,21 @@ class VendorProducts:
         a = a.to(b.dtype)
         if out_rows is not None:
             part = out.new_empty((a.shape[0], b.shape[1]))
-            self.matmul(a, b, part)
+            _multiply(a, b, part, accumulate=False)
             out.index_add_(0, out_rows, part) if accumulate else out.index_copy_(0, out_rows, part)
-        elif b.dtype != out.dtype and accumulate:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        elif b.dtype != out.dtype:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        elif accumulate:
-            out.addmm_(a, b)
         else:
-            torch.mm(a, b, out=out)
+            _multiply(a, b, out, accumulate=accumulate)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    if b.dtype != out.dtype and accumulate:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif b.dtype != out.dtype:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif accumulate:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
 
 
 def _check_row_lists(out: Tensor, **lists: Tensor | None) -> None:

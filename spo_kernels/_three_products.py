@@ -1,6 +1,7 @@
 """A pair loss and its gradients in three products, for a trained head; see `paths.py`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +17,7 @@ from spo_kernels._pair_loss import PairKernel
 from spo_kernels._pairs import GradientSums, KeptTiles
 from spo_kernels._products import accumulator_dtype
 from spo_kernels.logprob import LogprobCall
-from spo_kernels.losses.pairs import Objective, PairInputs, coupling_of, pair_losses, token_outputs_of
+from spo_kernels.losses.pairs import Objective, PairInputs, by_side, coupling_of, pair_losses, token_outputs_of
 from spo_kernels.paths import PairProblem, PathPlan, choose_path
 from spo_kernels.sequences import sum_segments
 from spo_kernels.tiles.spec import LogitTransform, TokenStats
@@ -39,8 +40,8 @@ def plan_path(
     # the path depends on lengths, which are not known while a CUDA graph is recorded
     if not trained or per_pair or traced or tokens.numel() == 0 or capturing(call.labels):
         return PathPlan("two_pass", 4)
-    needed = token_outputs_of(objective)
-    reason = f"its objective needs {', '.join(needed)} of every token" if needed else None
+    names = token_outputs_of(objective)
+    reason = "its objective needs kl, which has a gradient of its own" if "kl" in names else None
     if call.options.sparsity.mode != "exact":
         reason = "a sparse backward takes two passes"
     if reason is not None and forced in ("packed", "factorised"):
@@ -57,6 +58,7 @@ def plan_path(
     budget = workspace_budget(call.options.workspace_bytes, hidden.device.type)
     problem = PairProblem(
         coupling=coupling_of(objective),
+        whole_pairs=bool(names),
         pair_tokens=tuple((chosen + rejected).tolist()),
         direct=direct,
         vocab=vocab,
@@ -143,24 +145,33 @@ class PairCall:
         """A tile of `rows` tokens."""
         return KeptTiles(states, head, self.backend, rows, self.plan.columns, moments=self.moments)
 
-    def differentiate(self, sums: Tensor, pairs: range) -> tuple[Tensor, Tensor]:
-        """Losses of consecutive pairs, and the whole loss's derivatives by their log-probabilities, chosen first."""
+    def differentiate(
+        self, sums: Tensor, pairs: range, named: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of consecutive pairs, and the whole loss's derivatives by their log-probabilities, chosen first.
+
+        `named` are inputs of these pairs beside the call's.
+        """
         with torch.enable_grad():
             leaf = sums.detach().requires_grad_()
-            losses = pair_losses(self.objective, self.inputs.pairs(leaf, pairs.start, pairs.stop))
+            seen = self.inputs.pairs(leaf, pairs.start, pairs.stop)
+            losses = pair_losses(self.objective, replace(seen, inputs={**seen.inputs, **(named or {})}))
             total = losses.sum() * self.loss_scale
             slopes = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)
         return losses.detach(), slopes[0]
 
     def differentiate_tokens(
-        self, logp: Tensor, labels: Tensor, weights: Tensor | None, lengths: list[int], pairs: range
+        self, stats: TokenStats, labels: Tensor, weights: Tensor | None, lengths: list[int], pairs: range
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and sums of consecutive pairs, and the whole loss's derivatives by their tokens, chosen first."""
+        logp = stats.logp
         if self.kernel is not None:
             return self.kernel.differentiate(logp, labels, lengths, pairs, self.loss_scale)
         repeats = torch.tensor(lengths, device=logp.device)
         sums = sum_segments(logp, repeats, weights)
-        losses, slopes = self.differentiate(sums, pairs)
+        names = token_outputs_of(self.objective)
+        named = by_side({name: sum_segments(getattr(stats, name), repeats) for name in names})
+        losses, slopes = self.differentiate(sums, pairs, named)
         slopes = slopes.repeat_interleave(repeats)
         return losses, sums, slopes if weights is None else slopes * weights
 
@@ -169,7 +180,7 @@ class PairCall:
         if stats.shifted_sum is None:
             return
         found = {
-            "entropy": (stats.sum.log() - stats.shifted_sum / stats.sum).sum(),
+            "entropy": stats.entropy.sum(),
             "mean_token_accuracy": (stats.label_logit == stats.max)[:chosen].sum().float(),
         }
         for name, value in found.items():
@@ -251,13 +262,13 @@ def _packed(
     for number, (pairs, tokens, weights, lengths) in enumerate(groups):
 
         def coefficients(
-            logp: Tensor,
+            stats: TokenStats,
             pairs: range = pairs,
             tokens: TokenRows = tokens,
             weights: Tensor | None = weights,
             lengths: list[int] = lengths,
         ) -> Tensor:
-            losses, sums, slopes = call.differentiate_tokens(logp, tokens.labels, weights, lengths, pairs)
+            losses, sums, slopes = call.differentiate_tokens(stats, tokens.labels, weights, lengths, pairs)
             all_losses.append(losses)
             all_sums.append(sums.view(2, -1))
             return slopes
@@ -322,11 +333,11 @@ def _unscaled(
         stop = min(start + tiles.rows, call.bounds[sequence + 1])
         weights = 1.0 if call.token_weights is None else call.token_weights[start:stop]
 
-        def coefficients(logp: Tensor, weights: Tensor | float = weights) -> Tensor:
-            return torch.full_like(logp, sign) * weights
+        def coefficients(stats: TokenStats, weights: Tensor | float = weights) -> Tensor:
+            return torch.full_like(stats.max, sign) * weights
 
         stats = tiles.run(call.select(start, stop), coefficients, unscaled, grad_hidden, accumulate=not fresh)
-        total += ((stats.label_logit - stats.max - stats.sum.log()) * weights).sum()
+        total += (stats.logp * weights).sum()
         call.count_metrics(stats, chosen=stats.max.numel() if sequence < call.pairs else 0)
         fresh = False
     return total

@@ -14,7 +14,7 @@ from spo_kernels._three_products import plan_path, three_products
 from spo_kernels.kl import linear_kl
 from spo_kernels.logprob import OUTPUTS, LogprobCall, prepare_call
 from spo_kernels.losses import Objective, PairLogps, implicit_rewards, named_loss
-from spo_kernels.losses.pairs import PairInputs, check_choice, pair_losses, token_outputs_of
+from spo_kernels.losses.pairs import PairInputs, by_side, check_choice, pair_losses, token_outputs_of
 from spo_kernels.paths import PATHS
 from spo_kernels.sequences import (
     check_cu_seqlens,
@@ -122,15 +122,10 @@ def fused_spo_loss(
         "backend": backend,
     }
     labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
-    if token_weights is not None:
-        check_token_weights("token_weights", token_weights, labels)
-        token_weights = token_weights.detach()
-    if ref_token_weights is None:
-        ref_token_weights = token_weights
-    elif ref_hidden is None:
+    if ref_token_weights is not None and ref_hidden is None:
         raise ValueError("ref_token_weights needs ref_hidden and ref_weight: ref_logps are already summed")
-    else:
-        check_token_weights("ref_token_weights", ref_token_weights, labels)
+    token_weights = _constant_weights("token_weights", token_weights, labels)
+    ref_token_weights = _constant_weights("ref_token_weights", ref_token_weights, labels)
     names = token_outputs_of(objective)
     computed = labels if names else weighted_labels(labels, token_weights, ignore_index)
     moments = [name for name in names if name in OUTPUTS]
@@ -147,15 +142,27 @@ def fused_spo_loss(
     )
     dtype = accumulator_dtype(call.hidden.dtype)
     reference = _reference_sums(
-        pairs_count, dtype, labels, ref_logps, ref_hidden, ref_weight, ref_bias, ref_token_weights, cu_seqlens, options
+        pairs_count,
+        dtype,
+        labels,
+        ref_logps,
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        token_weights if ref_token_weights is None else ref_token_weights,
+        cu_seqlens,
+        options,
     )
-    lengths = count_tokens(labels, cu_seqlens, ignore_index)
-    named = _pair_inputs({} if pair_inputs is None else pair_inputs, pairs_count, labels.device, dtype)
     if spo_value is not None:
         check_vector("spo_value", spo_value, pairs_count, labels.device)
         spo_value = spo_value.detach().to(dtype)
-    inputs = PairInputs(reference, lengths, spo_value, named)
-    tokens = lengths if computed is labels else count_tokens(computed, cu_seqlens, ignore_index)
+    inputs = PairInputs(
+        reference=reference,
+        lengths=count_tokens(labels, cu_seqlens, ignore_index),
+        sft_value=spo_value,
+        named=_pair_inputs({} if pair_inputs is None else pair_inputs, pairs_count, labels.device, dtype),
+    )
+    tokens = inputs.lengths if computed is labels else count_tokens(computed, cu_seqlens, ignore_index)
     kl = None
     if "kl" in names:
         if ref_hidden is None or ref_weight is None:
@@ -201,12 +208,11 @@ def _two_pass(
             "mean_token_accuracy": sum_sequences(extras["correct"].float(), cu_seqlens).chunk(2)[0].sum(),
         }
     )
-    named = dict(inputs.named)
-    for name in token_outputs_of(objective):
-        values = kl if name == "kl" else (logp if name == "logp" else extras[name]).detach()
-        assert values is not None
-        named[f"chosen_{name}"], named[f"rejected_{name}"] = sum_sequences(values, cu_seqlens).chunk(2)
-    inputs = replace(inputs, named=named)
+    values = {name: value.detach() for name, value in ({"logp": logp} | extras).items()}
+    if kl is not None:
+        values["kl"] = kl
+    found = by_side({name: sum_sequences(values[name], cu_seqlens) for name in token_outputs_of(objective)})
+    inputs = replace(inputs, named={**inputs.named, **found})
     kernel = None
     if reduction != "none" and token_weights is None:
         kernel = PairKernel.of(objective, inputs, call.options.backend)
@@ -248,6 +254,14 @@ def _check_pairs(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> i
     if hidden.shape[0] % 2:
         raise ValueError(f"hidden must hold B chosen rows, then B rejected ones; got {hidden.shape[0]} rows")
     return hidden.shape[0] // 2
+
+
+def _constant_weights(name: str, weights: Tensor | None, labels: Tensor) -> Tensor | None:
+    """The caller's token weights, checked."""
+    if weights is None:
+        return None
+    check_token_weights(name, weights, labels)
+    return weights.detach()
 
 
 def _pair_inputs(

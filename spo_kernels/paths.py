@@ -26,6 +26,7 @@ class PairProblem:
     """What the choice depends on."""
 
     coupling: Coupling
+    whole_pairs: bool  # the objective looks at all tokens of a pair before any of their gradients is known
     pair_tokens: tuple[int, ...]  # tokens that count in each pair
     direct: bool  # the weight's gradient has the accumulator's dtype, so sums can be kept in it
     vocab: int
@@ -96,7 +97,7 @@ def _packed(problem: PairProblem, min_rows: int) -> PathPlan | None:
 
 
 def _factorised(problem: PairProblem, min_rows: int) -> PathPlan | None:
-    if problem.coupling == "batch":
+    if problem.coupling == "batch" or problem.whole_pairs:
         return None
     # a single pair's first unscaled gradient is summed where the sum will stay
     in_place = len(problem.pair_tokens) == 1
@@ -121,11 +122,11 @@ def choose_path(problem: PairProblem, forced: str | None = None) -> PathPlan:
     if forced is not None:
         plan = packed if forced == "packed" else factorised
         if plan is None:
-            why = (
-                "its objective couples pairs of the batch"
-                if problem.coupling == "batch"
-                else "the workspace is too small"
-            )
+            why = "the workspace is too small"
+            if problem.coupling == "batch":
+                why = "its objective couples pairs of the batch"
+            elif problem.whole_pairs and forced == "factorised":
+                why = "its objective needs all tokens of a pair at once"
             raise ValueError(f"path = {forced!r} cannot be taken: {why} (workspace_bytes = {problem.workspace_bytes})")
         return plan
     return packed or factorised or two_pass

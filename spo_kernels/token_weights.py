@@ -91,8 +91,9 @@ def sgdpo_weights(
 
     From descriptions of its pilot term: sub-sequences drawn at random from both responses, of lengths set by r1 and
     r2, enter the margin once more, `β (r_w - r_l) + β ρ (r̃_w - r̃_l)`, with r̃ the log-ratio summed over the subset.
-    As weights: `1 + ρ` on round(r1 n_w) random tokens of the chosen and round(r2 n_l) of the rejected response.
-    How the paper's term enters its loss, and its values of r1, r2 and ρ, are unknown.
+    As weights: `1 + ρ` on round(r1 n_w) random tokens of the chosen and round(r2 n_l) of the rejected response, drawn
+    apart (what the descriptions call Pilot_d). How the paper's term enters its loss, and its values of r1, r2 and ρ,
+    are unknown.
 
     Args:
         labels: `[2B, T]` or `[N]` int64.

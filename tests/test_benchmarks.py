@@ -11,13 +11,25 @@ import torch
 from benchmarks import floor, inputs, launch, long, long_pair, measure, oracle, ours, peers, rounds, run, table, worker
 from benchmarks.settings import Job, Setting
 from benchmarks.variant import Skip, Step, Variant, pair_loss
+from spo_kernels.paths import PairProblem, choose_path
 
 TINY = ["--pairs", "1", "--tokens", "6", "--hidden", "16", "--vocab", "40", "--threads", "1"]
 SETTING = Setting(pairs=1, tokens=6, hidden=16, vocab=40, threads=1)
+PROBLEM = PairProblem(
+    coupling="margin",
+    pair_tokens=(2,),
+    direct=True,
+    vocab=4,
+    row_bytes=1,
+    column_bytes=0,
+    slice_bytes=0,
+    accumulator_bytes=1,
+    workspace_bytes=100,
+)
 ROW_KEYS = {"variant", "about", "status", "reason", "rounds"}
 MEASURED_KEYS = ROW_KEYS | {
-    "ms", "ms_p20", "ms_p80", "ms_min", "samples", "product_ms", "ge", "x_floor", "extra_mib", "beyond_gradients_mib",
-    "kept_mib", "process_mib", "memory_method", "loss", "errors", "first_ms",
+    "ms", "ms_p20", "ms_p80", "ms_min", "samples", "product_ms", "ge", "x_floor", "x_three", "extra_mib",
+    "beyond_gradients_mib", "kept_mib", "process_mib", "memory_method", "loss", "errors", "first_ms",
 }  # fmt: skip
 
 
@@ -39,12 +51,29 @@ def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["variant"]: row for row in report["rows"]}
 
 
+def test_lm_logits_list_the_sparse_backward(tmp_path: Path) -> None:
+    """Concentrated inputs, stated; the sparse rows have the exact loss and nearly the exact gradients."""
+    out = tmp_path / "report.json"
+    shape = ["--pairs", "1", "--tokens", "16", "--hidden", "256", "--vocab", "8192", "--threads", "1"]
+    few = ["--rounds", "1", "--repeats", "1", "--variants", "naive,ours-cpp-certified8", "--json", str(out)]
+    run.main([*shape, *few, "--logits", "lm"])
+    report = json.loads(out.read_text())
+    assert 10 < report["concentration"]["entries_above_2^-12"] < 200
+    assert 0.001 < report["concentration"]["mass_below_2^-12"] < 0.1
+    row = rows_of(report)["ours-cpp-certified8"]
+    if row["status"] == "skipped":
+        pytest.skip(row["reason"])
+    assert row["status"] == "ok", row["reason"]
+    assert row["loss"] == pytest.approx(report["float64_loss"], abs=1e-5)
+    assert 1e-5 < row["errors"]["dh"] < 0.05  # something was left out, and not much
+
+
 def test_table_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real processes, one per variant; the JSON has the documented keys; the variants agree on the loss."""
     out = tmp_path / "report.json"
     run.main([*TINY, "--rounds", "1", "--repeats", "2", "--variants", "floor-*,naive,ours-torch", "--json", str(out)])
     report = json.loads(out.read_text())
-    assert set(report) == {"setting", "plan", "machine", "floor_tiles_ms", "float64_loss", "rows"}
+    assert set(report) == {"setting", "plan", "machine", "floor_tiles_ms", "concentration", "float64_loss", "rows"}
     rows = rows_of(report)
     assert list(rows) == ["floor-3", "floor-4", "naive", "ours-torch"]
     for row in rows.values():
@@ -61,6 +90,25 @@ def test_table_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     for text in ("machine:", "versions:", "commit:", "x4prod", "sum6", *rows):
         assert text in printed
+
+
+def test_paths_have_rows_and_the_cost_model_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--rounds", "1", "--repeats", "1", "--variants", "floor-*,ours-cpp-*"]
+    rows = rows_of(run.main(arguments, in_process))
+    assert list(rows) == ["floor-3", "floor-4", "ours-cpp-packed", "ours-cpp-factorised", "ours-cpp-two_pass"]
+    printed = capsys.readouterr().out
+    if rows["ours-cpp-packed"]["status"] == "skipped":
+        pytest.skip(rows["ours-cpp-packed"]["reason"])
+    for name in list(rows)[2:]:
+        assert rows[name]["status"] == "ok", rows[name]["reason"]
+        assert rows[name]["errors"]["sequence"] < 1e-4 and rows[name]["errors"]["dw"] < 1e-5
+    assert "x3prod" in printed and "packed predicted 0.75, measured" in printed
+    for path, products in table.PATH_PRODUCTS.items():
+        assert choose_path(PROBLEM, path).products == products
+    # a workspace of 1 KiB holds no pair's logits
+    small = run.main([*arguments, "--no-accuracy", "--workspace-mib", "0.001"], in_process)
+    assert rows_of(small)["ours-cpp-packed"]["status"] == "skipped"
+    assert table.cost_model(small["rows"]) is None
 
 
 def test_a_failing_and_a_missing_variant_keep_their_rows(
@@ -108,7 +156,7 @@ def test_unavailable_backend_is_skipped_and_a_broken_import_is_not(
     monkeypatch.setitem(sys.modules, "spo_kernels", None)
     result = worker.work(Job(SETTING, "ours-torch"), tmp_path / "result.json")
     assert result["status"] == "failed" and "spo_kernels cannot be imported" in result["reason"]
-    assert [variant.name for variant in ours.our_variants()] == ["ours-torch", "ours-cpp"]
+    assert [variant.name for variant in ours.our_variants(SETTING)][:2] == ["ours-torch", "ours-cpp"]
 
 
 def test_a_dead_or_hanging_process_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:

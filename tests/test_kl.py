@@ -249,7 +249,9 @@ def test_tdpo_needs_the_whole_reference():
         ):
             fused_spo_loss(**arguments, **reference)
     inputs["weight"].requires_grad_()
-    with pytest.raises(ValueError, match="path = 'packed' cannot be taken: its objective needs kl of every token"):
+    with pytest.raises(
+        ValueError, match="path = 'packed' cannot be taken: its objective needs kl, which has a gradient"
+    ):
         fused_spo_loss(**inputs, labels=labels, loss="tdpo", path="packed")
 
 

@@ -104,10 +104,11 @@ def test_products_are_counted(monkeypatch, backend, path, products):
     for owner in (VendorProducts, NativeProducts):
         original = owner.matmul
 
-        def counted(self, a, b, out, *, accumulate=False, original=original, owner=owner):
+        def counted(self, a, b, out, *, a_rows=None, original=original, owner=owner, **options):
             if type(self) is owner:
-                cells.append(a.shape[0] * a.shape[1] * b.shape[1])
-            original(self, a, b, out, accumulate=accumulate)
+                rows = a.shape[0] if a_rows is None else a_rows.numel()
+                cells.append(rows * a.shape[1] * b.shape[1])
+            original(self, a, b, out, a_rows=a_rows, **options)
 
         monkeypatch.setattr(owner, "matmul", counted)
     lengths = [5, 3, 7, 2]
@@ -173,6 +174,7 @@ def test_undeclared_objective_takes_two_passes():
 
 PROBLEM = PairProblem(
     coupling="margin",
+    whole_pairs=False,
     pair_tokens=(1024, 1024),
     direct=True,
     vocab=32768,
@@ -194,6 +196,8 @@ PROBLEM = PairProblem(
         ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "coupling": "pair"}, "factorised"),
         ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "coupling": "batch"}, "two_pass"),
         ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "direct": False}, "factorised"),
+        ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "whole_pairs": True}, "two_pass"),
+        ({"workspace_bytes": 128 << 20, "whole_pairs": True}, "packed"),
         ({"workspace_bytes": (MIN_ROWS - 1) << 17, "pair_tokens": (4096,)}, "two_pass"),  # tiles too flat to pay
         ({"workspace_bytes": 64 << 17, "pair_tokens": (64,)}, "packed"),  # all there is in one tile
         ({"workspace_bytes": 64 << 17, "pair_tokens": (64,) * 8}, "two_pass"),

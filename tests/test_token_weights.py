@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spo_kernels import fused_spo_loss, sequence_logps
+from spo_kernels import Sparsity, fused_spo_loss, sequence_logps
 from spo_kernels.losses import DPO, SPO, PairLogps
 from spo_kernels.testing import TensorMeter, eager_logprob, random_batch
 
@@ -214,6 +214,15 @@ def test_weights_and_inputs_are_constants():
     )
     loss.backward()
     assert weights.grad is None and all(value.grad is None for value in inputs.values())
+
+
+def test_a_sparse_backward_is_weighted_too():
+    """Certified at a tolerance that drops nothing: the exact gradients."""
+    case = Case()
+    options = dict(loss="dpo", weights=case.weights, backend="torch")
+    found, metrics = case.run(sparsity=Sparsity("certified", tolerance=1e-12), **options)
+    assert_near(found, case.eager(DPO(), weights=case.weights))
+    assert "sparsity/kept" in metrics
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

@@ -1,11 +1,11 @@
-"""WPO's detached weight: from the policy's own softmax, through every wrapper, and on the one path that it needs."""
+"""WPO's detached weight: from the policy's own softmax, through every wrapper, on every path that it can take."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from spo_kernels import fused_spo_loss
+from spo_kernels import fused_spo_loss, paths
 from spo_kernels.losses import DPO, SPO, WPO, PairLogps, build_loss
 from spo_kernels.testing import TensorMeter, eager_logprob, peaked_batch, random_batch
 
@@ -114,13 +114,29 @@ def test_metrics_do_not_depend_on_it():
         torch.testing.assert_close(weighted[name], plain[name])
 
 
-def test_only_two_passes():
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_packed_path(monkeypatch, weighted, groups):
+    """Three products: the weight is found while a pair's logits are kept; all pairs at once, or one after the other."""
     batch = make_batch()
-    for path in ("packed", "factorised"):
-        with pytest.raises(ValueError, match=f"path = '{path}' cannot be taken: its objective needs logp, log_sum_p2"):
-            run(batch, loss=WPO(BASE), path=path)
-    for path in (None, "two_pass"):
-        run(batch, loss=WPO(BASE), path=path)
+    token_weights = torch.ones(batch.labels.shape)
+    token_weights[:, 3:] = 0.0 if weighted else 1.0
+    truth, _ = expected(batch, True, token_weights)
+    if groups > 1:
+        monkeypatch.setattr(paths.PairProblem, "rows", lambda self, accumulators: max(self.pair_tokens))
+    with TensorMeter() as meter:
+        options = dict(token_weights=token_weights if weighted else None, backend="torch")
+        found, _ = run(batch, loss=WPO(BASE), path="packed", **options)
+    for value, exact in zip(found, truth, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-11, atol=1e-13)
+    assert meter.flops == 3 * 2 * int((batch.labels != -100).sum()) * VOCAB * HIDDEN
+
+
+def test_no_factorised_path():
+    with pytest.raises(
+        ValueError, match="path = 'factorised' cannot be taken: its objective needs all tokens of a pair"
+    ):
+        run(make_batch(), loss=WPO(BASE), path="factorised")
 
 
 def test_empty_responses_and_batches():

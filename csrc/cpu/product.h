@@ -40,6 +40,13 @@ ProductFunction product_avx512();
 ProductFunction product_avx512_bf16();
 ProductFunction product_avx2();
 
+// The products that this build has and this machine can run; after the last one, one whose `run` is null.
+struct NamedProduct {
+  const char* name;
+  ProductFunction run;
+};
+const NamedProduct* usable_products();
+
 // At least that many bytes on a cache line, the calling thread's until it asks again: fresh pages would cost a
 // product of 200 x 128 x 1024 a fifth of its time.
 void* product_scratch(int64_t bytes);

@@ -67,7 +67,7 @@ class UncertaintyDPO:
     not seen; derived from its pessimism and from what is said of it.
 
     "additive": `-log σ(βΔ + λ (u_w - u_l))`, u = `pair_inputs["chosen_uncertainty"]` and `["rejected_uncertainty"]`;
-    an uncertain chosen response lowers the gradient. "multiplicative": `-log σ(e^{-λu} βΔ)`, u =
+    an uncertain chosen response lowers the gradient (u >= 0). "multiplicative": `-log σ(e^{-λu} βΔ)`, u =
     `pair_inputs["uncertainty"]` of the pair.
 
     Attributes:

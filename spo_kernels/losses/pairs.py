@@ -96,8 +96,8 @@ class Objective(Protocol):
 
     With `token_outputs`, names from "logp", "entropy", "log_sum_p2" (see `linear_logprob`) and "kl" (see `linear_kl`),
     it finds their unweighted sums over each response's tokens among the per-pair inputs: "chosen_logp",
-    "rejected_logp" and so on. All but "kl" are detached. They are known only after a pass over the vocabulary, so that
-    a trained head costs four products.
+    "rejected_logp" and so on. All but "kl" are detached. A trained head then costs three products where pairs fit the
+    workspace with their logits, and with "kl" always four.
     """
 
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -142,6 +142,14 @@ def token_outputs_of(objective: Objective) -> tuple[str, ...]:
     for name in names:
         check_choice("a name in the objective's token_outputs", name, TOKEN_OUTPUTS)
     return names
+
+
+def by_side(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sequence sums `[2B]`, chosen first, as per-pair inputs: "logp" becomes "chosen_logp" and "rejected_logp"."""
+    sides = ("chosen", "rejected")
+    return {
+        f"{side}_{name}": half for name, both in sums.items() for side, half in zip(sides, both.chunk(2), strict=True)
+    }
 
 
 def check_positive(name: str, value: float) -> None:

@@ -56,6 +56,28 @@ class TokenStats:
             square_sum=zeros[1],
         )
 
+    @property
+    def lse(self) -> Tensor:
+        """Log-sum-exp of the logits."""
+        return self.max + self.sum.log()
+
+    @property
+    def logp(self) -> Tensor:
+        """Log-probability of the label."""
+        return self.label_logit - self.lse
+
+    @property
+    def entropy(self) -> Tensor:
+        """`-Σ p log p`; only with moments."""
+        assert self.shifted_sum is not None
+        return self.sum.log() - self.shifted_sum / self.sum
+
+    @property
+    def log_sum_p2(self) -> Tensor:
+        """`log Σ p²`; only with moments."""
+        assert self.square_sum is not None
+        return self.square_sum.log() - 2.0 * self.sum.log()
+
     def rows(self, start: int, stop: int) -> "TokenStats":
         """A view of some of the tokens."""
         shifted = None if self.shifted_sum is None else self.shifted_sum[start:stop]

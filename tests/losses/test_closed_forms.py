@@ -1,5 +1,7 @@
 """Each objective's loss and coefficients against its formula and derivatives by hand, in float64."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,25 @@ def test_float32(case):
         setattr(points, name, getattr(points, name).astype(np.float32).astype(np.float64))
     points.__post_init__()
     check(case, points, torch.float32, 1e-4, 1e-6)
+
+
+@each_case
+def test_stays_on_its_device(case):
+    """On the meta device, where a value read on the host or a tensor made elsewhere is an error."""
+    pairs = as_pairs(random_points(8), torch.float32)
+
+    def moved(value):
+        leaf = value.detach().to("meta")
+        return leaf.requires_grad_() if value.requires_grad else leaf
+
+    values = {f.name: getattr(pairs, f.name) for f in dataclasses.fields(pairs) if f.name != "inputs"}
+    pairs = dataclasses.replace(
+        pairs,
+        inputs={name: moved(value) for name, value in pairs.inputs.items()},
+        **{name: moved(value) for name, value in values.items()},
+    )
+    for value in differentiate(build_loss(case.name, **case.hyperparameters), pairs):
+        assert value.device.type == "meta" and value.shape == (8,) and value.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

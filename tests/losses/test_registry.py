@@ -55,7 +55,7 @@ def test_hyperparameters_find_their_objective():
     assert build_loss("dr_dpo", beta=0.5, beta_prime=2) == DrDPO(DPO(beta=0.5), 2)
     total = build_loss("mpo", objectives=["ipo", "sft"], weights=[1, 2], beta=0.3)
     assert total == WeightedSum((IPO(beta=0.3), SFT()), (1, 2))
-    assert build_loss("mpo", beta=0.3).objectives[0] == DPO(beta=0.3)
+    assert build_loss("mpo") == WeightedSum() and build_loss("mpo", beta=0.3).objectives[0] == DPO(beta=0.3)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,8 @@ def test_inference_says_so():
 def test_every_form_from_the_command_line(row):
     """--loss NAME --loss-arg KEY=VALUE builds what Python builds."""
     given = {key: str(json.dumps(value)) for key, value in CASES[row].hyperparameters.items()}
-    options = {"loss": CASES[row].name, "loss_arg": tuple(f"{key}={value}" for key, value in given.items())}
+    loss_arg = tuple(f"{key}={value}" for key, value in given.items())
+    options = {"loss": CASES[row].name, "loss_arg": loss_arg, "reference": "online"}
     config = TrainConfig(model="m", dataset="d", output_dir="o", **options).check()
     assert build_objective(config) == build_loss(CASES[row].name, **CASES[row].hyperparameters)
 

@@ -85,7 +85,9 @@ def fused(case, dtype, *, packed=False, **options):
 
 def paths(case):
     objective = build_loss(case.name, **case.hyperparameters)
-    separable = coupling_of(objective) != "batch" and not token_outputs_of(objective)
+    if token_outputs_of(objective):
+        return ("two_pass", "packed")
+    separable = coupling_of(objective) != "batch"
     return ("two_pass", "packed", "factorised") if separable else ("two_pass",)
 
 

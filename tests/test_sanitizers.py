@@ -1,0 +1,52 @@
+"""The products under AddressSanitizer and UndefinedBehaviorSanitizer: ragged shapes, all strides, row lists."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from spo_kernels import _build
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# leaks are looked for with ptrace, which containers often forbid
+ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "OMP_NUM_THREADS": "3"}
+
+
+def run(command):
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """The command that compiles with sanitizers, where a program made by it runs."""
+    cxx = _build.compiler()
+    if cxx is None:
+        pytest.skip("no C++ compiler on PATH")
+    command = [*cxx.split(), *FLAGS, *_build.openmp_flags(cxx)]
+    source, program = tmp_path / "probe.cpp", tmp_path / "probe"
+    source.write_text("int main() { return 0; }\n")
+    for step in ([*command, str(source), "-o", str(program)], [str(program)]):
+        tried = run(step)
+        if tried.returncode != 0:
+            pytest.skip(f"no program with sanitizers can be made here: {tried.stderr.strip()[-200:]}")
+    return command
+
+
+def test_products_keep_to_their_memory(compiler, tmp_path):
+    folder = ROOT / "csrc" / "cpu"
+    sources = [*sorted(folder.glob("product*.cpp")), ROOT / "tests" / "native" / "products.cpp"]
+    objects = [tmp_path / f"{source.stem}-{number}.o" for number, source in enumerate(sources)]
+    compiling = [
+        subprocess.Popen([*compiler, f"-I{folder}", "-c", str(source), "-o", str(made)], stderr=subprocess.PIPE)
+        for source, made in zip(sources, objects, strict=True)
+    ]
+    errors = [process.communicate()[1].decode() for process in compiling]
+    assert [process.returncode for process in compiling] == [0] * len(sources), "".join(errors)
+    program = tmp_path / "products"
+    linked = run([*compiler, *map(str, objects), "-o", str(program)])
+    assert linked.returncode == 0, linked.stderr
+    done = run([str(program)])
+    assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    assert done.stdout.strip().endswith("products"), done.stdout
