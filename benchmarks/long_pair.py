@@ -1,6 +1,7 @@
-"""One long pair through `fused_spo_loss` on a CPU, and the peak RSS of the whole process.
+"""One long pair through `fused_spo_loss` on a CPU: the peak RSS of the whole process, and its products, counted.
 
-python -m benchmarks.long_pair [--tokens 16384 --vocab 131072 --hidden 512] [--limit-gib 2.5]
+python -m benchmarks.long_pair [--tokens 16384 --vocab 131072 --hidden 512] [--workspace-mib 512]
+    [--limit-gib 2.5 --limit-products 3]
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .inputs import random_problem
 from .machine import describe_machine, machine_line
@@ -32,8 +36,35 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--backend", help="tile backend (default: the library's choice)")
     made.add_argument("--workspace-mib", type=float, help="workspace_bytes of the call (default: the library's)")
     made.add_argument("--limit-gib", type=float, help="exit with status 1 where the peak is higher")
+    made.add_argument("--limit-products", type=float, help="exit with status 1 where more products are made")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     return made
+
+
+@contextmanager
+def counted_products() -> Iterator[list[int]]:
+    """Multiply-adds of every product that the library makes meanwhile."""
+    from spo_kernels._products import NativeProducts, VendorProducts
+
+    made: list[int] = []
+    originals = {owner: owner.matmul for owner in (VendorProducts, NativeProducts)}
+
+    def counting(owner: type, original: Any) -> Any:
+        def matmul(self: Any, a: Tensor, b: Tensor, out: Tensor, *, a_rows: Tensor | None = None, **rest: Any) -> None:
+            # one class hands a product to the other: only the first of the two calls counts
+            if type(self) is owner:
+                made.append((a.shape[0] if a_rows is None else a_rows.numel()) * a.shape[1] * b.shape[1])
+            original(self, a, b, out, a_rows=a_rows, **rest)
+
+        return matmul
+
+    for owner, original in originals.items():
+        setattr(owner, "matmul", counting(owner, original))  # noqa: B010
+    try:
+        yield made
+    finally:
+        for owner, original in originals.items():
+            setattr(owner, "matmul", original)  # noqa: B010
 
 
 def measure(setting: Setting, loss_name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -43,18 +74,20 @@ def measure(setting: Setting, loss_name: str, options: dict[str, Any]) -> dict[s
     # Uniform labels: logits this flat keep the margin of thousands of tokens near 1, where the loss has a gradient.
     problem = random_problem(setting, logit_std=0.1)
     resident = resident_bytes()
-    start = time.perf_counter()
     reference = torch.zeros(2 * setting.pairs)
-    loss, _ = fused_spo_loss(
-        problem.hidden, problem.weight, problem.labels, loss=loss_name, ref_logps=reference, **options
-    )
-    middle = time.perf_counter()
-    loss.backward()
-    end = time.perf_counter()
+    with counted_products() as made:
+        start = time.perf_counter()
+        loss, _ = fused_spo_loss(
+            problem.hidden, problem.weight, problem.labels, loss=loss_name, ref_logps=reference, **options
+        )
+        middle = time.perf_counter()
+        loss.backward()
+        end = time.perf_counter()
     assert problem.hidden.grad is not None
     return {
         "loss": loss.item(),
         "dh_norm": problem.hidden.grad.norm(dtype=torch.float32).item(),
+        "products": sum(made) / (setting.rows * setting.hidden * setting.vocab),
         "forward_s": middle - start,
         "backward_s": end - middle,
         "inputs_bytes": problem.hidden.nbytes + problem.weight.nbytes + problem.labels.nbytes,
@@ -90,6 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.json:
         report = {"setting": vars(setting), "machine": facts, "figures": figures}
         chosen.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"products of [N,H] x [H,V], counted: {figures['products']:.3f}")
+    if chosen.limit_products and figures["products"] > chosen.limit_products:
+        print(f"over the limit of {chosen.limit_products:g} products")
+        return 1
     if chosen.limit_gib and figures["peak_bytes"] > chosen.limit_gib * GIB:
         print(f"over the limit of {chosen.limit_gib:g} GiB")
         return 1

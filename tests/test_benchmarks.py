@@ -319,7 +319,12 @@ def test_long_pair_prints_the_peak(tmp_path: Path, capsys: pytest.CaptureFixture
     out = tmp_path / "pair.json"
     sizes = ["--tokens", "9", "--hidden", "8", "--vocab", "50", "--json", str(out)]
     assert long_pair.main([*sizes, "--backend", "torch", "--threads", "1"]) == 0
-    assert "peak RSS of the process" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "peak RSS of the process" in printed and "counted: 3.000" in printed
     figures = json.loads(out.read_text())["figures"]
     assert figures["peak_bytes"] >= figures["resident_before_bytes"] > 0 and figures["dh_norm"] > 0
     assert long_pair.main([*sizes, "--backend", "torch", "--limit-gib", "0.001"]) == 1
+    assert long_pair.main([*sizes, "--backend", "torch", "--limit-products", "2.9"]) == 1
+    # a workspace without room for a whole pair, nor for rows that pay: logits twice
+    assert long_pair.main([*sizes, "--backend", "torch", "--workspace-mib", "0.002"]) == 0
+    assert "counted: 4.000" in capsys.readouterr().out
