@@ -6,6 +6,7 @@ known. Any objective that is separable by pair.
 factorised (3): the unscaled gradients of a pair are accumulated from tiles of whole-vocabulary rows, and scaled once
 when its coefficients are known. A loss that sees a pair only through `m = log π(y_w) - log π(y_l)` has
 `dW = Σ_pairs c_pair (G_chosen - G_rejected)`, one unscaled gradient; other pairs have two.
+Not for an objective that asks for more than log-probabilities of a pair's tokens (`token_outputs`).
 
 two_pass (4): logits for the log-probabilities, and again for the gradients. Anything.
 """
