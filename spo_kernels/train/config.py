@@ -17,6 +17,7 @@ RESUME_MAY_CHANGE = frozenset(
         "resume",
         "save_steps",
         "keep_checkpoints",
+        "diagnostics",
         "logging_steps",
         "eval_steps",
         "quiet",
@@ -68,14 +69,38 @@ class TrainConfig:
     spo_penalty: str | None = option(None, "form of the spo penalty: nll or hinge (default: nll)", "objective")
     spo_value: str | None = option(
         None,
-        "value in the hinge: reference, or input: column spo_value of the data (default: reference)",
+        "value in the hinge: reference, or input: column spo_value of the data (default: reference, unless "
+        "--spo-inner-steps computes it)",
         "objective",
     )
     spo_epsilon: float | None = option(None, "slack of the hinge, in nats (default: 0)", "objective")
     spo_normalization: str | None = option(
         None, "NLL of the chosen response: mean over tokens or sum (default: mean)", "objective"
     )
+    spo_inner_steps: int = option(
+        0,
+        "SGD steps on the micro-batch's chosen responses after which the hinge's value is taken, with weights put "
+        "back; 0: none. Each costs a forward and a backward of the chosen half, and the value one more forward; in "
+        "all, a copy of the trained weights and of their gradient. A reconstruction, not verified against the paper, "
+        "whose single step is 1",
+        "objective",
+    )
+    spo_inner_lr: float | None = option(
+        None, "learning rate of --spo-inner-steps, which need one: the paper's is not known", "objective"
+    )
     loss_arg: tuple[str, ...] = option((), "any field of the loss as KEY=VALUE; may be repeated", "objective")
+    ld_alpha: float | None = option(
+        None,
+        "LD-DPO: tokens beyond the length of the pair's shorter response count this much in its log-prob, for policy "
+        "and reference (default: 1)",
+        "objective",
+    )
+    pair_input: tuple[str, ...] = option(
+        (),
+        "data column of a number per pair that the loss reads, as NAME=COLUMN, such as offset=score_margin for odpo; "
+        "may be repeated (default: the column of that name)",
+        "objective",
+    )
     reference: str = option(
         "precompute",
         "reference log-probs: computed once and cached on disk, or online with a frozen copy",
@@ -128,6 +153,12 @@ class TrainConfig:
     save_steps: int = option(500, "optimizer steps between checkpoints; 0: none, so no --resume", "output")
     keep_checkpoints: int = option(2, "newest checkpoints to keep; 0: all", "output")
     resume: bool = option(False, "go on from the newest complete checkpoint in OUTPUT_DIR", "output")
+    diagnostics: bool = option(
+        False,
+        "log gradient ratio, likelihood displacement and lost mass of the pairs, relative to the reference (the "
+        "model as loaded, for losses without one), whose log-probs are then precomputed",
+        "output",
+    )
     logging_steps: int = option(10, "optimizer steps between lines in metrics.jsonl", "output")
     eval_steps: int = option(0, "optimizer steps between evaluations; 0: only before and after training", "output")
     quiet: bool = option(False, "no progress bar", "output")
@@ -150,6 +181,12 @@ class TrainConfig:
             raise TrainError("--resume needs checkpoints, and --save-steps 0 writes none")
         if self.stage == "sft" and self.ref_model is not None:
             raise TrainError("--ref-model is for --stage preference: sft has no reference")
+        if (self.spo_inner_steps > 0) != (self.spo_inner_lr is not None):
+            raise TrainError("--spo-inner-steps and --spo-inner-lr go together: give both or neither")
+        if self.stage == "sft" and self.spo_inner_steps:
+            raise TrainError("--spo-inner-steps is for --stage preference: sft has no lower level")
+        if self.stage == "sft" and self.ld_alpha is not None:
+            raise TrainError("--ld-alpha is for --stage preference: sft has no pairs")
         return self
 
     @property
@@ -183,6 +220,9 @@ _RANGES = {
     "weight_decay": _at_least(0),
     "max_grad_norm": _at_least(0),
     "seed": _at_least(0),
+    "ld_alpha": _at_least(0),
+    "spo_inner_steps": _at_least(0),
+    "spo_inner_lr": _ABOVE_ZERO,
     "workspace_mib": _at_least(1),
     "save_steps": _at_least(0),
     "keep_checkpoints": _at_least(0),
