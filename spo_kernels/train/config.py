@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from spo_kernels.losses import LOSSES
+from spo_kernels.sparsity import MODES, Sparsity
 from spo_kernels.train.errors import TrainError
 
 # These may differ between a run and its resumption: they do not change the weights.
@@ -149,6 +150,16 @@ class TrainConfig:
         None, "bound on the fused loss's temporaries, MiB (default: the library's)", "kernels"
     )
     backend: str | None = option(None, "backend of the fused loss (default: the best available)", "kernels")
+    sparsity: str = option(
+        "exact",
+        "which blocks of the vocabulary the backward multiplies: all, those outside of a certified probability mass "
+        "per token, or an unbiased sample; pays for models whose softmax is concentrated, see docs/sparsity.md",
+        "kernels",
+        MODES,
+    )
+    sparsity_tolerance: float | None = option(
+        None, "probability mass per token that --sparsity may leave out or sample (default: 2^-8)", "kernels"
+    )
 
     save_steps: int = option(500, "optimizer steps between checkpoints; 0: none, so no --resume", "output")
     keep_checkpoints: int = option(2, "newest checkpoints to keep; 0: all", "output")
@@ -187,11 +198,18 @@ class TrainConfig:
             raise TrainError("--spo-inner-steps is for --stage preference: sft has no lower level")
         if self.stage == "sft" and self.ld_alpha is not None:
             raise TrainError("--ld-alpha is for --stage preference: sft has no pairs")
+        if self.sparsity_tolerance is not None and self.sparsity == "exact":
+            raise TrainError("--sparsity-tolerance needs --sparsity certified or unbiased")
         return self
 
     @property
     def prompt_limit(self) -> int:
         return self.max_prompt_length or self.max_length - 1
+
+    @property
+    def backward(self) -> Sparsity:
+        """What `--sparsity` and `--sparsity-tolerance` say."""
+        return Sparsity(self.sparsity, self.sparsity_tolerance or Sparsity.tolerance)
 
     @property
     def workspace_bytes(self) -> int | None:
@@ -224,6 +242,7 @@ _RANGES = {
     "spo_inner_steps": _at_least(0),
     "spo_inner_lr": _ABOVE_ZERO,
     "workspace_mib": _at_least(1),
+    "sparsity_tolerance": ((lambda x: 0 < x < 1), "between 0 and 1"),
     "save_steps": _at_least(0),
     "keep_checkpoints": _at_least(0),
     "logging_steps": _at_least(1),

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from spo_kernels import fused_spo_loss, linear_logprob, sequence_logps
+from spo_kernels import Sparsity, fused_spo_loss, linear_logprob, sequence_logps
 from spo_kernels.losses import Objective
 from spo_kernels.losses.state import has_state
+from spo_kernels.sparsity import EXACT
 from spo_kernels.token_weights import ld_dpo_weights
 from spo_kernels.train.batches import IGNORE_INDEX
 from spo_kernels.train.model import HeadlessModel
@@ -55,10 +57,12 @@ class Policy(nn.Module):
         objective: Objective | None = None,
         reference: Reference | None = None,
         ld_alpha: float | None = None,
+        sparsity: Sparsity = EXACT,
         **kernel_options: Any,
     ) -> None:
         super().__init__()
         self._ld_alpha = ld_alpha
+        self._sparsity = sparsity
         self.headless = headless
         self.objective = objective
         # Not a submodule: it must not be trained, saved, or switched to training mode with the policy.
@@ -94,6 +98,7 @@ class Policy(nn.Module):
             token_weights=pair_token_weights(labels, self._ld_alpha),
             reduction="sum",
             pair_logps=True,
+            sparsity=self._next_sparsity(),
             **online,
             **self._options,
         )
@@ -132,12 +137,29 @@ class Policy(nn.Module):
         )
 
     def _sft(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sparsity = self._next_sparsity()
+        sparse = sparsity.mode != "exact"
         logp, extra = linear_logprob(
             self.headless.hidden(input_ids),
             self.headless.head.weight,
             labels,
-            outputs=("correct",),
+            outputs=("correct", "kept_share", "dropped_mass") if sparse else ("correct",),
+            sparsity=sparsity,
             **self._options,
         )
         loss = -logp.sum()
-        return loss, {"loss": loss.detach(), "mean_token_accuracy": extra["correct"].sum().float()}
+        sums = {"loss": loss.detach(), "mean_token_accuracy": extra["correct"].sum().float()}
+        if sparse:
+            sums |= {
+                "sparsity/kept": extra["kept_share"].sum(),
+                "sparsity/dropped_mass_mean": extra["dropped_mass"].sum(),
+            }
+        return loss, sums
+
+    def _next_sparsity(self) -> Sparsity:
+        """With a seed of its own for every batch, from torch's generator: checkpoints keep that one's state."""
+        if not self.training:
+            return EXACT
+        if self._sparsity.mode != "unbiased":
+            return self._sparsity
+        return replace(self._sparsity, seed=int(torch.randint(2**62, ())))

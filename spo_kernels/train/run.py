@@ -84,6 +84,7 @@ def run(config: TrainConfig) -> None:
         objective,
         reference,
         config.ld_alpha,
+        config.backward,
         workspace_bytes=config.workspace_bytes,
         backend=config.backend,
     )
