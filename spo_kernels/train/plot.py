@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         axes.set_visible(False)
     for axes in grid[:count]:
         axes.title.set_fontsize(9)
+        axes.set_axisbelow(True)
         axes.grid(color="#e6e6e6")
     grid[0].legend(fontsize=8, frameon=False)
     try:
