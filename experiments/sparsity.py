@@ -277,8 +277,9 @@ def report(results: dict[str, Any]) -> str:
     options = results["options"]
     lines = [
         f"{options['sft_steps']} SFT steps, {options['steps']} preference steps of {options['rows']} sequences, "
-        f"V = {results['vocabulary']}, tolerance {options['tolerance']:.2e}, {options['seeds']} orders of the preference "
-        f"data, {results['minutes']:.1f} minutes on {options['threads']} threads. Mean ± standard deviation over orders.",
+        f"V = {results['vocabulary']}, tolerance {options['tolerance']:.2e}, {options['seeds']} orders of the "
+        f"preference data, {results['minutes']:.1f} minutes on {options['threads']} threads. "
+        "Mean ± standard deviation over orders.",
         "",
         "| | held-out loss | margin | reward accuracy | logp chosen | last 10 losses | kept | dropped, worst "
         "| cosine, mean | worst | head's, worst |",
