@@ -3,7 +3,7 @@
     python experiments/sparsity.py --data ../shared/data/gsm8k --output experiments/output/sparsity
 
 A small Llama is trained on solutions (SFT), then on preference pairs with SPO(DPO), three times from the same weights
-and batches: with the exact gradient, the certified one and the unbiased one. At every preference step the exact
+and batches: with the exact gradient, the certified one and the unbiased one; again for every seed of the batches. At every preference step the exact
 gradient is computed too and compared with the one that is used. The sparse modes are made to run sparse even where
 the library would find that too much is kept for it to pay. Written: results.json, results.md, and a figure of the
 share of (token, vocabulary block) pairs that is kept, by SFT step and by position in the response.
@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -56,12 +57,13 @@ def main() -> None:
     build_model(output / "init", Path(options.data) / "sft.jsonl", VOCABULARY)
     model, tokenizer = load(output / "init")
     by_step = fine_tune(model, list(sft_batches(tokenizer, options)), options)
-    train, held_out = preference_batches(tokenizer, options)
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in ("exact", "certified", "unbiased")}
+    for seed in range(options.seeds):
+        train, held_out = preference_batches(tokenizer, seed, options)
+        for mode, found in runs.items():
+            found.append(prefer(copy.deepcopy(model), train, held_out, mode, options))
+            print(f"seed {seed}, {mode}: {found[-1]['held out']}", flush=True)
     by_position = share_by_position(model, held_out, options.tolerance)
-    runs = {}
-    for mode in ("exact", "certified", "unbiased"):
-        runs[mode] = prefer(copy.deepcopy(model), train, held_out, mode, options)
-        print(f"{mode}: {runs[mode]['held out']}", flush=True)
     results = {
         "options": vars(options),
         "vocabulary": VOCABULARY,
@@ -87,7 +89,8 @@ def parse() -> argparse.Namespace:
     made.add_argument("--held-out", type=int, default=160, help="pairs for the final figures")
     made.add_argument("--max-length", type=int, default=320, help="longer samples are left out")
     made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=int, default=0, help="of SFT and of what is held out")
+    made.add_argument("--seeds", type=int, default=3, help="orders of the preference data")
     return made.parse_args()
 
 
@@ -121,8 +124,8 @@ def sft_batches(tokenizer: Any, options: argparse.Namespace) -> Iterator[Batch]:
         yield collate(generator.sample(rows, options.rows))
 
 
-def preference_batches(tokenizer: Any, options: argparse.Namespace) -> tuple[list[Batch], list[Batch]]:
-    """Training batches, and held-out ones whose prompts are not among them; chosen rows first."""
+def preference_batches(tokenizer: Any, seed: int, options: argparse.Namespace) -> tuple[list[Batch], list[Batch]]:
+    """Training batches by seed, and held-out ones whose prompts are not among them; chosen rows first."""
     pairs = records(Path(options.data) / "preferences.jsonl")
     prompts = sorted({pair["prompt"] for pair in pairs})
     random.Random(options.seed).shuffle(prompts)
@@ -133,7 +136,7 @@ def preference_batches(tokenizer: Any, options: argparse.Namespace) -> tuple[lis
         if max(len(ids) for ids, _ in rows) <= options.max_length:
             sides[pair["prompt"] in kept_back].append(rows)
     count = options.rows // 2
-    generator = random.Random(options.seed + 1)
+    generator = random.Random(f"{options.seed} {seed}")
 
     def batch(chosen: list[Any]) -> Batch:
         return collate([rows[side] for side in (0, 1) for rows in chosen])
@@ -274,39 +277,42 @@ def report(results: dict[str, Any]) -> str:
     options = results["options"]
     lines = [
         f"{options['sft_steps']} SFT steps, {options['steps']} preference steps of {options['rows']} sequences, "
-        f"V = {results['vocabulary']}, tolerance {options['tolerance']:.2e}, seed {options['seed']}, "
-        f"{results['minutes']:.1f} minutes on {options['threads']} threads.",
+        f"V = {results['vocabulary']}, tolerance {options['tolerance']:.2e}, {options['seeds']} orders of the "
+        f"preference data, {results['minutes']:.1f} minutes on {options['threads']} threads. "
+        "Mean ± standard deviation over orders.",
         "",
         "| | held-out loss | margin | reward accuracy | logp chosen | last 10 losses | kept | dropped, worst "
         "| cosine, mean | worst | head's, worst |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for mode, run in results["runs"].items():
-        held, steps = run["held out"], run["steps"]
+    for mode, runs in results["runs"].items():
+        steps = [step for run in runs for step in run["steps"]]
 
         def column(name: str, steps: list[dict[str, float]] = steps) -> list[float]:
             return [step[name] for step in steps if name in step] or [float("nan")]
 
-        def mean(values: list[float]) -> float:
-            return sum(values) / len(values)
-
+        names = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen")
+        held_out = [spread([run["held out"][name] for run in runs]) for name in names]
+        last = spread([statistics.fmean(step["loss"] for step in run["steps"][-10:]) for run in runs])
         cells = [
-            f"{held['loss']:.4f}",
-            f"{held['rewards/margins']:.4f}",
-            f"{held['rewards/accuracies']:.3f}",
-            f"{held['logps/chosen']:.2f}",
-            f"{mean(column('loss')[-10:]):.4f}",
-            f"{mean(column('sparsity/kept')):.3f}",
+            *held_out,
+            last,
+            f"{statistics.fmean(column('sparsity/kept')):.3f}",
             f"{max(column('sparsity/dropped_mass_max')):.2e}",
-            f"{mean(column('cosine')):.6f}",
+            f"{statistics.fmean(column('cosine')):.6f}",
             f"{min(column('cosine')):.6f}",
             f"{min(column('cosine of the head')):.6f}",
         ]
         lines.append(f"| {mode} | {' | '.join(cells)} |")
-    first, last = results["kept by SFT step"][0], results["kept by SFT step"][-1]
-    lines += ["", f"Kept by SFT: {first[2]:.3f} at step {first[0]}, {last[2]:.3f} at step {last[0]}."]
+    first, last_step = results["kept by SFT step"][0], results["kept by SFT step"][-1]
+    lines += ["", f"Kept by SFT: {first[2]:.3f} at step {first[0]}, {last_step[2]:.3f} at step {last_step[0]}."]
     lines.append("Kept by response position: " + " ".join(f"{v:.3f}" for v in results["kept by response position"]))
     return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -327,9 +333,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     positions = results["kept by response position"]
     middle.plot([(i + 0.5) / len(positions) for i in range(len(positions))], positions)
     middle.set(xlabel="position in the response", ylim=(0, None), title="kept, held-out responses")
-    for mode, run in results["runs"].items():
-        right.plot([step["loss"] for step in run["steps"]], label=mode, alpha=0.8)
-    right.set(xlabel="preference step", title="training loss")
+    for mode, runs in results["runs"].items():
+        right.plot([step["loss"] for step in runs[0]["steps"]], label=mode, alpha=0.8)
+    right.set(xlabel="preference step", title="training loss, first order")
     right.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)

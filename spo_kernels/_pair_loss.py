@@ -128,10 +128,11 @@ class PairKernel:
     def loss(
         self, logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, factor: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`factor` times the sum of the losses, differentiable, and the metrics that need no tokens."""
+        """`factor` times the sum of the losses, differentiable, and what needs no tokens: metrics and `pair_logps`."""
         arguments = (labels, cu_seqlens, self.inputs.reference, self.inputs.sft_value, ignore_index)
         loss, summary = PairLossFunction.apply(logp, factor, *arguments, *self.form)
-        return loss, dict(zip(_SUMMARY, summary.mean(1).unbind(), strict=True))
+        means = dict(zip(_SUMMARY, summary.mean(1).unbind(), strict=True))
+        return loss, {**means, "pair_logps": summary[5:].flatten()}
 
     def differentiate(
         self, logp: Tensor, labels: Tensor, lengths: list[int], pairs: range, factor: float

@@ -12,7 +12,7 @@ from spo_kernels._backend import Backend, load_backend
 from spo_kernels._checks import check_label_range
 from spo_kernels._driver import Head, TokenRows, workspace_budget
 from spo_kernels._memory import in_huge_pages
-from spo_kernels._ops import capturing, logp_grad_dtype
+from spo_kernels._ops import capturing
 from spo_kernels._pair_loss import PairKernel
 from spo_kernels._pairs import GradientSums, KeptTiles
 from spo_kernels._products import accumulator_dtype
@@ -42,6 +42,9 @@ def plan_path(
         return PathPlan("two_pass", 4)
     names = token_outputs_of(objective)
     reason = "its objective needs kl, which has a gradient of its own" if "kl" in names else None
+    if hidden.dtype == torch.float16:
+        # a scaled loss is what brings them into it, and it comes after the forward
+        reason = "unscaled gradients may lie below float16's range"
     if call.options.sparsity.mode != "exact":
         reason = "a sparse backward takes two passes"
     if reason is not None and forced in ("packed", "factorised"):
@@ -49,9 +52,6 @@ def plan_path(
     if reason is not None:
         return PathPlan("two_pass", 4)
     backend = load_backend(call.options.backend)
-    # float16 operands need gradients brought into their range, one scale for all tiles: see `headroom`
-    if hidden.dtype == torch.float16 and backend.products.copy_bytes(hidden):
-        return PathPlan("two_pass", 4)
     wide, narrow = accumulator_dtype(hidden.dtype).itemsize, backend.products.operand_dtype(hidden).itemsize
     (vocab, width), direct = weight.shape, weight.dtype.itemsize == wide
     chosen, rejected = tokens.view(2, -1)
@@ -199,8 +199,8 @@ class ThreeProductFunction(torch.autograd.Function):
         head = Head(weight, bias, call.transform)
         wide = accumulator_dtype(hidden.dtype)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # zero where no token counts; unscaled gradients wait in it, see logp_grad_dtype
-        grad_hidden = states.new_zeros(states.shape, dtype=logp_grad_dtype(hidden)) if need_hidden else None
+        # zero where no token counts; unscaled gradients wait in it
+        grad_hidden = torch.zeros_like(states) if need_hidden else None
         grad = GradientSums(
             weight=in_huge_pages(weight.new_empty(weight.shape)) if need_weight else None,
             bias=weight.new_empty(weight.shape[0], dtype=wide) if need_bias else None,
@@ -213,7 +213,7 @@ class ThreeProductFunction(torch.autograd.Function):
             grad.weight,
             grad.bias,
         )
-        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses, sums)
         return losses.sum() * call.loss_scale, losses, sums
 
@@ -233,13 +233,7 @@ class ThreeProductFunction(torch.autograd.Function):
         for grad in (hidden, weight, bias):
             if grad is not None:
                 grad.mul_(upstream)
-        hidden_dtype, weight_dtype = ctx.dtypes
-        return (
-            None if hidden is None else hidden.to(hidden_dtype),
-            weight,
-            None if bias is None else bias.to(weight_dtype),
-            None,
-        )
+        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), None
 
 
 def _accumulator(call: PairCall, grad: GradientSums) -> GradientSums:

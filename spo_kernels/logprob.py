@@ -10,7 +10,7 @@ from torch import Tensor
 from spo_kernels._backend import choose_backend
 from spo_kernels._checks import check_head_inputs, check_options
 from spo_kernels._ops import linear_logprob_bwd, linear_logprob_fwd  # noqa: F401  (registers the ops)
-from spo_kernels.sparsity import Sparsity, as_sparsity
+from spo_kernels.sparsity import EXACT, Sparsity, as_sparsity
 
 OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2", "dropped_mass", "kept_share")
 _EXACT = {"dropped_mass": 0.0, "kept_share": 1.0}
@@ -64,7 +64,7 @@ class LinearLogprobFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Returns logp and everything in `OUTPUTS`."""
         recompute = bool(options.grad_outputs) or any(ctx.needs_input_grad[1:3])
-        sparsity = options.sparsity if any(ctx.needs_input_grad[:3]) else Sparsity("exact")
+        sparsity = options.sparsity if any(ctx.needs_input_grad[:3]) else EXACT
         exact = sparsity.mode == "exact"
         outputs = _fwd(
             hidden,

@@ -49,6 +49,7 @@ def fused_spo_loss(
     shift: bool = False,
     reduction: str = "mean",
     token_metrics: bool = False,
+    pair_logps: bool = False,
     path: str | None = None,
     sparsity: str | Sparsity = "exact",
     workspace_bytes: int | None = None,
@@ -92,6 +93,8 @@ def fused_spo_loss(
             or a `Sparsity`, as in `linear_logprob`; takes the two-pass path, whose 4 products become 1 + 3ρ.
         token_metrics: Also report `entropy` (nats, mean over all counted policy tokens) and
             `mean_token_accuracy` (share of the chosen responses' tokens with the largest logit).
+        pair_logps: Also report `pair_logps`, `[2B]`: the policy's log-probabilities summed over each response,
+            detached, chosen first.
 
     Returns:
         The loss (0-d, or `[B]` for "none"; 0 for an empty batch), and detached 0-d metrics under TRL's names:
@@ -174,6 +177,8 @@ def fused_spo_loss(
     else:
         result, losses, sums, token_sums = three_products(call, objective, inputs, tokens, token_weights, plan, scale)
         metrics = _metrics(objective, inputs.pairs(sums), losses)
+    if not pair_logps:
+        del metrics["pair_logps"]
     if token_metrics:
         # TRL's: entropy over all counted tokens, accuracy over those of the chosen responses
         metrics["entropy"] = token_sums["entropy"].float() / tokens.sum().clamp_min(1)
@@ -308,7 +313,7 @@ def _reference_sums(
 
 
 def _metrics(objective: Objective, pairs: PairLogps, losses: Tensor) -> dict[str, Tensor]:
-    """Means over pairs under TRL's names."""
+    """Means over pairs under TRL's names, and `pair_logps`."""
     chosen, rejected = implicit_rewards(objective, pairs)
     values = {
         "loss": losses,
@@ -319,4 +324,5 @@ def _metrics(objective: Objective, pairs: PairLogps, losses: Tensor) -> dict[str
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
     }
-    return {name: value.detach().float().mean() for name, value in values.items()}
+    means = {name: value.detach().float().mean() for name, value in values.items()}
+    return {**means, "pair_logps": torch.cat([pairs.chosen, pairs.rejected]).detach()}

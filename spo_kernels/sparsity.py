@@ -45,6 +45,9 @@ class Sparsity:
             raise ValueError(f"sparsity seed must be an integer in [0, 2**63), got {self.seed!r}")
 
 
+EXACT = Sparsity("exact")
+
+
 def as_sparsity(value: str | Sparsity) -> Sparsity:
     """The `sparsity=` argument of the public functions: a mode with its defaults, or a `Sparsity`.
 

@@ -11,21 +11,9 @@ import torch
 from benchmarks import floor, inputs, launch, long, long_pair, measure, oracle, ours, peers, rounds, run, table, worker
 from benchmarks.settings import Job, Setting
 from benchmarks.variant import Skip, Step, Variant, pair_loss
-from spo_kernels.paths import PairProblem, choose_path
 
 TINY = ["--pairs", "1", "--tokens", "6", "--hidden", "16", "--vocab", "40", "--threads", "1"]
 SETTING = Setting(pairs=1, tokens=6, hidden=16, vocab=40, threads=1)
-PROBLEM = PairProblem(
-    coupling="margin",
-    pair_tokens=(2,),
-    direct=True,
-    vocab=4,
-    row_bytes=1,
-    column_bytes=0,
-    slice_bytes=0,
-    accumulator_bytes=1,
-    workspace_bytes=100,
-)
 ROW_KEYS = {"variant", "about", "status", "reason", "rounds"}
 MEASURED_KEYS = ROW_KEYS | {
     "ms", "ms_p20", "ms_p80", "ms_min", "samples", "product_ms", "ge", "x_floor", "x_three", "extra_mib",
@@ -103,8 +91,11 @@ def test_paths_have_rows_and_the_cost_model_is_checked(capsys: pytest.CaptureFix
         assert rows[name]["status"] == "ok", rows[name]["reason"]
         assert rows[name]["errors"]["sequence"] < 1e-4 and rows[name]["errors"]["dw"] < 1e-5
     assert "x3prod" in printed and "packed predicted 0.75, measured" in printed
+    problem = inputs.random_problem(SETTING)
     for path, products in table.PATH_PRODUCTS.items():
-        assert choose_path(PROBLEM, path).products == products
+        with long_pair.counted_products() as made:
+            ours.ours_builder("cpp", path)(problem).run()
+        assert sum(made) == products * SETTING.rows * SETTING.hidden * SETTING.vocab
     # a workspace of 1 KiB holds no pair's logits
     small = run.main([*arguments, "--no-accuracy", "--workspace-mib", "0.001"], in_process)
     assert rows_of(small)["ours-cpp-packed"]["status"] == "skipped"

@@ -54,6 +54,21 @@ def test_each_hinge_is_on_and_off():
         assert (gap > 0).any() and (gap < 0).any()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("path", [None, "packed", "factorised", "two_pass"])
+def test_pair_logps(backend, path, packed):
+    """Each response's log-probability, on request, whichever way the loss is computed."""
+    batch = make_batch(bias=True)
+    truth, reference, bounds = oracle_sums(batch).detach(), make_reference(batch), None
+    if packed:
+        batch, bounds, _ = pack(batch, keep_ignored=True)
+    options = dict(loss="dpo", ref_logps=reference, cu_seqlens=bounds, backend=backend, path=path)
+    logps = run(batch, **options, pair_logps=True)[3]["pair_logps"]
+    assert logps.shape == (2 * PAIRS,) and not logps.requires_grad
+    assert_near(logps, truth, "pair_logps")
+    assert "pair_logps" not in run(batch, **options)[3]
+
+
 @each_objective
 @pytest.mark.parametrize("keep_ignored", [True, False], ids=["with-prompts", "responses-only"])
 def test_packed(backend, objective, formula, keep_ignored):

@@ -19,13 +19,12 @@ OBJECTIVES = {
     "spo-hinge": SPO(DPO(beta=0.2), penalty="hinge", normalization="sum"),
 }
 # gradients of half precision are rounded where they are scaled and where they are handed over
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1.6e-2}
 KINDS = [
     (torch.float64, "torch"),
     (torch.float32, "torch"),
     (torch.float32, "cpp"),
     (torch.bfloat16, "cpp"),
-    (torch.float16, "torch"),
 ]
 
 
@@ -64,7 +63,7 @@ def need(backend):
 
 
 @pytest.mark.usefixtures("poisoned_buffers")
-@pytest.mark.parametrize("lengths", [[5, 3, 7, 0], [9, 4], [0, 0, 3, 2], [0, 2], [6] * 8], ids=str)
+@pytest.mark.parametrize("lengths", [[5, 3, 7, 0], [9, 4], [0, 0, 3, 2], [0, 5], [6] * 8], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype, backend", KINDS, ids=str)
 def test_paths_agree(dtype, backend, objective, lengths):
@@ -206,3 +205,18 @@ PROBLEM = PairProblem(
 )
 def test_choice(changes, path):
     assert choose_path(dataclasses.replace(PROBLEM, **changes)).path == path
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_float16_takes_two_passes(backend):
+    """Unscaled gradients would be rounded below its range before a scaled loss reaches them."""
+    need(backend)
+    lengths = [0, 5]
+    with pytest.raises(ValueError, match="path = 'packed' cannot be taken: unscaled gradients may lie below float16"):
+        gradients("packed", lengths, torch.float16, backend)
+    small = {"loss": DPO(beta=1e-4), "upstream": 1e5}
+    expected, _ = gradients("two_pass", lengths, torch.float16, backend, **small)
+    found, _ = gradients(None, lengths, torch.float16, backend, **small)
+    for reference, value in zip(expected, found, strict=True):
+        assert torch.equal(reference, value)
+        assert reference.any()

@@ -24,6 +24,8 @@ namespace {
 
 // 2048 rows of A, or 4 MiB, at once: a panel of B is packed again for each such block, at 1 % of its products' time
 constexpr int64_t kBlockRows = 2048;
+// multiply-adds that make another thread worth waking: about 4 us of work
+constexpr int64_t kThreadWork = 1 << 19;
 // what a thread packs of A at a time: 4 cache lines of lanes, or a page along k, whichever lie side by side
 constexpr int64_t kPackLanes = 64, kPackDepth = 256;
 // lanes side by side are a cache line or two per k, far apart: no machine prefetches that by itself
@@ -166,6 +168,7 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
       std::memset(c.data + c_rows(row), 0, static_cast<size_t>(shape.n) * sizeof(float));
     return;
   }
+  threads = static_cast<int>(smaller(threads, 1 + shape.m * shape.n * shape.k / kThreadWork));
   const int64_t column_panels = pieces(shape.n, kColumns);
   const int64_t block = rounded_up(pieces(shape.m, pieces(shape.m, kBlockRows)), kRows);
   // fewer column panels than threads could share: cut the rows too, so that every thread has work

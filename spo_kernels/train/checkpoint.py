@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from spo_kernels.train.errors import TrainError
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "checkpoint.json"
 # Key of the identity that may change, with a warning: versions and threads decide the order of sums.
 SOFTWARE = "software"

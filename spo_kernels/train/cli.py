@@ -1,4 +1,6 @@
-"""The command line: TrainConfig's fields as options, and errors as one line with exit status 2."""
+"""The command line: TrainConfig's fields as options, other commands by their name, and errors as one line with exit
+status 2.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
+from importlib import import_module
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -15,20 +18,53 @@ from spo_kernels.train.errors import TrainError
 PROGRAM = "spo-train"
 
 
+# Modules of commands other than training: each has add_arguments(parser) and run(arguments).
+COMMANDS = {
+    "extrapolate": "go on from one round's weights in the direction of the next one's (APO, arXiv 2410.06293)",
+    "rso": "preference pairs from scored candidates by rejection sampling (RSO, arXiv 2309.06657)",
+    "plot": "draw metrics.jsonl",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, or 2 for an error that the user can put right."""
-    options = vars(build_parser().parse_args(argv))
-    config = TrainConfig(**{**options, "loss_arg": tuple(options["loss_arg"])})
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else None
     try:
-        config.check()
-        _runner()(config)
+        if command is None:
+            _train(arguments)
+        else:
+            _run_command(command, arguments)
     except TrainError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
+        goes_on = "; --resume goes on from the newest checkpoint" if command is None else ""
+        print(f"{PROGRAM}: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
+
+
+def _train(arguments: list[str]) -> None:
+    options: dict[str, Any] = vars(build_parser().parse_args(arguments))
+    options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    config = TrainConfig(**options).check()
+    _runner()(config)
+
+
+def _run_command(command: str, arguments: list[str]) -> None:
+    try:
+        module = import_module(f"spo_kernels.train.{command}")
+    except ModuleNotFoundError as error:
+        raise TrainError(f"{error}; {PROGRAM} needs more packages: pip install 'spo_kernels[train]'") from error
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} {command}",
+        allow_abbrev=False,
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    module.run(parser.parse_args(arguments))
 
 
 def _runner() -> Callable[[TrainConfig], None]:
@@ -40,12 +76,22 @@ def _runner() -> Callable[[TrainConfig], None]:
     return run
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Wraps texts but the list of commands."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         allow_abbrev=False,
         description="Fine-tune a causal language model on examples (sft) or preference pairs, "
         "without ever materialising its logits.",
+        epilog="other commands, each with its own --help:\n"
+        + "".join(f"  {PROGRAM} {name:13}{text}\n" for name, text in COMMANDS.items()),
+        formatter_class=_Formatter,
     )
     hints = get_type_hints(TrainConfig)
     groups: dict[str, argparse._ArgumentGroup] = {}

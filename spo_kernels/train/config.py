@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from spo_kernels.losses import LOSSES
+from spo_kernels.sparsity import MODES, Sparsity
 from spo_kernels.train.errors import TrainError
 
 # These may differ between a run and its resumption: they do not change the weights.
@@ -17,6 +18,7 @@ RESUME_MAY_CHANGE = frozenset(
         "resume",
         "save_steps",
         "keep_checkpoints",
+        "diagnostics",
         "logging_steps",
         "eval_steps",
         "quiet",
@@ -68,14 +70,38 @@ class TrainConfig:
     spo_penalty: str | None = option(None, "form of the spo penalty: nll or hinge (default: nll)", "objective")
     spo_value: str | None = option(
         None,
-        "value in the hinge: reference, or input: column spo_value of the data (default: reference)",
+        "value in the hinge: reference, or input: column spo_value of the data (default: reference, unless "
+        "--spo-inner-steps computes it)",
         "objective",
     )
     spo_epsilon: float | None = option(None, "slack of the hinge, in nats (default: 0)", "objective")
     spo_normalization: str | None = option(
         None, "NLL of the chosen response: mean over tokens or sum (default: mean)", "objective"
     )
+    spo_inner_steps: int = option(
+        0,
+        "SGD steps on the micro-batch's chosen responses after which the hinge's value is taken, with weights put "
+        "back; 0: none. Each costs a forward and a backward of the chosen half, and the value one more forward; in "
+        "all, a copy of the trained weights and of their gradient. A reconstruction, not verified against the paper, "
+        "whose single step is 1",
+        "objective",
+    )
+    spo_inner_lr: float | None = option(
+        None, "learning rate of --spo-inner-steps, which need one: the paper's is not known", "objective"
+    )
     loss_arg: tuple[str, ...] = option((), "any field of the loss as KEY=VALUE; may be repeated", "objective")
+    ld_alpha: float | None = option(
+        None,
+        "LD-DPO: tokens beyond the length of the pair's shorter response count this much in its log-prob, for policy "
+        "and reference (default: 1)",
+        "objective",
+    )
+    pair_input: tuple[str, ...] = option(
+        (),
+        "data column of a number per pair that the loss reads, as NAME=COLUMN, such as offset=score_margin for odpo; "
+        "may be repeated (default: the column of that name)",
+        "objective",
+    )
     reference: str = option(
         "precompute",
         "reference log-probs: computed once and cached on disk, or online with a frozen copy",
@@ -124,10 +150,26 @@ class TrainConfig:
         None, "bound on the fused loss's temporaries, MiB (default: the library's)", "kernels"
     )
     backend: str | None = option(None, "backend of the fused loss (default: the best available)", "kernels")
+    sparsity: str = option(
+        "exact",
+        "which blocks of the vocabulary the backward multiplies: all, those outside of a certified probability mass "
+        "per token, or an unbiased sample; pays for models whose softmax is concentrated, see docs/sparsity.md",
+        "kernels",
+        MODES,
+    )
+    sparsity_tolerance: float | None = option(
+        None, "probability mass per token that --sparsity may leave out or sample (default: 2^-8)", "kernels"
+    )
 
     save_steps: int = option(500, "optimizer steps between checkpoints; 0: none, so no --resume", "output")
     keep_checkpoints: int = option(2, "newest checkpoints to keep; 0: all", "output")
     resume: bool = option(False, "go on from the newest complete checkpoint in OUTPUT_DIR", "output")
+    diagnostics: bool = option(
+        False,
+        "log gradient ratio, likelihood displacement and lost mass of the pairs, relative to the reference (the "
+        "model as loaded, for losses without one), whose log-probs are then precomputed",
+        "output",
+    )
     logging_steps: int = option(10, "optimizer steps between lines in metrics.jsonl", "output")
     eval_steps: int = option(0, "optimizer steps between evaluations; 0: only before and after training", "output")
     quiet: bool = option(False, "no progress bar", "output")
@@ -150,11 +192,24 @@ class TrainConfig:
             raise TrainError("--resume needs checkpoints, and --save-steps 0 writes none")
         if self.stage == "sft" and self.ref_model is not None:
             raise TrainError("--ref-model is for --stage preference: sft has no reference")
+        if (self.spo_inner_steps > 0) != (self.spo_inner_lr is not None):
+            raise TrainError("--spo-inner-steps and --spo-inner-lr go together: give both or neither")
+        if self.stage == "sft" and self.spo_inner_steps:
+            raise TrainError("--spo-inner-steps is for --stage preference: sft has no lower level")
+        if self.stage == "sft" and self.ld_alpha is not None:
+            raise TrainError("--ld-alpha is for --stage preference: sft has no pairs")
+        if self.sparsity_tolerance is not None and self.sparsity == "exact":
+            raise TrainError("--sparsity-tolerance needs --sparsity certified or unbiased")
         return self
 
     @property
     def prompt_limit(self) -> int:
         return self.max_prompt_length or self.max_length - 1
+
+    @property
+    def backward(self) -> Sparsity:
+        """What `--sparsity` and `--sparsity-tolerance` say."""
+        return Sparsity(self.sparsity, self.sparsity_tolerance or Sparsity.tolerance)
 
     @property
     def workspace_bytes(self) -> int | None:
@@ -183,7 +238,11 @@ _RANGES = {
     "weight_decay": _at_least(0),
     "max_grad_norm": _at_least(0),
     "seed": _at_least(0),
+    "ld_alpha": _at_least(0),
+    "spo_inner_steps": _at_least(0),
+    "spo_inner_lr": _ABOVE_ZERO,
     "workspace_mib": _at_least(1),
+    "sparsity_tolerance": ((lambda x: 0 < x < 1), "between 0 and 1"),
     "save_steps": _at_least(0),
     "keep_checkpoints": _at_least(0),
     "logging_steps": _at_least(1),

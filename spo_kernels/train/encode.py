@@ -9,7 +9,7 @@ joined text may merge across it). The price: a tokenizer that would merge across
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class Example:
 
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
-    spo_value: float | None = None
+    inputs: dict[str, float] = field(default_factory=dict)
 
     @property
     def response_tokens(self) -> int:
@@ -58,7 +58,7 @@ def encode(samples: list[Sample], tokenizer: Any, config: TrainConfig, warn: Cal
         whole = [_end(sample, k, column[i], tokenizer) for k, column in enumerate(responses)]
         kept = [ids[: config.max_length - len(prompt)] for ids in whole]
         cut += sum(len(a) < len(b) for a, b in zip(kept, whole, strict=True))
-        examples.append(Example(_array(prompt), tuple(map(_array, kept)), sample.spo_value))
+        examples.append(Example(_array(prompt), tuple(map(_array, kept)), sample.inputs))
     if dropped:
         warn(f"{dropped} of {len(samples)} records dropped: their prompts are over the limit")
     if cut:

@@ -26,26 +26,34 @@ from spo_kernels.train.checkpoint import (
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.encode import Example
 from spo_kernels.train.errors import TrainError
+from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.metrics import MetricsLog, Window, peak_memory_mib
 
 
 @dataclass(frozen=True)
 class Split:
-    """Examples, and the reference log-probs [n, 2] that belong to them where they are precomputed."""
+    """Examples, the reference log-probs [n, 2] that belong to them where they are precomputed, and those that
+    diagnostics compare with.
+    """
 
     examples: list[Example]
     ref_logps: Tensor | None = None
+    baseline: Tensor | None = None
 
-    def batch(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
+    def batch(self, indices: list[int], device: torch.device) -> dict[str, Any]:
         """Keyword arguments of Policy.forward."""
         chosen = [self.examples[i] for i in indices]
         input_ids, labels = collate(chosen, device)
-        batch = {"input_ids": input_ids, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
         if self.ref_logps is not None:
             batch["ref_logps"] = self.ref_logps[indices].T.reshape(-1).to(device)
-        if chosen[0].spo_value is not None:
-            batch["spo_value"] = torch.tensor([e.spo_value for e in chosen], dtype=torch.float32, device=device)
-        return batch
+        inputs = {
+            name: torch.tensor([e.inputs[name] for e in chosen], dtype=torch.float32, device=device)
+            for name in chosen[0].inputs
+        }
+        if "spo_value" in inputs:
+            batch["spo_value"] = inputs.pop("spo_value")
+        return batch | {"pair_inputs": inputs} if inputs else batch
 
     def by_length(self, indices: Iterable[int]) -> list[int]:
         return sorted(indices, key=lambda i: self.examples[i].longest)
@@ -69,6 +77,7 @@ class Trainer:
     output: Path
     identity: dict[str, Any]
     max_steps: int
+    inner: InnerSteps | None = None
     step: int = 0
     window: Window = field(default_factory=Window)
 
@@ -113,9 +122,11 @@ class Trainer:
         self.policy.train()
         for micro in micro_batches(indices, accelerator.process_index, accelerator.num_processes, config.batch_size):
             with accelerator.accumulate(self.policy):
-                loss, sums = self.policy(**self.train.batch(micro, accelerator.device))
+                batch = self._batch(self.train, micro, training=True)
+                loss, sums, pair_logps = self.policy(**batch)
                 accelerator.backward(loss * scale)
                 self.window.add(sums)
+                self._add_pairs(self.window, self.train, micro, pair_logps)
         grad_norm = None
         if config.max_grad_norm:
             grad_norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
@@ -139,16 +150,34 @@ class Trainer:
         batches = micro_batches(everything, rank, world, self.config.batch_size)
         # A process without a record of its own evaluates one for the names of the metrics.
         for batch in batches or [everything[:1]]:
+            arguments = self._batch(self.evaluation, batch, training=False)
             with accelerator.autocast():
-                _, sums = policy(**self.evaluation.batch(batch, accelerator.device))
+                _, sums, pair_logps = policy(**arguments)
             window.add(sums if batches else {name: torch.zeros_like(value) for name, value in sums.items()})
+            if batches:
+                self._add_pairs(window, self.evaluation, batch, pair_logps)
         window.count(self.evaluation.units(everything, per_token=self.config.stage == "sft"), 0)
-        means = window.means(accelerator)
+        means = window.means(accelerator) | window.diagnostics()
         if log is not None:
             log.write({"step": self.step, "split": "eval", **means})
 
+    def _batch(self, split: Split, indices: list[int], training: bool) -> dict[str, Any]:
+        """Keyword arguments of Policy.forward, the lower level's values included where the run has inner steps."""
+        batch = split.batch(indices, self.accelerator.device)
+        if self.inner is not None:
+            policy = self.accelerator.unwrap_model(self.policy)
+            # evaluation: processes may have different numbers of batches, so each steps on its own
+            batch["spo_value"] = self.inner.values(policy, batch, self.accelerator, shared=training)
+        return batch
+
+    def _add_pairs(self, window: Window, split: Split, indices: list[int], pair_logps: Tensor | None) -> None:
+        if split.baseline is None or pair_logps is None:
+            return
+        lengths = [[len(split.examples[i].responses[k]) for i in indices] for k in range(2)]
+        window.add_pairs(pair_logps, split.baseline[indices].T.reshape(-1), torch.tensor(lengths).flatten())
+
     def _log(self, log: MetricsLog | None, bar: Any, seconds: float, grad_norm: Any) -> None:
-        means = self.window.means(self.accelerator)
+        means = self.window.means(self.accelerator) | self.window.diagnostics()
         self._check_finite(means["loss"])
         record = {
             "step": self.step,
@@ -177,9 +206,10 @@ class Trainer:
         window = self.window.state_dict()
         if self.window.sums:
             self._check_finite(self.window.means(self.accelerator)["loss"])
-        each = gather_object([{"rng": capture_rng(), "window": window}])
+        policy = self.accelerator.unwrap_model(self.policy)
+        each = gather_object([{"rng": capture_rng(), "window": window, "objective": policy.objective_state()}])
         if self._is_main:
-            model = self.accelerator.unwrap_model(self.policy).headless.model
+            model = policy.headless.model
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
@@ -191,12 +221,13 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state()
-        model = self.accelerator.unwrap_model(self.policy).headless.model
-        restore_weights(model, checkpoint.weights(), checkpoint.path)
+        policy = self.accelerator.unwrap_model(self.policy)
+        restore_weights(policy.headless.model, checkpoint.weights(), checkpoint.path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         own = state["processes"][self.accelerator.process_index]
         self.window.load_state_dict(own["window"], self.accelerator.device)
+        policy.load_objective_state(own["objective"])
         restore_rng(own["rng"])
         self.step = checkpoint.step
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
+from spo_kernels.diagnostics import summarize
+from spo_kernels.losses import PairLogps
 from spo_kernels.train.errors import TrainError
 
 FILE = "metrics.jsonl"
@@ -22,6 +25,8 @@ class Window:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        # of each pair for the diagnostics: log-probs and baseline, chosen and rejected, and lengths; float64
+        self.pairs: list[Tensor] = []
         self.units = 0
         self.tokens = 0
 
@@ -29,6 +34,11 @@ class Window:
         for name, value in sums.items():
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def add_pairs(self, pair_logps: Tensor, baseline: Tensor, lengths: Tensor) -> None:
+        """Log-probs [2B] of a batch's responses, those that they are compared with, and token counts."""
+        device = pair_logps.device
+        self.pairs.append(torch.stack([v.to(device, torch.float64) for v in (pair_logps, baseline, lengths)]))
 
     def count(self, units: int, tokens: int) -> None:
         """Units (of all processes) that the sums are over, and tokens processed."""
@@ -43,13 +53,26 @@ class Window:
         total = accelerator.reduce(torch.stack([self.sums[n] for n in names]), "sum")
         return dict(zip(names, (total / self.units).tolist(), strict=True))
 
+    def diagnostics(self) -> dict[str, float]:
+        """Of the pairs of all processes; nothing where none were added."""
+        batches = [batch for part in gather_object([self._pairs_on_cpu()]) for batch in part]
+        if not batches:
+            return {}
+        logps, baseline, lengths = torch.cat([b.view(3, 2, -1) for b in batches], dim=-1)
+        pairs = PairLogps(*logps, *baseline, *lengths.long())
+        return {f"diagnostics/{name}": value for name, value in summarize(pairs).items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Without tokens: a resumed run counts them, like seconds, from where it starts."""
-        return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "units": self.units}
+        sums = {k: v.cpu() for k, v in self.sums.items()}
+        return {"sums": sums, "units": self.units, "pairs": self._pairs_on_cpu()}
+
+    def _pairs_on_cpu(self) -> list[Tensor]:
+        return [pairs.cpu() for pairs in self.pairs]
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {k: v.to(device) for k, v in state["sums"].items()}
-        self.units = state["units"]
+        self.units, self.pairs = state["units"], state["pairs"]
 
 
 class MetricsLog:

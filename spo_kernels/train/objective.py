@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from spo_kernels.losses import Objective, PairLogps, build_loss
+from spo_kernels.losses import Objective, build_loss
+from spo_kernels.losses.needs import needs_inputs, needs_value
+from spo_kernels.losses.pairs import token_outputs_of
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
 
@@ -22,6 +21,13 @@ def build_objective(config: TrainConfig) -> Objective | None:
     given = {name.removeprefix("spo_"): getattr(config, name) for name in _SPO_OPTIONS}
     fields = {"base": config.base_loss, **given}
     fields = {name: value for name, value in fields.items() if value is not None}
+    if config.spo_inner_steps:
+        if config.loss != "spo":
+            raise TrainError(f"--spo-inner-steps is for --loss spo, got --loss {config.loss}")
+        if fields.setdefault("value", "input") != "input":
+            raise TrainError(
+                f"--spo-inner-steps computes the hinge's value; --spo-value {config.spo_value} names another"
+            )
     if config.loss != "spo" and fields:
         raise TrainError(f"--loss {config.loss} takes no --base-loss or --spo- options, got {', '.join(fields)}")
     if config.beta is not None:
@@ -32,54 +38,39 @@ def build_objective(config: TrainConfig) -> Objective | None:
             raise TrainError(f"--loss-arg must be KEY=VALUE, got {pair!r}")
         fields[key] = _value(value)
     try:
-        return build_loss(config.loss, **fields)
+        objective = build_loss(config.loss, **fields)
     except (ValueError, TypeError) as error:
         raise TrainError(f"--loss {config.loss}: {error}") from error
+    if config.spo_inner_steps and not needs_value(objective):
+        raise TrainError("--spo-inner-steps needs --spo-penalty hinge: the gradient of nll has no value in it")
+    if "kl" in token_outputs_of(objective) and config.reference != "online":
+        raise TrainError(
+            f"--loss {config.loss} compares whole distributions with the reference's, not log-probs of tokens, "
+            "which is what is precomputed: it needs --reference online"
+        )
+    return objective
 
 
-def needs_reference(objective: Objective) -> bool:
-    """Whether the objective refuses to work without reference log-probs; asked of any callable by trying."""
-    return not _works(objective, reference=False)
+def input_columns(config: TrainConfig, objective: Objective | None) -> dict[str, str]:
+    """For each per-pair input that the objective reads, the column of the data that holds it.
 
-
-def needs_value(objective: Objective) -> bool:
-    """Whether the objective wants spo_value for each pair, as spo's hinge with value="input" does."""
-    return not _works(objective, value=False)
-
-
-class RankingObjective:
-    """An objective that also notes how often the policy itself prefers the chosen response.
-
-    Before training, policy and reference are equal and reward accuracy is rounding noise; this is not.
+    A column of the input's own name unless --pair-input names another; "spo_value" is the hinge's value.
     """
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.beta = getattr(objective, "beta", 1.0)
-        self.accuracy = torch.zeros(())
-
-    def __call__(self, pairs: PairLogps) -> Tensor:
-        self.accuracy = (pairs.chosen > pairs.rejected).detach().float().mean()
-        return self.objective(pairs)
-
-
-def _works(objective: Objective, reference: bool = True, value: bool = True) -> bool:
-    one, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
-    ref = one if reference else None
-    pairs = PairLogps(
-        chosen=one,
-        rejected=one,
-        ref_chosen=ref,
-        ref_rejected=ref,
-        chosen_lengths=length,
-        rejected_lengths=length,
-        sft_value=one if value else None,
-    )
-    try:
-        objective(pairs)
-    except (ValueError, TypeError):
-        return False
-    return True
+    names: list[str] = []
+    if objective is not None:
+        # the value is computed, not read, where the run has inner steps
+        read = needs_value(objective) and not config.spo_inner_steps
+        names = [*needs_inputs(objective), *(["spo_value"] if read else [])]
+    columns = {name: name for name in names}
+    for pair in config.pair_input:
+        name, equals, column = pair.partition("=")
+        if not equals or not name or not column:
+            raise TrainError(f"--pair-input must be NAME=COLUMN, got {pair!r}")
+        if name not in columns:
+            known = ", ".join(names) or "none"
+            raise TrainError(f"--pair-input {pair}: the loss reads no input {name!r}; it reads: {known}")
+        columns[name] = column
+    return columns
 
 
 def _value(text: str) -> Any:

@@ -5,17 +5,21 @@ Calling a part of a wrapped model from outside would bypass DDP's gradient hooks
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from spo_kernels import fused_spo_loss, linear_logprob
+from spo_kernels import Sparsity, fused_spo_loss, linear_logprob, sequence_logps
 from spo_kernels.losses import Objective
+from spo_kernels.losses.state import has_state
+from spo_kernels.sparsity import EXACT
+from spo_kernels.token_weights import ld_dpo_weights
 from spo_kernels.train.batches import IGNORE_INDEX
 from spo_kernels.train.model import HeadlessModel
-from spo_kernels.train.objective import RankingObjective
 
 
 class Reference:
@@ -37,19 +41,30 @@ class Reference:
         return {"ref_hidden": hidden, "ref_weight": head.weight, "ref_bias": head.bias}
 
 
+def pair_token_weights(labels: Tensor, ld_alpha: float | None) -> Tensor | None:
+    """What each token of a batch of pairs from `collate` counts in its response's log-prob; None: all the same."""
+    return None if ld_alpha is None else ld_dpo_weights(labels, ld_alpha, ignore_index=IGNORE_INDEX, shift=True)
+
+
 class Policy(nn.Module):
-    """Forward returns (loss, metrics), both *sums* over units: response tokens for sft, pairs otherwise."""
+    """Forward returns (loss, metrics, pair_logps). The first two are *sums* over units: response tokens for sft,
+    pairs otherwise; the last are the responses' log-probabilities [2B], detached, or None for sft.
+    """
 
     def __init__(
         self,
         headless: HeadlessModel,
         objective: Objective | None = None,
         reference: Reference | None = None,
+        ld_alpha: float | None = None,
+        sparsity: Sparsity = EXACT,
         **kernel_options: Any,
     ) -> None:
         super().__init__()
+        self._ld_alpha = ld_alpha
+        self._sparsity = sparsity
         self.headless = headless
-        self.objective = None if objective is None else RankingObjective(objective)
+        self.objective = objective
         # Not a submodule: it must not be trained, saved, or switched to training mode with the policy.
         self._reference = (reference,)
         self._options = {
@@ -65,10 +80,11 @@ class Policy(nn.Module):
         labels: Tensor,
         ref_logps: Tensor | None = None,
         spo_value: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        pair_inputs: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """input_ids and labels [rows, T] from `collate`; ref_logps [2B] unless the reference is online."""
         if self.objective is None:
-            return self._sft(input_ids, labels)
+            return *self._sft(input_ids, labels), None
         (reference,) = self._reference
         online = {} if reference is None or ref_logps is not None else reference.inputs(input_ids)
         loss, metrics = fused_spo_loss(
@@ -78,21 +94,72 @@ class Policy(nn.Module):
             loss=self.objective,
             ref_logps=ref_logps,
             spo_value=spo_value,
+            pair_inputs=pair_inputs,
+            token_weights=pair_token_weights(labels, self._ld_alpha),
             reduction="sum",
+            pair_logps=True,
+            sparsity=self._next_sparsity(),
             **online,
             **self._options,
         )
-        metrics["logps/accuracies"] = self.objective.accuracy
-        pairs = len(labels) // 2
-        return loss, {**{k: v * pairs for k, v in metrics.items()}, "loss": loss.detach()}
+        pair_logps = metrics.pop("pair_logps")
+        chosen, rejected = pair_logps.chunk(2)
+        # before training, policy and reference are equal and reward accuracy is rounding noise; this is not
+        metrics["logps/accuracies"] = (chosen > rejected).float().mean()
+        sums = {**{k: v * len(chosen) for k, v in metrics.items()}, "loss": loss.detach()}
+        return loss, sums, pair_logps
+
+    def objective_state(self) -> dict[str, Any]:
+        """Running statistics of the objective, where it has any."""
+        return cast(Any, self.objective).state_dict() if has_state(self.objective) else {}
+
+    def load_objective_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `objective_state` gave."""
+        if state:
+            cast(Any, self.objective).load_state_dict(state)
+
+    def chosen_logps(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities [B] of the chosen responses of pairs, as the objective sees them; differentiable.
+
+        Only the chosen rows are computed.
+        """
+        rows = len(labels) // 2
+        weights = pair_token_weights(labels, self._ld_alpha)
+        # without the padding that only rejected responses need
+        length = int((labels[:rows] != IGNORE_INDEX).any(0).nonzero().max()) + 1
+        input_ids, labels = input_ids[:rows, :length], labels[:rows, :length]
+        return sequence_logps(
+            self.headless.hidden(input_ids),
+            self.headless.head.weight,
+            labels,
+            token_weights=None if weights is None else weights[:rows, :length],
+            **self._options,
+        )
 
     def _sft(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sparsity = self._next_sparsity()
+        sparse = sparsity.mode != "exact"
         logp, extra = linear_logprob(
             self.headless.hidden(input_ids),
             self.headless.head.weight,
             labels,
-            outputs=("correct",),
+            outputs=("correct", "kept_share", "dropped_mass") if sparse else ("correct",),
+            sparsity=sparsity,
             **self._options,
         )
         loss = -logp.sum()
-        return loss, {"loss": loss.detach(), "mean_token_accuracy": extra["correct"].sum().float()}
+        sums = {"loss": loss.detach(), "mean_token_accuracy": extra["correct"].sum().float()}
+        if sparse:
+            sums |= {
+                "sparsity/kept": extra["kept_share"].sum(),
+                "sparsity/dropped_mass_mean": extra["dropped_mass"].sum(),
+            }
+        return loss, sums
+
+    def _next_sparsity(self) -> Sparsity:
+        """With a seed of its own for every batch, from torch's generator: checkpoints keep that one's state."""
+        if not self.training:
+            return EXACT
+        if self._sparsity.mode != "unbiased":
+            return self._sparsity
+        return replace(self._sparsity, seed=int(torch.randint(2**62, ())))

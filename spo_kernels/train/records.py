@@ -14,6 +14,7 @@ from typing import Any
 from spo_kernels.train.errors import TrainError
 
 Row = dict[str, Any]
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 FILE_TYPES = (".jsonl", ".json", ".parquet")
 # Endings that say "a file", so that a typo is not looked up on the hub.
@@ -43,10 +44,16 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Row]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield where, _parse(line, where)
+    """Line by line: the file is never in memory as a whole."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, _parse(line.removesuffix(b"\n"), where)
+    except OSError as error:
+        raise TrainError(f"{path}: can't be read: {error.strerror}") from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -94,7 +101,7 @@ _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parque
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        return path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
     except OSError as error:
         raise TrainError(f"{path}: can't be read: {error.strerror}") from error
 

@@ -25,6 +25,7 @@ from spo_kernels.train.batches import collate, micro_batches
 from spo_kernels.train.encode import Example
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.model import HeadlessModel
+from spo_kernels.train.policy import pair_token_weights
 
 CACHE_FORMAT = 1
 
@@ -38,15 +39,17 @@ def reference_logps(
     model_hash: str,
     batch_size: int,
     quiet: bool = True,
+    ld_alpha: float | None = None,
     **kernel_options: Any,
 ) -> Tensor:
-    """Sums of response log-probs [n, responses], float32 on the CPU; cached."""
+    """Sums of response log-probs [n, responses], float32 on the CPU; cached. `ld_alpha` as in `Policy`."""
     key = cache_key(
         model=model_hash,
         data=data_hash(examples),
         precision=accelerator.mixed_precision,
         transform=str(headless.transform),
         backend=kernel_options.get("backend"),
+        ld_alpha=ld_alpha,
     )
     path = folder / f"reference-{key[:24]}.safetensors"
     shape = (len(examples), len(examples[0].responses))
@@ -54,7 +57,7 @@ def reference_logps(
     if broadcast_object_list([cached is not None])[0]:
         logps = torch.empty(shape) if cached is None else cached
         return broadcast(logps.to(accelerator.device)).cpu()
-    logps = score(headless, examples, accelerator, batch_size, quiet, **kernel_options)
+    logps = score(headless, examples, accelerator, batch_size, quiet, ld_alpha, **kernel_options)
     if accelerator.is_main_process:
         _save(path, key, logps)
     return logps
@@ -67,6 +70,7 @@ def score(
     accelerator: Any,
     batch_size: int,
     quiet: bool = True,
+    ld_alpha: float | None = None,
     **kernel_options: Any,
 ) -> Tensor:
     """Sums of response log-probs [n, responses]; every process does its share, all get the whole."""
@@ -83,6 +87,7 @@ def score(
                 headless.head.weight,
                 labels,
                 shift=True,
+                token_weights=pair_token_weights(labels, ld_alpha),
                 **headless.head_options(),
                 **kernel_options,
             )
@@ -103,13 +108,13 @@ def model_hash(model: Any) -> str:
 
 
 def data_hash(examples: Iterable[Example]) -> str:
-    """SHA-256 of the token ids, with their boundaries."""
+    """SHA-256 of the token ids, with their boundaries, and of the inputs."""
     digest = hashlib.sha256()
     for example in examples:
         for ids in (example.prompt, *example.responses):
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(ids.tobytes())
-        digest.update(repr(example.spo_value).encode())
+        digest.update(repr(sorted(example.inputs.items())).encode())
     return digest.hexdigest()
 
 

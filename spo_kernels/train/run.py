@@ -24,10 +24,12 @@ from transformers.utils.logging import disable_progress_bar
 import spo_kernels
 from spo_kernels import backend_info
 from spo_kernels.losses import Objective
+from spo_kernels.losses.needs import needs_reference
 from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity, newest_checkpoint
 from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
 from spo_kernels.train.encode import Example, encode
 from spo_kernels.train.errors import TrainError
+from spo_kernels.train.inner import InnerSteps, build_inner
 from spo_kernels.train.loop import Split, Trainer
 from spo_kernels.train.model import (
     HeadlessModel,
@@ -36,7 +38,7 @@ from spo_kernels.train.model import (
     load_model,
     load_tokenizer,
 )
-from spo_kernels.train.objective import build_objective, needs_reference, needs_value
+from spo_kernels.train.objective import build_objective, input_columns
 from spo_kernels.train.policy import Policy, Reference
 from spo_kernels.train.records import read_rows
 from spo_kernels.train.reference import data_hash, model_hash, reference_logps
@@ -77,8 +79,16 @@ def run(config: TrainConfig) -> None:
 
     splits, reference = _references(config, objective, headless, examples, accelerator, warn, identity["model content"])
     headless, reference = _trainable(headless, reference, config)
-    policy = Policy(headless, objective, reference, workspace_bytes=config.workspace_bytes, backend=config.backend)
-    trainer = _trainer(config, accelerator, policy, splits, output, identity)
+    policy = Policy(
+        headless,
+        objective,
+        reference,
+        config.ld_alpha,
+        config.backward,
+        workspace_bytes=config.workspace_bytes,
+        backend=config.backend,
+    )
+    trainer = _trainer(config, accelerator, policy, splits, output, identity, build_inner(config, objective))
     set_seed(config.seed, device_specific=True)
     trainer.run(checkpoint)
     accelerator.wait_for_everyone()
@@ -137,13 +147,13 @@ def _samples(
     config: TrainConfig, objective: Objective | None, warn: Callable[[str], None]
 ) -> tuple[list[Sample], list[Sample]]:
     """Checked training and evaluation samples; the latter may be none."""
-    value = objective is not None and needs_value(objective)
+    columns = input_columns(config, objective)
 
     def read(source: str, split: str) -> list[Sample]:
         rows = read_rows(source, split)
         if config.stage == "sft":
             return [sft_sample(where, row) for where, row in rows]
-        return [preference_sample(where, row, value) for where, row in rows]
+        return [preference_sample(where, row, columns) for where, row in rows]
 
     train, evaluation = read(config.dataset, config.split), []
     if config.eval_dataset is not None:
@@ -201,7 +211,8 @@ def _references(
     own_hash: str,
 ) -> tuple[list[Split], Reference | None]:
     """Splits with their reference log-probs, or the model that computes them online, or neither."""
-    if objective is None or not needs_reference(objective):
+    needed = objective is not None and needs_reference(objective)
+    if objective is None or not (needed or config.diagnostics):
         return [Split(part) for part in examples], None
     other, content = headless, own_hash
     if config.ref_model is not None:
@@ -210,10 +221,13 @@ def _references(
         _check_fits(other, examples, config.ref_model)
         if other.transform != headless.transform and config.reference == "online":
             raise TrainError("--ref-model transforms its logits differently; use --reference precompute")
-    if config.reference == "online":
-        if config.ref_model is None and not config.lora_r:
-            other = HeadlessModel(copy.deepcopy(headless.model))
-        return [Split(part) for part in examples], Reference(other, adapters_off=other is headless)
+    reference = None
+    if needed and config.reference == "online":
+        copied = config.ref_model is None and not config.lora_r
+        frozen = HeadlessModel(copy.deepcopy(headless.model)) if copied else other
+        reference = Reference(frozen, adapters_off=frozen is headless)
+        if not config.diagnostics:
+            return [Split(part) for part in examples], reference
     folder = Path(config.cache_dir).expanduser() if config.cache_dir else Path(config.output_dir) / CACHE_FOLDER
     logps: list[Tensor] = [
         reference_logps(
@@ -225,12 +239,18 @@ def _references(
             content,
             config.batch_size,
             config.quiet,
+            config.ld_alpha,
             workspace_bytes=config.workspace_bytes,
             backend=config.backend,
         )
         for part in examples
     ]
-    return [Split(part, values) for part, values in zip(examples, logps, strict=True)], None
+    given = needed and reference is None
+    splits = [
+        Split(part, values if given else None, values if config.diagnostics else None)
+        for part, values in zip(examples, logps, strict=True)
+    ]
+    return splits, reference
 
 
 def _trainable(
@@ -264,6 +284,7 @@ def _trainer(
     splits: list[Split],
     output: Path,
     identity: dict[str, Any],
+    inner: InnerSteps | None,
 ) -> Trainer:
     parameters = [p for p in policy.parameters() if p.requires_grad]
     groups = [
@@ -287,6 +308,7 @@ def _trainer(
         output=output,
         identity=identity,
         max_steps=max_steps,
+        inner=inner,
     )
 
 

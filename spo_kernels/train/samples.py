@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,42 +19,50 @@ Text = str | Messages
 
 @dataclass(frozen=True)
 class Sample:
-    """A record's text. `responses` is (completion,) for sft and (chosen, rejected) for preference."""
+    """A record's text and numbers. `responses` is (completion,) for sft and (chosen, rejected) for preference;
+    `inputs` are what the loss reads of a pair, by its name for them.
+    """
 
     where: str
     prompt: Text
     responses: tuple[Text, ...]
-    spo_value: float | None = None
+    inputs: dict[str, float] = field(default_factory=dict)
 
 
 def sft_sample(where: str, row: Row) -> Sample:
     """From columns prompt and completion, or messages (the last one is what is learnt)."""
     if "messages" not in row or "completion" in row:
-        prompt, completion = _text(where, row, "prompt"), _text(where, row, "completion")
+        prompt, completion = check_text(where, row, "prompt"), check_text(where, row, "completion")
         _check_same_form(where, prompt=prompt, completion=completion)
         return Sample(where, prompt, (completion,))
-    messages = _text(where, row, "messages")
+    messages = check_text(where, row, "messages")
     if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise TrainError(f"{where}: messages must be a list of at least two, the last with role 'assistant'")
     return Sample(where, messages[:-1], (messages[-1:],))
 
 
-def preference_sample(where: str, row: Row, needs_value: bool = False) -> Sample:
-    """From columns prompt, chosen and rejected; without a prompt, it is what the other two share."""
-    chosen, rejected = _text(where, row, "chosen"), _text(where, row, "rejected")
-    value = _number(where, row, "spo_value") if needs_value else None
-    prompt = None if row.get("prompt") is None else _text(where, row, "prompt")
+def preference_sample(where: str, row: Row, columns: Mapping[str, str] | None = None) -> Sample:
+    """From columns prompt, chosen and rejected; without a prompt, it is what the other two share.
+
+    `columns` names the columns of further numbers, see `input_columns`.
+    """
+    chosen, rejected = check_text(where, row, "chosen"), check_text(where, row, "rejected")
+    inputs = {
+        name: check_number(where, row, column, f" (the loss's input {name}; --pair-input can name another column)")
+        for name, column in (columns or {}).items()
+    }
+    prompt = None if row.get("prompt") is None else check_text(where, row, "prompt")
     # Some hub data sets (ultrafeedback_binarized) repeat the first message as a plain prompt.
     if prompt is not None and not _begins_with(chosen, prompt):
         _check_same_form(where, prompt=prompt, chosen=chosen, rejected=rejected)
-        return Sample(where, prompt, (chosen, rejected), value)
+        return Sample(where, prompt, (chosen, rejected), inputs)
     _check_same_form(where, chosen=chosen, rejected=rejected)
     n = _shared_prefix(chosen, rejected)
     if n == 0:
         raise TrainError(f"{where}: no column 'prompt', and chosen and rejected do not begin with a shared prompt")
     if not chosen[n:] or not rejected[n:] or chosen == rejected:
         raise TrainError(f"{where}: no column 'prompt', and nothing is left of a response after the shared prompt")
-    return Sample(where, chosen[:n], (chosen[n:], rejected[n:]), value)
+    return Sample(where, chosen[:n], (chosen[n:], rejected[n:]), inputs)
 
 
 def split_by_prompt(samples: list[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -93,7 +101,8 @@ def _shared_prefix(a: Text, b: Text) -> int:
     return n if a[:n].strip() else 0
 
 
-def _text(where: str, row: Row, column: str) -> Text:
+def check_text(where: str, row: Row, column: str) -> Text:
+    """The string or chat messages in a column."""
     if column not in row:
         raise TrainError(f"{where}: no column {column!r}; the record has {', '.join(map(repr, row)) or 'none'}")
     value = row[column]
@@ -132,10 +141,11 @@ def _check_same_form(where: str, **texts: Text) -> None:
         raise TrainError(f"{where}: all columns must be strings, or all chat messages; here {forms}")
 
 
-def _number(where: str, row: Row, column: str) -> float:
+def check_number(where: str, row: Row, column: str, use: str = "") -> float:
+    """The finite number in a column; `use` says what for."""
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TrainError(f"{where}: --spo-value input needs a finite number in column {column!r}, got {_kind(value)}")
+        raise TrainError(f"{where}: {column} must be a finite number{use}, got {_kind(value)}")
     return float(value)
 
 

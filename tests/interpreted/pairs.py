@@ -80,6 +80,7 @@ def test_pair_loss_is_the_losses_definition(backend, layout, objective, reductio
     close(metrics["rewards/margins"], (rewards[:pairs] - rewards[pairs:]).mean(), 1e-6)
     close(metrics["rewards/accuracies"], (rewards[:pairs] > rewards[pairs:]).double().mean(), 1e-6)
     close(metrics["logps/rejected"], sums[pairs:].detach().mean(), 1e-6)
+    close(metrics["pair_logps"], sums.detach(), 1e-6)
 
 
 @pytest.mark.parametrize("margin", [-200.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 90.0, 200.0, torch.nan])

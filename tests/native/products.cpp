@@ -108,7 +108,7 @@ void check(const spo::NamedProduct& product, const spo::ProductShape& shape, Lay
 int main() {
   const spo::ProductShape shapes[] = {{0, 5, 3},    {5, 0, 3},   {5, 3, 0},      {1, 1, 1},   {5, 63, 2},
                                       {6, 64, 32},  {7, 65, 33}, {13, 130, 257}, {65, 17, 1}, {3, 5, 1025},
-                                      {97, 1, 530}, {1, 200, 31}, {16, 16, 16},  {2053, 3, 5}};
+                                      {97, 1, 530}, {1, 200, 31}, {16, 16, 16},  {2053, 3, 5}, {37, 70, 600}};
   const spo::Scalar scalars[][2] = {{spo::Scalar::kFloat, spo::Scalar::kFloat},
                                     {spo::Scalar::kFloat, spo::Scalar::kBFloat16},
                                     {spo::Scalar::kBFloat16, spo::Scalar::kBFloat16},

@@ -174,7 +174,8 @@ def test_template_that_raises(fails: Fails, tmp_path: Path, model_dir: Path) -> 
 
 def test_value_column_is_needed(fails: Fails, pairs_file: Path) -> None:
     message = fails("--spo-penalty", "hinge", "--spo-value", "input")
-    assert f"{pairs_file}:1: --spo-value input needs a finite number in column 'spo_value', got nothing" in message
+    assert f"{pairs_file}:1: spo_value must be a finite number (the loss's input spo_value" in message
+    assert message.endswith("got nothing\n")
 
 
 OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {

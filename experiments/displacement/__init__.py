@@ -1,0 +1,1 @@
+"""Likelihood displacement, with and without SPO: `python -m experiments.displacement`."""
