@@ -4,6 +4,8 @@ Also on a GPU: the same tests there, with tensors that are moved for each call.
 """
 
 import dataclasses
+import subprocess
+import tempfile
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -25,7 +27,8 @@ def build():
     try:
         host = _build.cpu_recipe()
         compiler = _build.compiler()
-        flags = f"-O1 -std=c++17 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -I {ROOT}/tests/cuda_emulator"
+        checks = _sanitizer(compiler)
+        flags = f"-O1 -std=c++17 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -I {ROOT}/tests/cuda_emulator {checks}"
         command = " ".join([compiler, flags, *_build.pybind11_flags(), "-x c++ -c $in -o $out"])
     except _build.BuildError as error:
         pytest.skip(f"the CUDA kernels cannot be compiled for the CPU: {error}")
@@ -35,12 +38,30 @@ def build():
         sources=(*_build.CUDA_SOURCES, *_EMULATOR),
         headers=(*_build.CUDA_HEADERS, *_HEADERS),
         compile={".cpp": command, ".cu": command},
-        link=f"{compiler} -shared $in -o $out",
+        link=f"{compiler} -shared {checks} $in -o $out",
         identity=host.identity,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPO_CACHE_DIR", str(ROOT / "build"))
         return _build.load_or_build(recipe)
+
+
+def _sanitizer(compiler):
+    """Flags by which an unaligned vector ends the process, as it does on a GPU; nothing where they do not link."""
+    flags = "-fsanitize=alignment,bounds,shift,signed-integer-overflow -fno-sanitize-recover=all"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("int probe(int x) { return x + 1; }\n")
+        command = [
+            *compiler.split(),
+            *flags.split(),
+            "-shared",
+            "-fPIC",
+            str(source),
+            "-o",
+            str(Path(folder, "probe.so")),
+        ]
+        return flags if subprocess.run(command, capture_output=True).returncode == 0 else ""
 
 
 class EmulatedTiles(cuda_tiles.CudaTiles):
