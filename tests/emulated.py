@@ -52,15 +52,7 @@ def _sanitizer(compiler):
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text("int probe(int x) { return x + 1; }\n")
-        command = [
-            *compiler.split(),
-            *flags.split(),
-            "-shared",
-            "-fPIC",
-            str(source),
-            "-o",
-            str(Path(folder, "probe.so")),
-        ]
+        command = f"{compiler} {flags} -shared -fPIC {source} -o {folder}/probe.so".split()
         return flags if subprocess.run(command, capture_output=True).returncode == 0 else ""
 
 
