@@ -4,9 +4,10 @@
 
 A small Llama is trained on solutions (SFT), then on preference pairs with SPO(DPO), three times from the same weights
 and batches: with the exact gradient, the certified one and the unbiased one; again for every order of the data. At
-every preference step the exact gradient is computed too and compared with the one that is used. The sparse modes are made to run sparse even where
-the library would find that too much is kept for it to pay. Written: results.json, results.md, and a figure of the
-share of (token, vocabulary block) pairs that is kept, by SFT step and by position in the response.
+every preference step the exact gradient is computed too and compared with the one that is used. The sparse modes are
+made to run sparse even where the library would find that too much is kept for it to pay. Written: results.json,
+results.md, and a figure of the share of (token, vocabulary block) pairs that is kept, by SFT step and by position in
+the response.
 """
 
 from __future__ import annotations

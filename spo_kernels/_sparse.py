@@ -22,7 +22,7 @@ _WORTH = 0.6
 _PROBED = 1 / 32
 
 # pairs that are listed at a time, 16 bytes each; a GPU waits once for each list
-_LISTED_PAIRS = 1 << 20
+_LISTED_PAIRS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def sparse_forward(
     like = hidden.new_empty(0, dtype=accumulator_dtype(hidden.dtype))
     chooser = BlockChooser(sparsity, codes, width, n, vocab, like)
     stats = forward(hidden, head, tokens, backend, tile_shape, moments=moments, logp_grad=None, chooser=chooser)
-    counted = codes[:, :n].count_nonzero(1).double()
-    *counts, expected = torch.cat([counted, chooser.expected[None]]).tolist()  # the one wait for the device
+    # the one wait for the device
+    *counts, expected = torch.cat([chooser.counts.double(), chooser.expected[None]]).tolist()
     kept = KeptBlocks(codes, [int(count) for count in counts], width)
     return SparseForward(stats, kept, chooser.dropped_mass, chooser.kept_share, expected)
 

@@ -13,6 +13,8 @@ from spo_kernels.tiles.spec import MASS_BLOCK, TokenStats, mass_blocks
 _WIDTH = {"cpu": MASS_BLOCK, "cuda": 8 * MASS_BLOCK}
 # one byte per (token, block) pair; wider blocks where there would be more
 _MAX_CODE_BYTES = 32 << 20
+# pairs that are chosen at a time: temporaries of 4 MiB at most
+_CHOSEN_PAIRS = 1 << 19
 # steps of the search for a token's threshold: log2(blocks) octaves, halved seven times, to a tenth of one or less
 _BISECTIONS = 7
 # masses are float32 and their sum is rounded: room for it
@@ -58,6 +60,7 @@ class BlockChooser:
         self._buffer = like.new_empty(0)
         self.dropped_mass = like.new_zeros(tokens)
         self.kept_share = like.new_zeros(tokens)
+        self.counts = torch.zeros(codes.shape[0], dtype=torch.int64, device=codes.device)  # tokens of each block
         self.expected = like.new_zeros((), dtype=torch.float64)  # pairs that are kept, on average over seeds
 
     def masses(self, rows: int, start: int, stop: int) -> Tensor:
@@ -70,7 +73,13 @@ class BlockChooser:
     def choose(self, start: int, stop: int, stats: TokenStats, labels: Tensor) -> None:
         """Choose for tokens start..stop, whose masses and final statistics are known."""
         lse = stats.max + stats.sum.log()
-        mass = self._merge((self._buffer - lse[:, None]).exp_())
+        rows = max(1, _CHOSEN_PAIRS // self._buffer.shape[1])
+        for first in range(0, stop - start, rows):
+            part = slice(first, min(first + rows, stop - start))
+            mass = self._merge((self._buffer[part] - lse[part, None]).exp_())
+            self._choose(slice(start + part.start, start + part.stop), mass, labels[part])
+
+    def _choose(self, tokens: slice, mass: Tensor, labels: Tensor) -> None:
         at_label = labels[:, None] // self._width
         if self._sparsity.mode == "certified":
             probability = self._certified(mass)
@@ -78,14 +87,15 @@ class BlockChooser:
         else:
             level = self._level(mass)
             probability = torch.exp2(-level / _LEVELS_PER_OCTAVE)
-            drawn = self._uniform(start, *mass.shape) < probability
+            drawn = self._uniform(tokens.start, *mass.shape) < probability
             codes = torch.where(drawn, level + 1.0, 0.0).to(torch.uint8)
         codes.scatter_(1, at_label, 1)
         self.expected += probability.scatter_(1, at_label, 1.0).sum(dtype=torch.float64)
         kept = codes != 0
-        self._codes[:, start:stop] = codes.t()
-        self.dropped_mass[start:stop] = mass.masked_fill_(kept, 0.0).sum(1)
-        self.kept_share[start:stop] = kept.sum(1) / mass.shape[1]
+        self._codes[:, tokens] = codes.t()
+        self.counts += kept.sum(0)
+        self.dropped_mass[tokens] = mass.masked_fill_(kept, 0.0).sum(1)
+        self.kept_share[tokens] = kept.sum(1) / mass.shape[1]
 
     def _merge(self, mass: Tensor) -> Tensor:
         """Masses of blocks of `width` columns."""
