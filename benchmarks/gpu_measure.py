@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .gpu_settings import GRADIENT_ROWS, ORACLE_ROWS
-from .inputs import LOGIT_STD, Problem, as_problem
+from .inputs import LOGIT_STD, Problem, as_problem, lm_hidden_weight
 from .oracle import relative, solve
 from .settings import Setting
 from .variant import Step
@@ -114,8 +114,11 @@ def make_problem(setting: Setting, device: torch.device) -> Problem:
     generator = torch.Generator(device).manual_seed(setting.seed)
     shape = (2 * setting.pairs, setting.tokens)
     options = {"generator": generator, "device": device, "dtype": setting.torch_dtype}
-    hidden = torch.randn(*shape, setting.hidden, **options)
-    weight = torch.randn(setting.vocab, setting.hidden, **options) * (LOGIT_STD * setting.hidden**-0.5)
+    if setting.logits == "lm":
+        hidden, weight = lm_hidden_weight(setting, device)
+    else:
+        hidden = torch.randn(*shape, setting.hidden, **options)
+        weight = torch.randn(setting.vocab, setting.hidden, **options) * (LOGIT_STD * setting.hidden**-0.5)
     rows = max(1, min(1024, (1 << 30) // (4 * setting.vocab)))
     draws = [
         torch.multinomial((piece @ weight.t()).float().softmax(-1), 1, generator=generator)[:, 0]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import naive, peers
 from .inputs import Problem
+from .ours import SPARSE
 from .variant import Skip, Step, Variant, step_from_tokens
 
 OURS = "ours-"
@@ -53,24 +54,33 @@ FLOOR_KINDS = {1: "l", 2: "lh", 3: "lhw", 4: "llhw"}
 
 
 def ours_builder(
-    backend: str, graph: bool = False, workspace_bytes: int | None = None, path: str | None = None
+    backend: str,
+    graph: bool = False,
+    workspace_bytes: int | None = None,
+    path: str | None = None,
+    sparse: tuple[str, int] | None = None,
 ) -> Callable[[Problem], Step]:
     """`fused_spo_loss` with DPO on one backend; with `graph`, forward and backward replayed as one CUDA graph."""
 
     def build(problem: Problem) -> Step:
-        from spo_kernels import backend_info, fused_spo_loss, linear_logprob
+        from spo_kernels import Sparsity, backend_info, fused_spo_loss, linear_logprob
         from spo_kernels.losses import DPO
 
         status = backend_info().get(backend)
         if status is None or not status.available:
             raise Skip(f"backend {backend}: {status.detail if status else 'unknown to this version'}")
+        if sparse and problem.setting.logits == "random":
+            raise Skip("nearly all of the vocabulary has mass")
+        choice: dict[str, Any] = {"path": path}
+        if sparse:
+            choice["sparsity"] = Sparsity(sparse[0], 2.0 ** sparse[1])
         dpo = DPO(beta=problem.setting.beta)
         tensors = (problem.hidden, problem.weight, problem.labels)
         reference = torch.zeros(problem.hidden.shape[0], device=problem.hidden.device)
         options: dict[str, Any] = {"backend": backend, "workspace_bytes": workspace_bytes or problem.workspace_bytes}
 
         def run() -> Tensor:
-            loss, _ = fused_spo_loss(*tensors, loss=dpo, ref_logps=reference, path=path, **options)
+            loss, _ = fused_spo_loss(*tensors, loss=dpo, ref_logps=reference, **choice, **options)
             loss.backward()
             return loss.detach()
 
@@ -142,6 +152,14 @@ def all_providers(dry: bool) -> dict[str, Variant]:
     ours = [Variant(OURS + name, f"spo_kernels, {name}", ours_builder(name)) for name in our_backends()]
     two = Variant(OURS + "triton-two-pass", "the same, path two_pass", ours_builder("triton", path="two_pass"))
     graph = Variant(OURS + "triton-graph", "spo_kernels, triton, as a CUDA graph", ours_builder("triton", graph=True))
+    sparse = [
+        Variant(
+            f"{OURS}triton-{way}",
+            f"the same, {mode} sparse backward, tolerance 2^{exponent}",
+            ours_builder("triton", sparse=(mode, exponent)),
+        )
+        for way, (mode, exponent) in SPARSE.items()
+    ]
     from_peers = {variant.name: variant for variant in peers.VARIANTS}
     wanted = [from_peers[n] for n in ("trl", "liger-dpo", "liger-dpo-compiled", "torch-lce") if n in from_peers]
     listed = [
@@ -151,6 +169,7 @@ def all_providers(dry: bool) -> dict[str, Variant]:
         Variant("cce", "cut-cross-entropy, impl cce", build_cce),
         *ours,
         two,
+        *sparse,
         graph,
     ]
     if dry:

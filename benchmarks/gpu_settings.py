@@ -8,9 +8,11 @@ from pathlib import Path
 
 from .settings import Setting
 
-# (N, H, V): Llama-3 8B, Qwen2.5 7B, Gemma-2 2B, one pair of 32k tokens, a small model, a launch-bound one
+# (N, H, V): Llama-3 8B, the same with logits like a language model's for the sparse backward, Qwen2.5 7B, Gemma-2 2B,
+# a small model, a launch-bound one, one pair of 32k tokens
 SHAPES = (
     Setting(pairs=4, tokens=1024, hidden=4096, vocab=128256, dtype="bfloat16"),
+    Setting(pairs=4, tokens=1024, hidden=4096, vocab=128256, dtype="bfloat16", logits="lm"),
     Setting(pairs=8, tokens=1024, hidden=3584, vocab=152064, dtype="bfloat16"),
     Setting(pairs=4, tokens=1024, hidden=2304, vocab=256000, dtype="bfloat16"),
     Setting(pairs=2, tokens=512, hidden=1024, vocab=32768, dtype="bfloat16"),
@@ -20,6 +22,7 @@ SHAPES = (
 DRY_SHAPES = (
     Setting(pairs=1, tokens=8, hidden=16, vocab=160, dtype="float32"),
     Setting(pairs=2, tokens=5, hidden=24, vocab=331, dtype="float32"),
+    Setting(pairs=1, tokens=8, hidden=64, vocab=1300, dtype="float32", logits="lm"),
 )
 
 # phase: products that nothing can do without
@@ -59,4 +62,5 @@ class GpuJob:
 
 def key(setting: Setting) -> str:
     """A shape's name in results."""
-    return f"N={setting.rows} H={setting.hidden} V={setting.vocab}"
+    logits = "" if setting.logits == "random" else f" {setting.logits}"
+    return f"N={setting.rows} H={setting.hidden} V={setting.vocab}{logits}"

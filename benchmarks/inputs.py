@@ -38,7 +38,7 @@ def hidden_weight(setting: Setting) -> tuple[Tensor, Tensor]:
     return random_hidden_weight(setting, FLAT_STD if setting.logits == "flat" else LOGIT_STD)
 
 
-def lm_hidden_weight(setting: Setting) -> tuple[Tensor, Tensor]:
+def lm_hidden_weight(setting: Setting, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Logits like a language model's: a prior that falls with the token's id, and a few tokens that stand out.
 
     `logit_v = -2.2 log(1 + v / 300) + Σ_k c_k <W_v, W_id_k>`, rows of W random with norm 1, 60 ids drawn log-uniformly
@@ -47,11 +47,11 @@ def lm_hidden_weight(setting: Setting) -> tuple[Tensor, Tensor]:
     """
     torch.manual_seed(setting.seed)
     tokens, vocab, width = 2 * setting.pairs * setting.tokens, setting.vocab, setting.hidden
-    weight = torch.randn(vocab, width) * width**-0.5
-    weight[:, 0] = -2.2 * torch.log1p(torch.arange(vocab) / 300.0)
-    hidden = torch.zeros(tokens, width)
+    weight = torch.randn(vocab, width, device=device) * width**-0.5
+    weight[:, 0] = -2.2 * torch.log1p(torch.arange(vocab, device=device) / 300.0)
+    hidden = torch.zeros(tokens, width, device=device)
     for rank in range(1, 61):
-        drawn = 300.0 * (vocab / 300.0) ** torch.rand(tokens) - 300.0
+        drawn = 300.0 * (vocab / 300.0) ** torch.rand(tokens, device=device) - 300.0
         hidden += (9.7 - math.log(rank)) * weight[drawn.long().clamp(0, vocab - 1)]
     hidden[:, 0] = 1.0
     dtype = setting.torch_dtype
