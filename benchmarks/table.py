@@ -86,9 +86,8 @@ def cost_model(rows: list[Row]) -> str | None:
     Both relative to two_pass, so that the speed of a product does not matter.
     """
     prefix = "ours-cpp-"
-    measured = {
-        row["variant"].removeprefix(prefix): row["ge"] for row in rows if prefix in row["variant"] and "ge" in row
-    }
+    found = {row["variant"].removeprefix(prefix): row["ge"] for row in rows if "ge" in row}
+    measured = {path: found[path] for path in PATH_PRODUCTS if path in found}
     if len(measured) < 2 or "two_pass" not in measured:
         return None
     base, expected = measured.pop("two_pass"), PATH_PRODUCTS["two_pass"]

@@ -43,7 +43,16 @@ def test_lm_logits_list_the_sparse_backward(tmp_path: Path) -> None:
     """Concentrated inputs, stated; the sparse rows have the exact loss and nearly the exact gradients."""
     out = tmp_path / "report.json"
     shape = ["--pairs", "1", "--tokens", "16", "--hidden", "256", "--vocab", "8192", "--threads", "1"]
-    few = ["--rounds", "1", "--repeats", "1", "--variants", "naive,ours-cpp-certified8", "--json", str(out)]
+    few = [
+        "--rounds",
+        "1",
+        "--repeats",
+        "1",
+        "--variants",
+        "naive,ours-cpp-two_pass,ours-cpp-certified8",
+        "--json",
+        str(out),
+    ]
     run.main([*shape, *few, "--logits", "lm"])
     report = json.loads(out.read_text())
     assert 10 < report["concentration"]["entries_above_2^-12"] < 200
