@@ -260,8 +260,10 @@ def linear_logprob_bwd(
             if sparse:
                 width = block_width(labels.numel(), weight.shape[0], labels.device.type)
                 kept = KeptBlocks(codes, code_counts.tolist(), width)
-                slices = kept_slices(kept, tokens.labels.numel(), weight.shape[0], tile_shape.rows, lse.dtype)
-                tile_shape = TileShape(tile_shape.rows, width)
+                # a block may be wider than the tiles that the workspace allows
+                rows = max(1, min(tile_shape.rows, tile_shape.rows * tile_shape.columns // width))
+                tile_shape = TileShape(rows, width)
+                slices = kept_slices(kept, tokens.labels.numel(), weight.shape[0], rows, lse.dtype)
             backward(*common, tile_shape, *outs, slices)
     if bias_sum is not None:
         grad_bias = bias_sum.to(weight.dtype)
