@@ -15,24 +15,26 @@ namespace {
 // cycle) need 8 loads (4 cycles). Of a K block, 6 rows of A are 12 KiB (L1), a panel of B 32 KiB (L2).
 struct FloatKernel {
   using Packed = float;
+  static constexpr Scalar kScalar = Scalar::kFloat;
   using Units = __m256;
   static constexpr int kRows = 6, kColumns = 16, kDepth = 512, kStep = 1, kLanes = 8;
   static constexpr int kVectors = kColumns / kLanes;
 
-  template <Scalar kScalar>
+  template <Scalar kFrom>
   static inline float load(const void* data, int64_t index) {
-    return to_float<kScalar>(data, index);
+    return to_float<kFrom>(data, index);
   }
-  template <Scalar kScalar>
+  template <Scalar kFrom>
   static inline __m256 load_along_k(const void* data, int64_t index) {
-    if constexpr (kScalar == Scalar::kFloat) return _mm256_loadu_ps(static_cast<const float*>(data) + index);
+    if constexpr (kFrom == Scalar::kFloat) return _mm256_loadu_ps(static_cast<const float*>(data) + index);
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(data) + index));
-    if constexpr (kScalar == Scalar::kHalf) return _mm256_cvtph_ps(bits);
+    if constexpr (kFrom == Scalar::kHalf) return _mm256_cvtph_ps(bits);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
-  template <Scalar kScalar>
-  static inline __m256 load_along_lanes(const void* data, int64_t index, int64_t) {
-    return load_along_k<kScalar>(data, index);
+  template <Scalar kFrom>
+  static inline void load_along_lanes(const void* data, int64_t index, int64_t, __m256* units) {
+    units[0] = load_along_k<kFrom>(data, index);
+    units[1] = load_along_k<kFrom>(data, index + kLanes);
   }
   static inline __m256 load_units(const float* from) { return _mm256_loadu_ps(from); }
   static inline void store_units(float* to, __m256 units) { _mm256_store_ps(to, units); }
@@ -61,16 +63,16 @@ struct FloatKernel {
     for (int i = 0; i < 8; ++i) x[i] = y[i];
   }
 
-  static void multiply(const float* a, int64_t a_size, const float* b, int64_t steps, float* const* c, int64_t rows,
+  static void multiply(const float* const* a, const float* b, int64_t steps, float* const* c, int64_t rows,
                        int64_t columns, bool accumulate) {
     __m256 sum[kRows][kVectors];
     for (auto& row : sum)
       for (auto& vector : row) vector = _mm256_setzero_ps();
-    for (int64_t k = 0; k < steps; ++k, ++a, b += kColumns) {
+    for (int64_t k = 0; k < steps; ++k, b += kColumns) {
       const __m256 first = _mm256_load_ps(b), second = _mm256_load_ps(b + kLanes);
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
-        const __m256 left = _mm256_broadcast_ss(a + i * a_size);
+        const __m256 left = _mm256_broadcast_ss(a[i] + k);
         sum[i][0] = _mm256_fmadd_ps(left, first, sum[i][0]);
         sum[i][1] = _mm256_fmadd_ps(left, second, sum[i][1]);
       }

@@ -13,18 +13,20 @@ namespace {
 
 struct Floats {
   using Packed = float;
+  static constexpr Scalar kScalar = Scalar::kFloat;
 
-  template <Scalar kScalar>
+  template <Scalar kFrom>
   static inline float load(const void* data, int64_t index) {
-    return to_float<kScalar>(data, index);
+    return to_float<kFrom>(data, index);
   }
-  template <Scalar kScalar>
+  template <Scalar kFrom>
   static inline __m512i load_along_k(const void* data, int64_t index) {
-    return _mm512_castps_si512(load_floats<kScalar>(data, index));
+    return _mm512_castps_si512(load_floats<kFrom>(data, index));
   }
-  template <Scalar kScalar>
-  static inline __m512i load_along_lanes(const void* data, int64_t index, int64_t) {
-    return _mm512_castps_si512(load_floats<kScalar>(data, index));
+  template <Scalar kFrom>
+  static inline void load_along_lanes(const void* data, int64_t index, int64_t, __m512i* units) {
+    units[0] = load_along_k<kFrom>(data, index);
+    units[1] = load_along_k<kFrom>(data, index + kVectorLanes);
   }
   static inline __m512 multiply_add(__m512i left, __m512i right, __m512 sum) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum);

@@ -52,7 +52,7 @@ struct Kernel512 : Scalars {
   static inline void store_units(Packed* to, Units units) { _mm512_store_si512(to, units); }
   static inline void transpose(Units (&units)[kLanes]) { transpose_units(units); }
 
-  static void multiply(const Packed* a, int64_t a_size, const Packed* b, int64_t steps, float* const* c, int64_t rows,
+  static void multiply(const Packed* const* a, const Packed* b, int64_t steps, float* const* c, int64_t rows,
                        int64_t columns, bool accumulate) {
     __m512 sum[kRows][kVectors];
 #pragma GCC unroll 6
@@ -62,14 +62,14 @@ struct Kernel512 : Scalars {
         sum[i][j] = _mm512_setzero_ps();
         if (j * kLanes < columns) _mm_prefetch(reinterpret_cast<const char*>(c[i] + j * kLanes), _MM_HINT_T0);
       }
-    for (int64_t k = 0; k < steps; ++k, a += kStep, b += kColumns * kStep) {
+    for (int64_t k = 0; k < steps; ++k, b += kColumns * kStep) {
       __m512i right[kVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) right[j] = _mm512_load_si512(b + kLanes * kStep * j);
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
         int32_t unit;
-        std::memcpy(&unit, a + i * a_size, sizeof unit);
+        std::memcpy(&unit, a[i] + k * kStep, sizeof unit);
         const __m512i left = _mm512_set1_epi32(unit);
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) sum[i][j] = Scalars::multiply_add(left, right[j], sum[i][j]);

@@ -1,7 +1,7 @@
 // Blocking and packing of a product, as templates over a micro-kernel; included by one file per instruction set.
 //
-// Rows and K are cut into blocks. For each, rows of A are packed with K side by side (shared, read from L3 or L2), then
-// every thread takes panels of kColumns columns of B, packs each into its own buffer (L2) and multiplies it by kRows
+// Rows and K are cut into blocks. For each, rows of A are packed with K side by side (shared, read from L3 or L2) where
+// they do not lie like that already, then every thread takes panels of kColumns columns of B, packs each into its own buffer (L2) and multiplies it by kRows
 // rows of A at a time, accumulated in registers over the K block. Where B has too few columns for that, its panels are
 // packed before, for all threads, which then take parts of A's rows.
 //
@@ -60,10 +60,12 @@ inline float to_float(const void* data, int64_t index) {
   }
 }
 
+// The cache lines of `count` elements.
 template <Scalar kScalar>
-inline void prefetch(const void* data, int64_t index) {
+inline void prefetch(const void* data, int64_t index, int64_t count) {
   constexpr int64_t kSize = kScalar == Scalar::kFloat ? 4 : 2;
-  _mm_prefetch(static_cast<const char*>(data) + index * kSize, _MM_HINT_T0);
+  for (int64_t i = 0; i < count; i += 64 / kSize)
+    _mm_prefetch(static_cast<const char*>(data) + (index + i) * kSize, _MM_HINT_T0);
 }
 
 // A part of an operand, `lanes` by `depth`; beyond it there are zeros.
@@ -71,7 +73,7 @@ template <typename Kernel, Scalar kScalar>
 struct Source {
   using Units = typename Kernel::Units;
   using Packed = typename Kernel::Packed;
-  static constexpr int64_t kLanes = Kernel::kLanes, kStep = Kernel::kStep;
+  static constexpr int64_t kLanes = Kernel::kLanes, kStep = Kernel::kStep, kSquare = kLanes * kStep;
 
   const void* data;
   Axis lane_axis, k_axis;
@@ -79,65 +81,90 @@ struct Source {
 
   // kLanes steps of k of one lane
   Units along_k(int64_t lane, int64_t k) const {
-    const int64_t count = lane < lanes ? smaller(kLanes * kStep, depth - k) : 0;
-    if (count == kLanes * kStep && k_axis.side_by_side())
-      return Kernel::template load_along_k<kScalar>(data, lane_axis(lane) + k_axis(k));
-    Packed values[kLanes * kStep] = {};
+    const int64_t count = lane < lanes ? smaller(kSquare, depth - k) : 0;
+    Packed values[kSquare] = {};
     for (int64_t i = 0; i < count; ++i)
       values[i] = Kernel::template load<kScalar>(data, lane_axis(lane) + k_axis(k + i));
     return Kernel::load_units(values);
   }
 
-  // kLanes lanes at one step of k
-  Units along_lanes(int64_t lane, int64_t k) const {
-    const int64_t count = smaller(kLanes, lanes - lane), steps = smaller(kStep, depth - k);
-    if (count == kLanes && steps == kStep && lane_axis.side_by_side()) {
+  // kLanes lanes by as many steps of k, each vector along k
+  void square(int64_t lane, int64_t k, Units (&units)[kLanes]) const {
+    if (lane + kLanes <= lanes && k + kSquare <= depth && k_axis.side_by_side())
+      for (int64_t i = 0; i < kLanes; ++i)
+        units[i] = Kernel::template load_along_k<kScalar>(data, lane_axis(lane + i) + k_axis(k));
+    else
+      for (int64_t i = 0; i < kLanes; ++i) units[i] = along_k(lane + i, k);
+  }
+
+  // twice kLanes lanes at one step of k
+  void along_lanes(int64_t lane, int64_t k, Units (&units)[2]) const {
+    const int64_t count = smaller(2 * kLanes, lanes - lane), steps = smaller(kStep, depth - k);
+    if (count == 2 * kLanes && steps == kStep && lane_axis.side_by_side()) {
       const int64_t start = lane_axis(lane);
       for (int64_t ahead = k + kPrefetch; ahead < smaller(k + kPrefetch + kStep, depth); ++ahead)
-        prefetch<kScalar>(data, start + k_axis(ahead));
-      return Kernel::template load_along_lanes<kScalar>(data, start + k_axis(k), start + k_axis(k + kStep - 1));
+        prefetch<kScalar>(data, start + k_axis(ahead), 2 * kLanes);
+      Kernel::template load_along_lanes<kScalar>(data, start + k_axis(k), start + k_axis(k + kStep - 1), units);
+      return;
     }
-    Packed values[kLanes * kStep] = {};
+    Packed values[2][kSquare] = {};
     for (int64_t s = 0; s < steps; ++s)
       for (int64_t i = 0; i < count; ++i)
-        values[i * kStep + s] = Kernel::template load<kScalar>(data, lane_axis(lane + i) + k_axis(k + s));
-    return Kernel::load_units(values);
+        values[i / kLanes][i % kLanes * kStep + s] =
+            Kernel::template load<kScalar>(data, lane_axis(lane + i) + k_axis(k + s));
+    for (int64_t half = 0; half < 2; ++half) units[half] = Kernel::load_units(values[half]);
   }
 
   // out[lane * row_size + k]
   void pack_rows(Packed* out, int64_t row_size) const {
-    constexpr int64_t kSquare = kLanes * kStep;
+    const auto store = [=, this](int64_t lane, int64_t k, const Units (&units)[kLanes]) {
+      for (int64_t i = 0; i < smaller(kLanes, lanes - lane); ++i)
+        Kernel::store_units(out + (lane + i) * row_size + k, units[i]);
+    };
     if (!lane_axis.side_by_side()) {
-      for (int64_t lane = 0; lane < lanes; ++lane)
-        for (int64_t k = 0; k < depth; k += kSquare) Kernel::store_units(out + lane * row_size + k, along_k(lane, k));
+      for (int64_t lane = 0; lane < lanes; lane += kLanes)
+        for (int64_t k = 0; k < depth; k += kSquare) {
+          Units units[kLanes];
+          square(lane, k, units);
+          store(lane, k, units);
+        }
       return;
     }
     for (int64_t k = 0; k < depth; k += kSquare)
-      for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-        Units units[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) units[i] = along_lanes(lane, k + i * kStep);
-        Kernel::transpose(units);
-        for (int64_t i = 0; i < smaller(kLanes, lanes - lane); ++i)
-          Kernel::store_units(out + (lane + i) * row_size + k, units[i]);
+      for (int64_t lane = 0; lane < lanes; lane += 2 * kLanes) {
+        Units units[2][kLanes], both[2];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          along_lanes(lane, k + i * kStep, both);
+          units[0][i] = both[0];
+          units[1][i] = both[1];
+        }
+        for (int64_t half = 0; half < 2; ++half) {
+          Kernel::transpose(units[half]);
+          store(lane + half * kLanes, k, units[half]);
+        }
       }
   }
 
   // out[(k / kStep) * kColumns * kStep + lane * kStep + k % kStep]
   void pack_panel(Packed* out) const {
-    constexpr int64_t kSquare = kLanes * kStep, kStepSize = Kernel::kColumns * kStep;
+    constexpr int64_t kStepSize = Kernel::kColumns * kStep;
     if (k_axis.side_by_side())
       for (int64_t lane = 0; lane < Kernel::kColumns; lane += kLanes)
         for (int64_t k = 0; k < depth; k += kSquare) {
           Units units[kLanes];
-          for (int64_t i = 0; i < kLanes; ++i) units[i] = along_k(lane + i, k);
+          square(lane, k, units);
           Kernel::transpose(units);
           for (int64_t i = 0; i < pieces(smaller(kSquare, depth - k), kStep); ++i)
             Kernel::store_units(out + (k / kStep + i) * kStepSize + lane * kStep, units[i]);
         }
     else
       for (int64_t k = 0; k < depth; k += kStep, out += kStepSize)
-        for (int64_t lane = 0; lane < Kernel::kColumns; lane += kLanes)
-          Kernel::store_units(out + lane * kStep, along_lanes(lane, k));
+        for (int64_t lane = 0; lane < Kernel::kColumns; lane += 2 * kLanes) {
+          Units units[2];
+          along_lanes(lane, k, units);
+          Kernel::store_units(out + lane * kStep, units[0]);
+          Kernel::store_units(out + (lane + kLanes) * kStep, units[1]);
+        }
   }
 };
 
@@ -161,11 +188,11 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
   using Packed = typename Kernel::Packed;
   constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepth = Kernel::kDepth, kStep = Kernel::kStep;
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Packed));
-  const Axis c_rows{c.row_stride, c.rows, 0};
+  const Axis a_axis{a.row_stride, a.rows, 0}, c_axis{c.row_stride, c.rows, 0};
   if (shape.m == 0 || shape.n == 0) return;
   if (shape.k == 0) {
     for (int64_t row = 0; row < shape.m && !accumulate; ++row)
-      std::memset(c.data + c_rows(row), 0, static_cast<size_t>(shape.n) * sizeof(float));
+      std::memset(c.data + c_axis(row), 0, static_cast<size_t>(shape.n) * sizeof(float));
     return;
   }
   threads = static_cast<int>(smaller(threads, 1 + shape.m * shape.n * shape.k / kThreadWork));
@@ -179,9 +206,10 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
   // one line more than needed, so that rows do not fall on the same sets of L1
   const int64_t padded = rounded_up(smaller(kDepth, shape.k), kLine), a_size = padded + kLine;
   const int64_t b_size = kColumns * padded;
-  auto* a_rows = static_cast<Packed*>(product_scratch((block * a_size + (share ? column_panels : threads) * b_size) *
-                                                      static_cast<int64_t>(sizeof(Packed))));
-  Packed* b_panels = a_rows + block * a_size;
+  const bool in_place = a.scalar == Kernel::kScalar && a.column_stride == 1 && shape.k % kStep == 0;
+  const int64_t a_total = in_place ? 0 : block * a_size, b_total = (share ? column_panels : threads) * b_size;
+  auto* a_rows = static_cast<Packed*>(product_scratch((a_total + b_total) * static_cast<int64_t>(sizeof(Packed))));
+  Packed* b_panels = a_rows + a_total;
 
 #pragma omp parallel num_threads(threads)
   {
@@ -199,10 +227,11 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
       for (int64_t k = 0; k < shape.k; k += kDepth) {
         const int64_t depth = smaller(kDepth, shape.k - k), rows = smaller(block, shape.m - first);
         const int64_t shared = share ? column_panels : 0, across = pieces(depth, kPackDepth);
+        const int64_t packs = in_place ? 0 : pieces(rows, kPackLanes) * across;
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < shared; ++task) pack_b(task, k, depth, b_panels + task * b_size);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < pieces(rows, kPackLanes) * across; ++task) {
+        for (int64_t task = 0; task < packs; ++task) {
           const int64_t row = task / across * kPackLanes, inner = task % across * kPackDepth;
           with_source<Kernel>(a, {a.row_stride, a.rows, first + row}, {a.column_stride, nullptr, k + inner},
                               smaller(kPackLanes, rows - row), smaller(kPackDepth, depth - inner),
@@ -215,11 +244,15 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
           const Packed* b_panel = share ? b_panels + panel * b_size : own_panel;
           for (int64_t row = begin; row < smaller(begin + chunk, rows); row += kRows) {
             const int64_t count = smaller(kRows, rows - row);
-            float* places[kRows];
-            for (int64_t i = 0; i < kRows; ++i)
-              places[i] = c.data + c_rows(first + row + smaller(i, count - 1)) + column;
-            Kernel::multiply(a_rows + row * a_size, a_size, b_panel, pieces(depth, kStep), places, count,
-                             smaller(kColumns, shape.n - column), accumulate || k > 0);
+            const Packed* a_at[kRows];
+            float* c_at[kRows];
+            for (int64_t i = 0; i < kRows; ++i) {
+              const int64_t at = row + smaller(i, count - 1);
+              a_at[i] = in_place ? static_cast<const Packed*>(a.data) + a_axis(first + at) + k : a_rows + at * a_size;
+              c_at[i] = c.data + c_axis(first + at) + column;
+            }
+            Kernel::multiply(a_at, b_panel, pieces(depth, kStep), c_at, count, smaller(kColumns, shape.n - column),
+                             accumulate || k > 0);
           }
         }
       }
