@@ -21,21 +21,34 @@ T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void tile_stats(std::uintptr_t tile, int64_t rows, int64_t columns, std::uintptr_t bias, std::uintptr_t labels,
-                float scale, float softcap, std::uintptr_t max, std::uintptr_t sum, std::uintptr_t label_logit,
+// (address, row stride, whether it holds bfloat16, not float)
+using TileTuple = std::array<std::int64_t, 3>;
+
+spo::Tile tile_at(const TileTuple& tile, int64_t rows, int64_t columns, std::uintptr_t bias, std::uintptr_t labels,
+                  float scale, float softcap) {
+  return {at<float>(static_cast<std::uintptr_t>(tile[0])), tile[1], rows, columns, at<int64_t>(labels),
+          {at<float>(bias), scale, softcap}};
+}
+
+spo::TileOut out_at(const TileTuple& out) {
+  return {at<void>(static_cast<std::uintptr_t>(out[0])), out[1], out[2] != 0};
+}
+
+void tile_stats(const TileTuple& tile, const TileTuple& out, int64_t rows, int64_t columns, std::uintptr_t bias,
+                std::uintptr_t labels, float scale, float softcap, std::uintptr_t max, std::uintptr_t sum, std::uintptr_t label_logit,
                 std::uintptr_t shifted_sum, std::uintptr_t square_sum, std::uintptr_t rescale, std::uintptr_t block_lse,
                 int64_t block_lse_stride, int threads) {
-  spo::tile_stats({at<float>(tile), rows, columns, at<int64_t>(labels), {at<float>(bias), scale, softcap}},
+  spo::tile_stats(tile_at(tile, rows, columns, bias, labels, scale, softcap), out_at(out),
                   {at<float>(max), at<float>(sum), at<float>(label_logit), at<float>(shifted_sum),
                    at<float>(square_sum), at<float>(rescale), at<float>(block_lse), block_lse_stride},
                   threads);
 }
 
-void tile_grad(std::uintptr_t tile, int64_t rows, int64_t columns, std::uintptr_t bias, std::uintptr_t labels,
-               float scale, float softcap, std::uintptr_t lse, std::uintptr_t grad_logp, std::uintptr_t grad_lse,
+void tile_grad(const TileTuple& tile, const TileTuple& out, int64_t rows, int64_t columns, std::uintptr_t bias,
+               std::uintptr_t labels, float scale, float softcap, std::uintptr_t lse, std::uintptr_t grad_logp, std::uintptr_t grad_lse,
                std::uintptr_t grad_entropy, std::uintptr_t entropy, std::uintptr_t grad_log_sum_p2,
                std::uintptr_t log_sum_p2, int threads) {
-  spo::tile_grad({at<float>(tile), rows, columns, at<int64_t>(labels), {at<float>(bias), scale, softcap}},
+  spo::tile_grad(tile_at(tile, rows, columns, bias, labels, scale, softcap), out_at(out),
                  {at<float>(lse), at<float>(grad_logp), at<float>(grad_lse), at<float>(grad_entropy),
                   at<float>(entropy), at<float>(grad_log_sum_p2), at<float>(log_sum_p2)},
                  threads);
@@ -112,10 +125,10 @@ PYBIND11_MODULE(_C, module) {
              "threads"_a,
              "out (+)= a b. An operand is (address, row stride, column stride, scalar: 0 float, 1 bfloat16, 2 half, "
              "row list's address or 0, rows), the result (address, row stride, row list's address or 0, rows).");
-  module.def("tile_stats", &tile_stats, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "rows"_a,
+  module.def("tile_stats", &tile_stats, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "out"_a, "rows"_a,
              "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "max"_a, "sum"_a, "label_logit"_a,
              "shifted_sum"_a, "square_sum"_a, "rescale"_a, "block_lse"_a, "block_lse_stride"_a, "threads"_a);
-  module.def("tile_grad", &tile_grad, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "rows"_a,
+  module.def("tile_grad", &tile_grad, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "out"_a, "rows"_a,
              "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "lse"_a, "grad_logp"_a, "grad_lse"_a,
              "grad_entropy"_a, "entropy"_a, "grad_log_sum_p2"_a, "log_sum_p2"_a, "threads"_a);
 }

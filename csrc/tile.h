@@ -22,7 +22,7 @@ struct TokenStats {
   float* label_logit;
   float* shifted_sum;  // optional, with square_sum
   float* square_sum;   // optional, with shifted_sum
-  float* rescale;      // optional: also turn the tile into exp(logit - max) * slope, 0 at the label
+  float* rescale;      // optional: also write exp(logit - max) * slope, 0 at the label
   float* block_lse;    // optional, [rows, columns / kMassBlock rounded up]: log-sum-exp of each block of columns
   int64_t block_lse_stride;
 };

@@ -117,15 +117,18 @@ def plan_tiles(
     return TileShape(rows, columns)
 
 
+def operand_buffer(hidden: Tensor, cells: int, products: Products) -> Tensor | None:
+    """Where tile cells are rounded for the next product; None where it takes them as they are."""
+    return hidden.new_empty(cells, dtype=products.operand_dtype(hidden)) if products.copy_bytes(hidden) else None
+
+
 class TileBuffers:
     """One tile of products and, where the next product takes narrower operands, one of those; used over and over."""
 
     def __init__(self, hidden: Tensor, cells: int, products: Products | None) -> None:
         """Without `products`, tiles enter no other product."""
         self.wide = hidden.new_empty(cells, dtype=accumulator_dtype(hidden.dtype))
-        self.narrow: Tensor | None = None
-        if products is not None and products.copy_bytes(hidden):
-            self.narrow = hidden.new_empty(cells, dtype=products.operand_dtype(hidden))
+        self.narrow = None if products is None else operand_buffer(hidden, cells, products)
 
     def tile(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
         """The products' tile, and what a tile backend is to write instead of it."""

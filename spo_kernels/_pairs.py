@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from spo_kernels._backend import Backend
-from spo_kernels._driver import Head, TileBuffers, TokenRows
+from spo_kernels._driver import Head, TokenRows, operand_buffer
 from spo_kernels._memory import in_huge_pages
 from spo_kernels._products import accumulator_dtype
-from spo_kernels.tiles.spec import TokenGrads, TokenStats
+from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
 
 # statistics of a tile's tokens to the coefficients that scale the gradients of their log-probabilities
 Coefficients = Callable[[TokenStats], Tensor]
@@ -46,19 +46,18 @@ class GradientSums:
 
 
 class KeptTiles:
-    """Takes tokens through all three products with one tile of logits."""
+    """Takes tokens through all three products with one tile of logits, slice by slice of the vocabulary."""
 
     def __init__(self, hidden: Tensor, head: Head, backend: Backend, rows: int, columns: int, *, moments: bool) -> None:
-        """A tile of `rows` tokens; the weight is cast, and its gradient finished, `columns` rows at a time."""
+        """A tile of `rows` tokens, of which `columns` are in work together."""
         self._hidden, self._head, self._backend, self._moments = hidden, head, backend, moments
         self._columns = columns
         self.rows = rows
         self._wide = accumulator_dtype(hidden.dtype)
         self._vocab = head.weight.shape[0]
-        self._buffers = TileBuffers(hidden, rows * self._vocab, backend.products)
-        for buffer in (self._buffers.wide, self._buffers.narrow):
-            if buffer is not None:
-                in_huge_pages(buffer)
+        self._tile = in_huge_pages(hidden.new_empty(rows * self._vocab, dtype=self._wide))
+        # a slice of the gradient by logits as the next products take it, where that is not the tile's own
+        self._narrow = operand_buffer(hidden, rows * columns, backend.products)
         # a slice of the weight's gradient before it is cast
         self._finished: Tensor | None = None
 
@@ -75,49 +74,47 @@ class KeptTiles:
 
         `sums.weight` may be in the weight's own dtype where nothing is accumulated.
         """
-        n, products = tokens.labels.numel(), self._backend.products
+        n, products, tiles = tokens.labels.numel(), self._backend.products, self._backend.tiles
         states = tokens.take(self._hidden, 0, n, products.operand_dtype(self._hidden))
-        tile, out = self._buffers.tile(n, self._vocab)
-        for piece in self._slices():
-            products.matmul(states, self._weight(piece, states).t(), out=tile[:, piece])
+        tile = self._tile[: n * self._vocab].view(n, self._vocab)
         stats = TokenStats.start(n, tile, self._moments)
-        bias = self._head.bias_slice(0, self._vocab, self._wide)
-        tiles, transform = self._backend.tiles, self._head.transform
-        tiles.tile_stats(tile, bias, tokens.labels, transform, stats, None)
+        for piece in self._slices():
+            part = tile[:, piece]
+            products.matmul(states, self._weight(piece, states).t(), out=part)
+            tiles.tile_stats(part, *self._logits_of(piece, tokens), stats, None)
         grads = TokenGrads(lse_value=stats.lse, logp=coefficients(stats))
-        tiles.tile_grad(tile, bias, tokens.labels, transform, grads, out)
-        self._multiply(tile if out is None else out, states, tokens, sums, hidden_out, accumulate)
-        return stats
-
-    def _multiply(
-        self,
-        tile: Tensor,
-        states: Tensor,
-        tokens: TokenRows,
-        sums: GradientSums,
-        hidden_out: Tensor | None,
-        accumulate: bool,
-    ) -> None:
-        products = self._backend.products
         total = None if hidden_out is None else states.new_empty(states.shape, dtype=self._wide)
         for piece in self._slices():
+            part = operand = tile[:, piece]
+            if self._narrow is not None:
+                operand = self._narrow[: part.numel()].view(part.shape)
+            tiles.tile_grad(part, *self._logits_of(piece, tokens), grads, operand)
             if total is not None:
-                products.matmul(tile[:, piece], self._weight(piece, states), out=total, accumulate=piece.start > 0)
-            if sums.weight is None:
-                continue
-            if sums.weight.dtype == self._wide:
-                products.matmul(tile[:, piece].t(), states, out=sums.weight[piece], accumulate=accumulate)
-            else:
-                if self._finished is None:
-                    self._finished = states.new_empty((self._columns, states.shape[1]), dtype=self._wide)
-                finished = self._finished[: piece.stop - piece.start]
-                products.matmul(tile[:, piece].t(), states, out=finished)
-                sums.weight[piece] = finished
-        if sums.bias is not None:
-            column_sums = tile.sum(0, dtype=self._wide)
-            sums.bias.add_(column_sums) if accumulate else sums.bias.copy_(column_sums)
+                products.matmul(operand, self._weight(piece, states), out=total, accumulate=piece.start > 0)
+            self._add(operand, states, piece, sums, accumulate)
         if hidden_out is not None and total is not None:
-            tokens.put(hidden_out, 0, total.shape[0], total)
+            tokens.put(hidden_out, 0, n, total)
+        return stats
+
+    def _add(self, operand: Tensor, states: Tensor, piece: slice, sums: GradientSums, accumulate: bool) -> None:
+        """A slice of the weight's and the bias's gradient."""
+        products = self._backend.products
+        if sums.weight is not None and sums.weight.dtype == self._wide:
+            products.matmul(operand.t(), states, out=sums.weight[piece], accumulate=accumulate)
+        elif sums.weight is not None:
+            if self._finished is None:
+                self._finished = states.new_empty((self._columns, states.shape[1]), dtype=self._wide)
+            finished = self._finished[: piece.stop - piece.start]
+            products.matmul(operand.t(), states, out=finished)
+            sums.weight[piece] = finished
+        if sums.bias is not None:
+            column_sums = operand.sum(0, dtype=self._wide)
+            sums.bias[piece] = sums.bias[piece] + column_sums if accumulate else column_sums
+
+    def _logits_of(self, piece: slice, tokens: TokenRows) -> tuple[Tensor | None, Tensor, LogitTransform]:
+        """What makes logits of a slice's products, and the labels relative to it."""
+        bias = self._head.bias_slice(piece.start, piece.stop, self._wide)
+        return bias, tokens.labels - piece.start, self._head.transform
 
     def _slices(self) -> list[slice]:
         step = self._columns

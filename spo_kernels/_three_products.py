@@ -20,7 +20,10 @@ from spo_kernels.logprob import LogprobCall
 from spo_kernels.losses.pairs import Objective, PairInputs, by_side, coupling_of, pair_losses, token_outputs_of
 from spo_kernels.paths import PairProblem, PathPlan, choose_path
 from spo_kernels.sequences import sum_segments
-from spo_kernels.tiles.spec import LogitTransform, TokenStats
+from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenStats
+
+# slices of 2048 tokens' logits, of the weight and of its gradient stay in the cache that a product left them in
+_SLICE_COLUMNS = {"cpu": 1024}
 
 
 def plan_path(
@@ -56,20 +59,31 @@ def plan_path(
     (vocab, width), direct = weight.shape, weight.dtype.itemsize == wide
     chosen, rejected = tokens.view(2, -1)
     budget = workspace_budget(call.options.workspace_bytes, hidden.device.type)
+    column_bytes = width * ((0 if narrow == weight.dtype.itemsize else narrow) + (0 if direct else wide))
     problem = PairProblem(
         coupling=coupling_of(objective),
         whole_pairs=bool(names),
         pair_tokens=tuple((chosen + rejected).tolist()),
         direct=direct,
         vocab=vocab,
-        row_bytes=vocab * backend.cell_bytes(hidden) + width * (wide + narrow) + backend.products.row_bytes,
-        column_bytes=width * ((0 if narrow == weight.dtype.itemsize else narrow) + (0 if direct else wide)),
-        # on a CPU a slice is cast from the cache that the product has left it in
-        slice_bytes=min(budget // 8, 8 << 20) if hidden.device.type == "cpu" else budget // 8,
+        row_bytes=vocab * wide + width * (wide + narrow) + backend.products.row_bytes,
+        columns=_columns(vocab, column_bytes, budget, hidden.device.type),
+        column_bytes=column_bytes,
+        cell_bytes=backend.cell_bytes(hidden) - wide,
         accumulator_bytes=vocab * width * wide,
         workspace_bytes=budget,
     )
     return choose_path(problem, forced)
+
+
+def _columns(vocab: int, column_bytes: int, budget: int, device: str) -> int:
+    """Columns of the vocabulary that are in work together."""
+    columns = _SLICE_COLUMNS.get(device, vocab)
+    if column_bytes:
+        columns = min(columns, max(64, budget // 8 // column_bytes))
+    if MASS_BLOCK < columns < vocab:
+        columns -= columns % MASS_BLOCK
+    return min(columns, vocab)
 
 
 def three_products(

@@ -32,23 +32,16 @@ class PairProblem:
     direct: bool  # the weight's gradient has the accumulator's dtype, so sums can be kept in it
     vocab: int
     row_bytes: int  # workspace of a token: its logits over the whole vocabulary, its hidden state and gradient
-    column_bytes: int  # workspace of a column of the vocabulary: its weight row cast, its gradient before the cast
-    slice_bytes: int  # workspace of the columns that are in work together
+    columns: int  # of the vocabulary, that are in work together
+    column_bytes: int  # workspace of such a column: its weight row cast, its gradient before the cast
+    cell_bytes: int  # workspace of such a column and one token: what a pass needs beside the logit, its rounded copy
     accumulator_bytes: int  # of one [V, H] accumulator
     workspace_bytes: int
 
-    @property
-    def columns(self) -> int:
-        """Columns of the vocabulary whose weight rows are in work together."""
-        if self.column_bytes == 0:
-            return self.vocab
-        return min(self.vocab, max(64, self.slice_bytes // self.column_bytes))
-
     def rows(self, accumulators: int) -> int:
         """Tokens whose whole-vocabulary logits fit the workspace beside that many `[V, H]` accumulators."""
-        slice_bytes = self.columns * self.column_bytes
-        left = self.workspace_bytes - slice_bytes - accumulators * self.accumulator_bytes
-        return max(0, left) // self.row_bytes
+        left = self.workspace_bytes - self.columns * self.column_bytes - accumulators * self.accumulator_bytes
+        return max(0, left) // (self.row_bytes + self.columns * self.cell_bytes)
 
     @property
     def tokens(self) -> int:

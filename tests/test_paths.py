@@ -178,8 +178,9 @@ PROBLEM = PairProblem(
     direct=True,
     vocab=32768,
     row_bytes=32768 * 4,
+    columns=32768,
     column_bytes=0,
-    slice_bytes=0,
+    cell_bytes=0,
     accumulator_bytes=32768 * 1024 * 4,
     workspace_bytes=0,
 )

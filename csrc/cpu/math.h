@@ -1,4 +1,4 @@
-// Branch-free exp for float, written so that the compiler vectorises loops over them.
+// Branch-free functions of float, written so that the compiler vectorises loops over them.
 #pragma once
 
 #include <cmath>
@@ -34,6 +34,20 @@ SPO_INLINE float fast_exp(float x) {
   float power;
   std::memcpy(&power, &exponent, sizeof power);
   return x < -87.0f ? 0.0f : poly * power;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+SPO_INLINE void round_to(float value, float& to) { to = value; }
+
+// To nearest, ties to even; nan stays nan.
+SPO_INLINE void round_to(float value, BFloat16& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
 }
 
 // What scalar.h needs of a CPU.

@@ -20,7 +20,6 @@ SPO_INLINE bool is_identity(const LogitTransform& f) {
   return f.bias == nullptr && f.scale == 1.0f && f.softcap == 0.0f;
 }
 
-// `z` may be `x`.
 SPO_INLINE void to_logits(const float* x, float* z, int64_t n, const LogitTransform& f) {
   const float scale = f.scale;
   if (f.bias != nullptr) {
@@ -38,10 +37,21 @@ SPO_INLINE void to_logits(const float* x, float* z, int64_t n, const LogitTransf
   }
 }
 
-template <bool kMoments, bool kRescale>
-SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row, float* scratch) {
+// Asks for the block that comes kAhead columns, or as many in later rows, after this one: a machine's own prefetching
+// ends with each piece of a row, here 4 KiB apart from the next.
+SPO_INLINE void prefetch_ahead(const Tile& tile, int64_t row, int64_t begin) {
+  constexpr int64_t kAhead = 2048, kLine = 16;
+  const int64_t place = begin + kAhead, ahead = row + place / tile.columns;
+  if (ahead >= tile.rows) return;
+  const float* from = tile.data + ahead * tile.stride + place % tile.columns;
+  for (int64_t i = 0; i < kMassBlock; i += kLine) __builtin_prefetch(from + i);
+}
+
+// `out` is written where it is not null; it may be the tile.
+template <bool kMoments, typename Out>
+SPO_INLINE void stats_row(const Tile& tile, Out* out, const TokenStats& stats, int64_t row, float* scratch) {
   const int64_t n = tile.columns;
-  float* x = tile.data + row * n;
+  const float* x = tile.data + row * tile.stride;
   const float* z = scratch != nullptr ? scratch : x;
   if (scratch != nullptr) to_logits(x, scratch, n, tile.transform);
   const int64_t label = tile.labels[row];
@@ -63,6 +73,7 @@ SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row
   float* block_lse = stats.block_lse != nullptr ? stats.block_lse + row * stats.block_lse_stride : nullptr;
   for (int64_t begin = 0; begin < n; begin += kMassBlock) {
     const int64_t end = std::min(begin + kMassBlock, n);
+    prefetch_ahead(tile, row, begin);
     // Through memory, so that the sums see rounded values: contracted into a multiply-add they would differ in the
     // last bit between the instances of this template.
     float exponentials[kMassBlock];
@@ -78,9 +89,10 @@ SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row
         block_square += e * e;
       }
     }
-    if (kRescale) {
+    if (out != nullptr) {
 #pragma omp simd
-      for (int64_t i = begin; i < end; ++i) x[i] = exponentials[i - begin] * slope(z[i], scale, inverse);
+      for (int64_t i = begin; i < end; ++i)
+        round_to(exponentials[i - begin] * slope(z[i], scale, inverse), out[i]);
     }
     if (block_lse != nullptr) block_lse[begin / kMassBlock] = base + std::log(block);
     sums = sums + Sums<double>{block, block_shifted, block_square};
@@ -95,51 +107,77 @@ SPO_INLINE void stats_row(const Tile& tile, const TokenStats& stats, int64_t row
     stats.square_sum[row] = static_cast<float>(sums.square);
   }
   stats.max[row] = new_max;
-  if (kRescale) {
+  if (out != nullptr) {
     stats.rescale[row] = shrink;
-    if (has_label) x[label] = 0.0f;
+    if (has_label) out[label] = {};
   }
 }
 
+template <typename Out>
+SPO_INLINE Out* out_row(const TileOut& out, int64_t row) {
+  return static_cast<Out*>(out.data) + row * out.stride;
+}
+
 // `scratch` holds a row's logits where they differ from its products, so that the tile is left as it is.
-SPO_CLONES void stats_rows(const Tile& tile, const TokenStats& stats, int64_t begin, int64_t end, float* scratch) {
+SPO_CLONES void stats_rows(const Tile& tile, const TileOut& out, const TokenStats& stats, int64_t begin, int64_t end,
+                           float* scratch) {
   const bool moments = stats.shifted_sum != nullptr, rescale = stats.rescale != nullptr;
   for (int64_t row = begin; row < end; ++row) {
-    if (moments && rescale) {
-      stats_row<true, true>(tile, stats, row, scratch);
+    float* floats = rescale && !out.is_bfloat16 ? out_row<float>(out, row) : nullptr;
+    if (rescale && out.is_bfloat16 && moments) {
+      stats_row<true>(tile, out_row<BFloat16>(out, row), stats, row, scratch);
+    } else if (rescale && out.is_bfloat16) {
+      stats_row<false>(tile, out_row<BFloat16>(out, row), stats, row, scratch);
     } else if (moments) {
-      stats_row<true, false>(tile, stats, row, scratch);
-    } else if (rescale) {
-      stats_row<false, true>(tile, stats, row, scratch);
+      stats_row<true>(tile, floats, stats, row, scratch);
     } else {
-      stats_row<false, false>(tile, stats, row, scratch);
+      stats_row<false>(tile, floats, stats, row, scratch);
     }
   }
 }
 
-template <bool kMoments>
-SPO_INLINE void grad_row(const Tile& tile, const TokenGrads& grads, int64_t row) {
+template <bool kMoments, typename Out>
+SPO_INLINE void grad_row(const Tile& tile, Out* out, const TokenGrads& grads, int64_t row) {
   const int64_t n = tile.columns;
-  float* x = tile.data + row * n;
-  if (!is_identity(tile.transform)) to_logits(x, x, n, tile.transform);
+  const float* x = tile.data + row * tile.stride;
+  const bool identity = is_identity(tile.transform);
   const float scale = tile.transform.scale, inverse = inverse_cap(tile.transform);
   const RowGrads g = row_grads(grads, row);
   const int64_t label = tile.labels[row];
-  const bool has_label = label >= 0 && label < n;
-  const float at_label = has_label ? g.logp * slope(x[label], scale, inverse) : 0.0f;
-
+  for (int64_t begin = 0; begin < n; begin += kMassBlock) {
+    const int64_t count = std::min(kMassBlock, n - begin);
+    prefetch_ahead(tile, row, begin);
+    float logits[kMassBlock];
+    const float* z = x + begin;
+    if (!identity) {
+      LogitTransform transform = tile.transform;
+      if (transform.bias != nullptr) transform.bias += begin;
+      to_logits(z, logits, count, transform);
+      z = logits;
+    }
+    const bool has_label = label >= begin && label < begin + count;
+    const float z_label = has_label ? z[label - begin] : 0.0f;
+    float values[kMassBlock];
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) x[i] = logit_grad<CpuMath, kMoments>(x[i], g) * slope(x[i], scale, inverse);
-  if (has_label) x[label] += at_label;
+    for (int64_t i = 0; i < count; ++i) values[i] = logit_grad<CpuMath, kMoments>(z[i], g) * slope(z[i], scale, inverse);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) round_to(values[i], out[begin + i]);
+    if (has_label)
+      round_to((logit_grad<CpuMath, kMoments>(z_label, g) + g.logp) * slope(z_label, scale, inverse), out[label]);
+  }
 }
 
-SPO_CLONES void grad_rows(const Tile& tile, const TokenGrads& grads, int64_t begin, int64_t end) {
+SPO_CLONES void grad_rows(const Tile& tile, const TileOut& out, const TokenGrads& grads, int64_t begin, int64_t end) {
   const bool moments = grads.grad_entropy != nullptr || grads.grad_log_sum_p2 != nullptr;
   for (int64_t row = begin; row < end; ++row) {
-    if (moments) {
-      grad_row<true>(tile, grads, row);
+    if (out.is_bfloat16 && moments) {
+      grad_row<true>(tile, out_row<BFloat16>(out, row), grads, row);
+    } else if (out.is_bfloat16) {
+      grad_row<false>(tile, out_row<BFloat16>(out, row), grads, row);
+    } else if (moments) {
+      grad_row<true>(tile, out_row<float>(out, row), grads, row);
     } else {
-      grad_row<false>(tile, grads, row);
+      grad_row<false>(tile, out_row<float>(out, row), grads, row);
     }
   }
 }
@@ -153,15 +191,15 @@ void parallel_rows(int64_t rows, [[maybe_unused]] int threads, const Rows& run) 
 
 }  // namespace
 
-void tile_stats(const Tile& tile, const TokenStats& stats, int threads) {
+void tile_stats(const Tile& tile, const TileOut& out, const TokenStats& stats, int threads) {
   parallel_rows(tile.rows, threads, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(is_identity(tile.transform) ? 0 : tile.columns);
-    stats_rows(tile, stats, begin, end, scratch.empty() ? nullptr : scratch.data());
+    stats_rows(tile, out, stats, begin, end, scratch.empty() ? nullptr : scratch.data());
   });
 }
 
-void tile_grad(const Tile& tile, const TokenGrads& grads, int threads) {
-  parallel_rows(tile.rows, threads, [&](int64_t begin, int64_t end) { grad_rows(tile, grads, begin, end); });
+void tile_grad(const Tile& tile, const TileOut& out, const TokenGrads& grads, int threads) {
+  parallel_rows(tile.rows, threads, [&](int64_t begin, int64_t end) { grad_rows(tile, out, grads, begin, end); });
 }
 
 }  // namespace spo

@@ -1,6 +1,6 @@
 // The two passes over a logits tile on a CPU. Raw pointers; the caller has checked shapes, dtypes and strides.
 //
-// A tile is a contiguous [rows, columns] float matrix of products hidden . weight^T. Optional pointers may be null.
+// A tile is a [rows, columns] float matrix of products hidden . weight^T. Optional pointers may be null.
 // Rows are independent and each is summed by one thread, so results do not depend on the number of threads.
 #pragma once
 
@@ -10,18 +10,27 @@
 
 namespace spo {
 
+// Rows have no gaps between columns; strides are in elements.
 struct Tile {
   float* data;
+  int64_t stride;
   int64_t rows;
   int64_t columns;
   const int64_t* labels;  // [rows], relative to the tile's first column; outside it counts as absent
   LogitTransform transform;
 };
 
-// Reads the tile once; writes it only where `rescale` asks for it.
-void tile_stats(const Tile& tile, const TokenStats& stats, int threads);
+// What is written: the tile itself, or a matrix apart from it, of float or of bfloat16.
+struct TileOut {
+  void* data;
+  int64_t stride;
+  bool is_bfloat16;
+};
 
-// Reads and writes the tile once: it becomes d loss / d product.
-void tile_grad(const Tile& tile, const TokenGrads& grads, int threads);
+// Reads the tile once. Only where `rescale` asks for it, `out` receives exp(logit - max) * slope.
+void tile_stats(const Tile& tile, const TileOut& out, const TokenStats& stats, int threads);
+
+// Reads the tile once; `out` receives d loss / d product.
+void tile_grad(const Tile& tile, const TileOut& out, const TokenGrads& grads, int threads);
 
 }  // namespace spo

@@ -20,13 +20,23 @@ def _pointer(tensor: Tensor | None, length: int, dtype: torch.dtype = torch.floa
     return tensor.data_ptr()
 
 
-def _check_tile(tile: Tensor, out: Tensor | None) -> tuple[int, int]:
-    # products on a CPU take float32 tiles, so the driver never has a half-precision operand to be filled
-    if out is not None:
-        raise ValueError("the cpp backend writes in place")
-    if tile.dtype != torch.float32 or tile.ndim != 2 or not tile.is_contiguous() or tile.is_cuda:
-        raise ValueError(f"expected a contiguous CPU float32 matrix, got {tile.dtype} {list(tile.shape)}")
-    return tile.shape[0], tile.shape[1]
+def _matrix(tensor: Tensor) -> tuple[int, int, bool]:
+    return tensor.data_ptr(), tensor.stride(0), tensor.dtype == torch.bfloat16
+
+
+def _check_tile(tile: Tensor, out: Tensor | None) -> Tensor:
+    """What is to be written: `out`, or else the tile."""
+    target = tile if out is None else out
+    for name, matrix, dtypes in (("tile", tile, (torch.float32,)), ("out", target, (torch.float32, torch.bfloat16))):
+        if matrix.dtype not in dtypes or matrix.ndim != 2 or matrix.is_cuda or matrix.shape != tile.shape:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(
+                f"{name}: expected a CPU {names} matrix {list(tile.shape)}, "
+                f"got {matrix.dtype} {list(matrix.shape)} on {matrix.device}"
+            )
+        if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+            raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
+    return target
 
 
 def _mass_pointer(block_lse: Tensor | None, rows: int, columns: int, rescale: Tensor | None) -> tuple[int, int]:
@@ -45,7 +55,7 @@ def _mass_pointer(block_lse: Tensor | None, rows: int, columns: int, rescale: Te
 
 
 class CppTiles:
-    """See `TileBackend` for the meaning of each argument."""
+    """See `TileBackend` for the meaning of each argument; rows may be strided, columns not."""
 
     TEMPORARIES = 0.0
 
@@ -64,10 +74,11 @@ class CppTiles:
         block_lse: Tensor | None = None,
     ) -> None:
         """See `TileBackend.tile_stats`."""
-        rows, columns = _check_tile(tile, out)
+        target, (rows, columns) = _check_tile(tile, out), tile.shape
         masses, masses_stride = _mass_pointer(block_lse, rows, columns, rescale)
         self._native.tile_stats(
-            tile=tile.data_ptr(),
+            tile=_matrix(tile),
+            out=_matrix(target),
             rows=rows,
             columns=columns,
             bias=_pointer(bias, columns),
@@ -95,9 +106,10 @@ class CppTiles:
         out: Tensor | None = None,
     ) -> None:
         """See `TileBackend.tile_grad`."""
-        rows, columns = _check_tile(tile, out)
+        target, (rows, columns) = _check_tile(tile, out), tile.shape
         self._native.tile_grad(
-            tile=tile.data_ptr(),
+            tile=_matrix(tile),
+            out=_matrix(target),
             rows=rows,
             columns=columns,
             bias=_pointer(bias, columns),
