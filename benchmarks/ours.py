@@ -22,7 +22,7 @@ from .variant import Skip, Step, Variant
 PREFIX = "ours-"
 EXPECTED_BACKENDS = ("torch", "cpp")
 # MiB of workspace: float32, half precision
-PATH_WORKSPACE = {"packed": (160, 320), "factorised": (64, 224), "two_pass": (32, 32)}
+PATH_WORKSPACE = {"packed": (160, 160), "factorised": (64, 192), "two_pass": (32, 32)}
 # mode and log2 of the tolerance
 SPARSE = {"certified8": ("certified", -8), "certified10": ("certified", -10), "unbiased10": ("unbiased", -10)}
 

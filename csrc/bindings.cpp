@@ -26,7 +26,11 @@ using TileTuple = std::array<std::int64_t, 3>;
 
 spo::Tile tile_at(const TileTuple& tile, int64_t rows, int64_t columns, std::uintptr_t bias, std::uintptr_t labels,
                   float scale, float softcap) {
-  return {at<float>(static_cast<std::uintptr_t>(tile[0])), tile[1], rows, columns, at<int64_t>(labels),
+  return {at<float>(static_cast<std::uintptr_t>(tile[0])),
+          tile[1],
+          rows,
+          columns,
+          at<int64_t>(labels),
           {at<float>(bias), scale, softcap}};
 }
 
@@ -35,9 +39,9 @@ spo::TileOut out_at(const TileTuple& out) {
 }
 
 void tile_stats(const TileTuple& tile, const TileTuple& out, int64_t rows, int64_t columns, std::uintptr_t bias,
-                std::uintptr_t labels, float scale, float softcap, std::uintptr_t max, std::uintptr_t sum, std::uintptr_t label_logit,
-                std::uintptr_t shifted_sum, std::uintptr_t square_sum, std::uintptr_t rescale, std::uintptr_t block_lse,
-                int64_t block_lse_stride, int threads) {
+                std::uintptr_t labels, float scale, float softcap, std::uintptr_t max, std::uintptr_t sum,
+                std::uintptr_t label_logit, std::uintptr_t shifted_sum, std::uintptr_t square_sum,
+                std::uintptr_t rescale, std::uintptr_t block_lse, int64_t block_lse_stride, int threads) {
   spo::tile_stats(tile_at(tile, rows, columns, bias, labels, scale, softcap), out_at(out),
                   {at<float>(max), at<float>(sum), at<float>(label_logit), at<float>(shifted_sum),
                    at<float>(square_sum), at<float>(rescale), at<float>(block_lse), block_lse_stride},
@@ -45,13 +49,17 @@ void tile_stats(const TileTuple& tile, const TileTuple& out, int64_t rows, int64
 }
 
 void tile_grad(const TileTuple& tile, const TileTuple& out, int64_t rows, int64_t columns, std::uintptr_t bias,
-               std::uintptr_t labels, float scale, float softcap, std::uintptr_t lse, std::uintptr_t grad_logp, std::uintptr_t grad_lse,
-               std::uintptr_t grad_entropy, std::uintptr_t entropy, std::uintptr_t grad_log_sum_p2,
-               std::uintptr_t log_sum_p2, int threads) {
+               std::uintptr_t labels, float scale, float softcap, std::uintptr_t lse, std::uintptr_t grad_logp,
+               std::uintptr_t grad_lse, std::uintptr_t grad_entropy, std::uintptr_t entropy,
+               std::uintptr_t grad_log_sum_p2, std::uintptr_t log_sum_p2, int threads) {
   spo::tile_grad(tile_at(tile, rows, columns, bias, labels, scale, softcap), out_at(out),
                  {at<float>(lse), at<float>(grad_logp), at<float>(grad_lse), at<float>(grad_entropy),
                   at<float>(entropy), at<float>(grad_log_sum_p2), at<float>(log_sum_p2)},
                  threads);
+}
+
+void scale_rows(const TileTuple& x, int64_t rows, int64_t columns, std::uintptr_t factors, int threads) {
+  spo::scale_rows(out_at(x), rows, columns, at<float>(factors), threads);
 }
 
 py::list product_names() {
@@ -125,10 +133,12 @@ PYBIND11_MODULE(_C, module) {
              "threads"_a,
              "out (+)= a b. An operand is (address, row stride, column stride, scalar: 0 float, 1 bfloat16, 2 half, "
              "row list's address or 0, rows), the result (address, row stride, row list's address or 0, rows).");
-  module.def("tile_stats", &tile_stats, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "out"_a, "rows"_a,
-             "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "max"_a, "sum"_a, "label_logit"_a,
+  module.def("tile_stats", &tile_stats, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "out"_a,
+             "rows"_a, "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "max"_a, "sum"_a, "label_logit"_a,
              "shifted_sum"_a, "square_sum"_a, "rescale"_a, "block_lse"_a, "block_lse_stride"_a, "threads"_a);
-  module.def("tile_grad", &tile_grad, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "out"_a, "rows"_a,
-             "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "lse"_a, "grad_logp"_a, "grad_lse"_a,
+  module.def("tile_grad", &tile_grad, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "out"_a,
+             "rows"_a, "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "lse"_a, "grad_logp"_a, "grad_lse"_a,
              "grad_entropy"_a, "entropy"_a, "grad_log_sum_p2"_a, "log_sum_p2"_a, "threads"_a);
+  module.def("scale_rows", &scale_rows, py::call_guard<py::gil_scoped_release>(), "x"_a, py::kw_only(), "rows"_a,
+             "columns"_a, "factors"_a, "threads"_a);
 }

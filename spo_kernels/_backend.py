@@ -89,9 +89,10 @@ class Backend:
     tiles: TileBackend
 
     def cell_bytes(self, inputs: Tensor) -> int:
-        """Workspace of one cell of a tile: itself, what a pass needs beside it, and its copy for a product."""
-        wide = accumulator_dtype(inputs.dtype).itemsize
-        return math.ceil(wide * (1.0 + self.tiles.TEMPORARIES)) + self.products.copy_bytes(inputs)
+        """Workspace of one cell of a tile: itself, what a pass needs beside it, and its rounded copy for a product."""
+        wide = accumulator_dtype(inputs.dtype)
+        rounded = self.products.tile_dtype(inputs)
+        return math.ceil(wide.itemsize * (1.0 + self.tiles.TEMPORARIES)) + (rounded.itemsize if rounded != wide else 0)
 
 
 @cache

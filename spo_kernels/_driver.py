@@ -117,18 +117,15 @@ def plan_tiles(
     return TileShape(rows, columns)
 
 
-def operand_buffer(hidden: Tensor, cells: int, products: Products) -> Tensor | None:
-    """Where tile cells are rounded for the next product; None where it takes them as they are."""
-    return hidden.new_empty(cells, dtype=products.operand_dtype(hidden)) if products.copy_bytes(hidden) else None
-
-
 class TileBuffers:
     """One tile of products and, where the next product takes narrower operands, one of those; used over and over."""
 
     def __init__(self, hidden: Tensor, cells: int, products: Products | None) -> None:
         """Without `products`, tiles enter no other product."""
         self.wide = hidden.new_empty(cells, dtype=accumulator_dtype(hidden.dtype))
-        self.narrow = None if products is None else operand_buffer(hidden, cells, products)
+        self.narrow: Tensor | None = None
+        if products is not None and products.tile_dtype(hidden) != self.wide.dtype:
+            self.narrow = hidden.new_empty(cells, dtype=products.tile_dtype(hidden))
 
     def tile(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
         """The products' tile, and what a tile backend is to write instead of it."""
@@ -193,15 +190,17 @@ def forward(
 
 def _finish_logp_grad_(total: Tensor, head: Head, labels: Tensor, stats: TokenStats, tile_shape: TileShape) -> None:
     """Turn `A` into `u`, see `forward`; label rows are gathered in pieces no larger than a weight slice."""
-    scale, softcap = head.transform.scale, head.transform.softcap
     total.div_(stats.sum[:, None]).neg_()
-    rest = -torch.expm1(stats.label_logit - stats.max - stats.sum.log())
-    coefficient = rest * scale
-    if softcap is not None:
-        coefficient = coefficient * (1.0 - (stats.label_logit / softcap).square())
+    coefficient = label_slope(stats, head.transform)
     for row in range(0, total.shape[0], tile_shape.columns):
         piece = slice(row, row + tile_shape.columns)
         total[piece].addcmul_(coefficient[piece, None], head.weight[labels[piece]].to(total.dtype))
+
+
+def label_slope(stats: TokenStats, transform: LogitTransform) -> Tensor:
+    """d logp / d product at each token's label, `(1 - p) d logit / d product`."""
+    rest = -torch.expm1(stats.label_logit - stats.max - stats.sum.log()) * transform.scale
+    return rest if transform.softcap is None else rest * (1.0 - (stats.label_logit / transform.softcap).square())
 
 
 # tokens of a tile, as consecutive ones or listed, and what their upstream gradients are multiplied by

@@ -119,7 +119,7 @@ def backward(
     hidden, head, products = models.hidden, models.head, models.backend.products
     wide = accumulator_dtype(hidden.dtype)
     unit = None
-    if hidden.dtype == torch.float16 and products.copy_bytes(hidden):
+    if products.tile_dtype(hidden) == torch.float16:
         unit = headroom([grad], head.transform.scale)
         grad = grad if unit is None else grad / unit
     need_hidden, need_weight, need_bias = needs

@@ -1,18 +1,22 @@
-"""Gradients of a pair loss in three products: logits tiles are kept until their coefficients are known.
+"""Gradients of a pair loss in three products: tiles are kept until their coefficients are known.
 
-Tiles here are rows of the whole vocabulary, `[n, V]`; see `paths.py` for which tokens share one.
+Tiles here are rows of the whole vocabulary, `[n, V]`; see `paths.py` for which tokens share one. They keep
+`exp(logit - m) d logit / d product`, with the maximum `m` so far and 0 at the label, in the dtype that the next products
+take: a logit rounded to bfloat16 would cost whole percents of a probability. What is missing of a token's gradient
+then is a factor for each slice, `-c exp(m - lse)`, and `c (1 - p) d logit / d product` at its label.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from spo_kernels._backend import Backend
-from spo_kernels._driver import Head, TokenRows, operand_buffer
+from spo_kernels._driver import Head, TokenRows, label_slope
 from spo_kernels._memory import in_huge_pages
 from spo_kernels._products import accumulator_dtype
-from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
+from spo_kernels.tiles.spec import TokenStats, add_at_labels_
 
 # statistics of a tile's tokens to the coefficients that scale the gradients of their log-probabilities
 Coefficients = Callable[[TokenStats], Tensor]
@@ -46,7 +50,7 @@ class GradientSums:
 
 
 class KeptTiles:
-    """Takes tokens through all three products with one tile of logits, slice by slice of the vocabulary."""
+    """Takes tokens through all three products with one tile, slice by slice of the vocabulary."""
 
     def __init__(self, hidden: Tensor, head: Head, backend: Backend, rows: int, columns: int, *, moments: bool) -> None:
         """A tile of `rows` tokens, of which `columns` are in work together."""
@@ -55,9 +59,10 @@ class KeptTiles:
         self.rows = rows
         self._wide = accumulator_dtype(hidden.dtype)
         self._vocab = head.weight.shape[0]
-        self._tile = in_huge_pages(hidden.new_empty(rows * self._vocab, dtype=self._wide))
-        # a slice of the gradient by logits as the next products take it, where that is not the tile's own
-        self._narrow = operand_buffer(hidden, rows * columns, backend.products)
+        kept = backend.products.tile_dtype(hidden)
+        self._kept = in_huge_pages(hidden.new_empty(rows * self._vocab, dtype=kept))
+        # a slice of products before it is rounded
+        self._products = None if kept == self._wide else hidden.new_empty(rows * columns, dtype=self._wide)
         # a slice of the weight's gradient before it is cast
         self._finished: Tensor | None = None
 
@@ -74,27 +79,38 @@ class KeptTiles:
 
         `sums.weight` may be in the weight's own dtype where nothing is accumulated.
         """
-        n, products, tiles = tokens.labels.numel(), self._backend.products, self._backend.tiles
+        n, products = tokens.labels.numel(), self._backend.products
         states = tokens.take(self._hidden, 0, n, products.operand_dtype(self._hidden))
-        tile = self._tile[: n * self._vocab].view(n, self._vocab)
-        stats = TokenStats.start(n, tile, self._moments)
-        for piece in self._slices():
-            part = tile[:, piece]
-            products.matmul(states, self._weight(piece, states).t(), out=part)
-            tiles.tile_stats(part, *self._logits_of(piece, tokens), stats, None)
-        grads = TokenGrads(lse_value=stats.lse, logp=coefficients(stats))
+        tile = self._kept[: n * self._vocab].view(n, self._vocab)
+        stats, maxima = self._keep(tokens, states, tile)
+        upstream = coefficients(stats)
+        at_label = upstream * label_slope(stats, self._head.transform)
         total = None if hidden_out is None else states.new_empty(states.shape, dtype=self._wide)
-        for piece in self._slices():
-            part = operand = tile[:, piece]
-            if self._narrow is not None:
-                operand = self._narrow[: part.numel()].view(part.shape)
-            tiles.tile_grad(part, *self._logits_of(piece, tokens), grads, operand)
+        for piece, maximum in zip(self._slices(), maxima, strict=True):
+            part = tile[:, piece]
+            self._backend.tiles.scale_rows(part, -upstream * (maximum - stats.lse).exp())
+            add_at_labels_(part, tokens.labels - piece.start, at_label)
             if total is not None:
-                products.matmul(operand, self._weight(piece, states), out=total, accumulate=piece.start > 0)
-            self._add(operand, states, piece, sums, accumulate)
+                products.matmul(part, self._weight(piece, states), out=total, accumulate=piece.start > 0)
+            self._add(part, states, piece, sums, accumulate)
         if hidden_out is not None and total is not None:
             tokens.put(hidden_out, 0, n, total)
         return stats
+
+    def _keep(self, tokens: TokenRows, states: Tensor, tile: Tensor) -> tuple[TokenStats, list[Tensor]]:
+        """Fills the tile; statistics of the tokens, and the maxima that the slices are relative to."""
+        stats = TokenStats.start(states.shape[0], states.new_empty(0, dtype=self._wide), self._moments)
+        maxima, rescale = [], torch.empty_like(stats.max)
+        for piece in self._slices():
+            part = found = tile[:, piece]
+            if self._products is not None:
+                found = self._products[: part.numel()].view(part.shape)
+            self._backend.products.matmul(states, self._weight(piece, states).t(), out=found)
+            bias = self._head.bias_slice(piece.start, piece.stop, self._wide)
+            labels = tokens.labels - piece.start
+            self._backend.tiles.tile_stats(found, bias, labels, self._head.transform, stats, rescale, part)
+            maxima.append(stats.max.clone())
+        return stats, maxima
 
     def _add(self, operand: Tensor, states: Tensor, piece: slice, sums: GradientSums, accumulate: bool) -> None:
         """A slice of the weight's and the bias's gradient."""
@@ -110,11 +126,6 @@ class KeptTiles:
         if sums.bias is not None:
             column_sums = operand.sum(0, dtype=self._wide)
             sums.bias[piece] = sums.bias[piece] + column_sums if accumulate else column_sums
-
-    def _logits_of(self, piece: slice, tokens: TokenRows) -> tuple[Tensor | None, Tensor, LogitTransform]:
-        """What makes logits of a slice's products, and the labels relative to it."""
-        bias = self._head.bias_slice(piece.start, piece.stop, self._wide)
-        return bias, tokens.labels - piece.start, self._head.transform
 
     def _slices(self) -> list[slice]:
         step = self._columns

@@ -25,8 +25,8 @@ class Products(Protocol):
         """The dtype in which `inputs` enter a product."""
         ...
 
-    def copy_bytes(self, inputs: Tensor) -> int:
-        """Bytes per cell of the copy that is made of a tile before it enters a product."""
+    def tile_dtype(self, inputs: Tensor) -> torch.dtype:
+        """The dtype in which a tile enters a product with `inputs`: rounded to theirs, or as it is."""
         ...
 
     def reads_row_lists(self, inputs: Tensor) -> bool:
@@ -72,10 +72,10 @@ class VendorProducts:
             return torch.float32
         return inputs.dtype
 
-    def copy_bytes(self, inputs: Tensor) -> int:
+    def tile_dtype(self, inputs: Tensor) -> torch.dtype:
         """See `Products`."""
         dtype = self.operand_dtype(inputs)
-        return dtype.itemsize if dtype in HALF_DTYPES else 0
+        return dtype if dtype in HALF_DTYPES else accumulator_dtype(inputs.dtype)
 
     def reads_row_lists(self, inputs: Tensor) -> bool:
         """See `Products`."""
@@ -184,9 +184,9 @@ class NativeProducts(VendorProducts):
         """See `Products`."""
         return inputs.dtype if self._name(inputs.dtype) else super().operand_dtype(inputs)
 
-    def copy_bytes(self, inputs: Tensor) -> int:
-        """See `Products`; the float32 product takes tiles as they are, beside half-precision operands too."""
-        return inputs.dtype.itemsize if self._name(inputs.dtype) == "avx512_bf16" else 0
+    def tile_dtype(self, inputs: Tensor) -> torch.dtype:
+        """See `Products`; the float32 product takes half-precision operands beside a tile as it is."""
+        return inputs.dtype if self._name(inputs.dtype) == "avx512_bf16" else accumulator_dtype(inputs.dtype)
 
     def reads_row_lists(self, inputs: Tensor) -> bool:
         """See `Products`."""

@@ -56,6 +56,7 @@ def plan_path(
         return PathPlan("two_pass", 4)
     backend = load_backend(call.options.backend)
     wide, narrow = accumulator_dtype(hidden.dtype).itemsize, backend.products.operand_dtype(hidden).itemsize
+    kept = backend.products.tile_dtype(hidden).itemsize
     (vocab, width), direct = weight.shape, weight.dtype.itemsize == wide
     chosen, rejected = tokens.view(2, -1)
     budget = workspace_budget(call.options.workspace_bytes, hidden.device.type)
@@ -66,10 +67,10 @@ def plan_path(
         pair_tokens=tuple((chosen + rejected).tolist()),
         direct=direct,
         vocab=vocab,
-        row_bytes=vocab * wide + width * (wide + narrow) + backend.products.row_bytes,
+        row_bytes=vocab * kept + width * (wide + narrow) + backend.products.row_bytes,
         columns=_columns(vocab, column_bytes, budget, hidden.device.type),
         column_bytes=column_bytes,
-        cell_bytes=backend.cell_bytes(hidden) - wide,
+        cell_bytes=backend.cell_bytes(hidden) - kept,
         accumulator_bytes=vocab * width * wide,
         workspace_bytes=budget,
     )

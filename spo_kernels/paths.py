@@ -31,10 +31,10 @@ class PairProblem:
     pair_tokens: tuple[int, ...]  # tokens that count in each pair
     direct: bool  # the weight's gradient has the accumulator's dtype, so sums can be kept in it
     vocab: int
-    row_bytes: int  # workspace of a token: its logits over the whole vocabulary, its hidden state and gradient
+    row_bytes: int  # workspace of a token: its tile over the whole vocabulary, its hidden state and gradient
     columns: int  # of the vocabulary, that are in work together
     column_bytes: int  # workspace of such a column: its weight row cast, its gradient before the cast
-    cell_bytes: int  # workspace of such a column and one token: what a pass needs beside the logit, its rounded copy
+    cell_bytes: int  # workspace of such a column and one token, beside what is kept of it
     accumulator_bytes: int  # of one [V, H] accumulator
     workspace_bytes: int
 

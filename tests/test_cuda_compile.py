@@ -14,7 +14,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # two blocks of 512 threads, or four of 256, share the 65536 registers of a multiprocessor
 REGISTERS = {"tile_stats": 64, "tile_grad": 64, "scale_rows": 64, "pair_loss": 64, "probe": 16}
 # dtypes of tile and operand, with and without the optional outputs
-KERNELS = {"tile_stats": 16, "tile_grad": 10, "scale_rows": 1, "pair_loss": 1, "probe": 1}
+KERNELS = {"tile_stats": 16, "tile_grad": 10, "scale_rows": 3, "pair_loss": 1, "probe": 1}
 
 _ENTRY = re.compile(
     r"Compiling entry function '\w*?(?P<name>[a-z]\w*?)_kernel\w*' for '(?P<arch>sm_\d+)'.*?"

@@ -221,6 +221,17 @@ def test_nothing_beyond_a_tensor_is_touched(tiles, columns, out_dtype, at_end):
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_scale_rows(tiles, columns, dtype):
+    """Once rounded; a factor of 1 leaves everything as it is."""
+    matrix = torch.randn(5, columns + 3).to(dtype)[:, :columns]
+    factors = torch.tensor([2.5, 1.0, 0.0, -1e-3, 0.1])
+    expected = (matrix.float() * factors[:, None]).to(dtype)
+    tiles.scale_rows(matrix, factors)
+    assert torch.equal(matrix, expected)
+
+
 @pytest.mark.parametrize("shift", [0, 1, 4])
 @pytest.mark.parametrize(("columns", "gap"), [(700, 0), (700, 1), (700, 4), (702, 2), (9001, 3), (257, 7)])
 def test_rows_apart_and_anywhere(tiles, shift, columns, gap):

@@ -1,11 +1,12 @@
-"""Block masses of the CPU tile backends against float64; the rest of a tile's contract is tested through the driver."""
+"""Tiles of the CPU backends against float64: block masses, views with rows apart, bfloat16 operands."""
 
 import pytest
 import torch
 
 from spo_kernels import _native, backend_info
 from spo_kernels._backend import load_backend
-from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenStats, mass_blocks
+from spo_kernels.tiles import torch_tiles
+from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats, mass_blocks
 
 ROWS = 35
 TRANSFORMS = {"plain": LogitTransform(), "scale": LogitTransform(0.7), "softcap": LogitTransform(1.5, 30.0)}
@@ -79,6 +80,95 @@ def test_bad_masses(wrong):
         load_backend("cpp").tiles.tile_stats(
             tile, None, torch.zeros(4, dtype=torch.int64), LogitTransform(), stats, rescale, block_lse=masses
         )
+
+
+def apart(values, gap, dtype=torch.float32):
+    """The values in rows `gap` apart, in memory of sevens."""
+    memory = torch.full((values.shape[0], values.shape[1] + gap), 7.0, dtype=dtype)
+    memory[:, : values.shape[1]] = values
+    return memory, memory[:, : values.shape[1]]
+
+
+def rounding(dtype):
+    """Half a unit in the last place, relative; of float32 a few, for the exponential."""
+    return 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+
+
+@pytest.mark.parametrize("out_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("columns", [1, 129, 1000])
+def test_operands(tiles, columns, transform, out_dtype):
+    """What the passes write in place (None) or to an operand, of tiles with rows apart; what lies between stays."""
+    torch.manual_seed(0)
+    values, bias = 6.0 * torch.randn(ROWS, columns), torch.randn(columns)
+    labels = torch.arange(ROWS) * 31 - 40
+    wide, lse = values.double(), logits64(values, bias, transform).logsumexp(1)
+    stats, rescale = TokenStats.start(ROWS, wide, True), torch.empty(ROWS, dtype=torch.float64)
+    torch_tiles.tile_stats(wide, bias.double(), labels, transform, stats, rescale)
+    upstream = {"logp": torch.linspace(-1.0, 2.0, ROWS), "lse": torch.linspace(0.5, -0.5, ROWS)}
+    gradient = values.double()
+    flows = {name: value.double() for name, value in upstream.items()}
+    torch_tiles.tile_grad(gradient, bias.double(), labels, transform, TokenGrads(lse, **flows))
+
+    found, found_rescale = TokenStats.start(ROWS, values, True), torch.empty(ROWS)
+    grads = TokenGrads(lse.float(), **upstream)
+    for expected, run in (
+        (wide, lambda tile, out: tiles.tile_stats(tile, bias, labels, transform, found, found_rescale, out)),
+        (gradient, lambda tile, out: tiles.tile_grad(tile, bias, labels, transform, grads, out)),
+    ):
+        memory, tile = apart(values, 5)
+        out_memory, out = (memory, None) if out_dtype is None else apart(torch.zeros_like(values), 3, out_dtype)
+        run(tile, out)
+        operand = tile if out is None else out
+        scale = 40.0 if transform.softcap else 30.0  # an error of 1 in the last place of a logit of up to 30
+        bound = rounding(operand.dtype) * expected.abs() + scale * 1e-7 * expected.abs() + 1e-7
+        assert ((operand.double() - expected).abs() <= bound).all()
+        assert (out_memory[:, columns:] == 7.0).all() and (memory[:, columns:] == 7.0).all()
+    for name, value in vars(found).items():
+        torch.testing.assert_close(value.double(), getattr(stats, name), rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [1, 31, 128, 1000])
+def test_scale_rows(tiles, columns, dtype):
+    memory, matrix = apart(torch.randn(ROWS, columns), 3, dtype)
+    factors = torch.linspace(-2.0, 2.0, ROWS).index_fill_(0, torch.tensor([4]), 1.0)
+    expected = (matrix.float() * factors[:, None]).to(dtype)
+    tiles.scale_rows(matrix, factors)
+    assert torch.equal(matrix, expected)
+    assert (memory[:, columns:] == 7.0).all()
+
+
+def test_rounding_to_bfloat16():
+    """Ties to even, infinities, NaN, subnormals and the largest float, as torch rounds them."""
+    if not backend_info()["cpp"].available:
+        pytest.skip(backend_info()["cpp"].detail)
+    bits = torch.randint(-(2**31), 2**31, (1, 4096), generator=torch.Generator().manual_seed(0)).int()
+    bits[0, 1::4] = bits[0, 1::4] & -65536 | 0x8000
+    values = bits.view(torch.float32)
+    values[0, :6] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38, 1e-40, -0.0])
+    out = torch.empty(1, 4096, dtype=torch.bfloat16)
+    tiles = load_backend("cpp").tiles
+    # with everything flowing into lse and all probabilities 1, the gradient is what flows: 4096 rows of one column
+    column, labels = torch.zeros(4096, 1), torch.full((4096,), -1)
+    tiles.tile_grad(
+        column, None, labels, LogitTransform(), TokenGrads(torch.zeros(4096), lse=values[0]), out.view(-1, 1)
+    )
+    expected = values.bfloat16()
+    same = (out == expected) | (out.isnan() & expected.isnan())
+    assert same.all()
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "shape", "strides", "tile"])
+def test_bad_operands(wrong):
+    if not backend_info()["cpp"].available:
+        pytest.skip(backend_info()["cpp"].detail)
+    tile = torch.zeros(4, 200, dtype=torch.float64 if wrong == "tile" else torch.float32)
+    out = torch.zeros(4, 100 if wrong == "shape" else 200, dtype=torch.float16 if wrong == "dtype" else torch.bfloat16)
+    out = torch.zeros(200, 4, dtype=torch.bfloat16).t() if wrong == "strides" else out
+    grads = TokenGrads(torch.zeros(4), logp=torch.zeros(4))
+    with pytest.raises(ValueError, match="tile: expected" if wrong == "tile" else "out: expected"):
+        load_backend("cpp").tiles.tile_grad(tile, None, torch.zeros(4, dtype=torch.int64), LogitTransform(), grads, out)
 
 
 def test_block_width_is_the_same_in_both_languages():

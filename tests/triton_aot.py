@@ -110,7 +110,9 @@ def _grad_cases(architecture: str) -> Iterator[Case]:
 
 def _small_cases(architecture: str) -> Iterator[Case]:
     types = {"x_ptr": FLOAT, "factors_ptr": FLOAT, "columns": "i32", "x_stride": "i32"}
-    yield Case("scale_rows", _scale_rows_kernel, types, {}, config.launch_for("scale_rows", architecture))
+    table = config.launch_for("scale_rows", architecture)
+    yield Case("scale_rows", _scale_rows_kernel, types, {}, table)
+    yield Case("scale_rows half", _scale_rows_kernel, types | {"x_ptr": HALF}, {}, table)
     names = ("logp_ptr", "summary_ptr", "coefficients_ptr")
     base = dict.fromkeys(names, FLOAT) | {"labels_ptr": "*i64"}
     base |= dict.fromkeys(("pairs", "tokens", "width", "ignore_index"), "i32")

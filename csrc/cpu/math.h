@@ -50,6 +50,14 @@ SPO_INLINE void round_to(float value, BFloat16& to) {
   to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
 }
 
+SPO_INLINE float to_float(float value) { return value; }
+SPO_INLINE float to_float(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
 // What scalar.h needs of a CPU.
 struct CpuMath {
   static SPO_INLINE float exp(float x) { return fast_exp(x); }

@@ -35,7 +35,8 @@ struct BFloat16s {
     const __m512i first = load_along_k<kFrom>(data, even), second = load_along_k<kFrom>(data, odd);
     // words 0 and 32, 1 and 33, .. of both together; then the same from word 16 on
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i low = _mm512_add_epi32(_mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), _mm512_set1_epi32(32 << 16));
+    const __m512i low =
+        _mm512_add_epi32(_mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), _mm512_set1_epi32(32 << 16));
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16 | 16));
     units[0] = _mm512_permutex2var_epi16(first, low, second);
     units[1] = _mm512_permutex2var_epi16(first, high, second);

@@ -1,9 +1,9 @@
 // Blocking and packing of a product, as templates over a micro-kernel; included by one file per instruction set.
 //
 // Rows and K are cut into blocks. For each, rows of A are packed with K side by side (shared, read from L3 or L2) where
-// they do not lie like that already, then every thread takes panels of kColumns columns of B, packs each into its own buffer (L2) and multiplies it by kRows
-// rows of A at a time, accumulated in registers over the K block. Where B has too few columns for that, its panels are
-// packed before, for all threads, which then take parts of A's rows.
+// they do not lie like that already, then every thread takes panels of kColumns columns of B, packs each into its own
+// buffer (L2) and multiplies it by kRows rows of A at a time, accumulated in registers over the K block. Where B has
+// too few columns for that, its panels are packed before, for all threads, which then take parts of A's rows.
 //
 // What is packed consists of units of 4 bytes: kStep values of k of one row of A or column of B ("lane"). A vector of
 // units is loaded along k of one lane, or along lanes at one step of k, whichever lie side by side in the operand;
@@ -117,7 +117,7 @@ struct Source {
 
   // out[lane * row_size + k]
   void pack_rows(Packed* out, int64_t row_size) const {
-    const auto store = [=, this](int64_t lane, int64_t k, const Units (&units)[kLanes]) {
+    const auto store = [=, this](int64_t lane, int64_t k, const Units(&units)[kLanes]) {
       for (int64_t i = 0; i < smaller(kLanes, lanes - lane); ++i)
         Kernel::store_units(out + (lane + i) * row_size + k, units[i]);
     };

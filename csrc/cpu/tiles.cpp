@@ -39,11 +39,13 @@ SPO_INLINE void to_logits(const float* x, float* z, int64_t n, const LogitTransf
 
 // Asks for the block that comes kAhead columns, or as many in later rows, after this one: a machine's own prefetching
 // ends with each piece of a row, here 4 KiB apart from the next.
-SPO_INLINE void prefetch_ahead(const Tile& tile, int64_t row, int64_t begin) {
-  constexpr int64_t kAhead = 2048, kLine = 16;
-  const int64_t place = begin + kAhead, ahead = row + place / tile.columns;
-  if (ahead >= tile.rows) return;
-  const float* from = tile.data + ahead * tile.stride + place % tile.columns;
+template <typename T>
+SPO_INLINE void prefetch_ahead(const T* data, int64_t stride, int64_t rows, int64_t columns, int64_t row,
+                               int64_t begin) {
+  constexpr int64_t kAhead = 2048, kLine = 64 / sizeof(T);
+  const int64_t place = begin + kAhead, ahead = row + place / columns;
+  if (ahead >= rows) return;
+  const T* from = data + ahead * stride + place % columns;
   for (int64_t i = 0; i < kMassBlock; i += kLine) __builtin_prefetch(from + i);
 }
 
@@ -73,7 +75,7 @@ SPO_INLINE void stats_row(const Tile& tile, Out* out, const TokenStats& stats, i
   float* block_lse = stats.block_lse != nullptr ? stats.block_lse + row * stats.block_lse_stride : nullptr;
   for (int64_t begin = 0; begin < n; begin += kMassBlock) {
     const int64_t end = std::min(begin + kMassBlock, n);
-    prefetch_ahead(tile, row, begin);
+    prefetch_ahead(tile.data, tile.stride, tile.rows, n, row, begin);
     // Through memory, so that the sums see rounded values: contracted into a multiply-add they would differ in the
     // last bit between the instances of this template.
     float exponentials[kMassBlock];
@@ -91,8 +93,7 @@ SPO_INLINE void stats_row(const Tile& tile, Out* out, const TokenStats& stats, i
     }
     if (out != nullptr) {
 #pragma omp simd
-      for (int64_t i = begin; i < end; ++i)
-        round_to(exponentials[i - begin] * slope(z[i], scale, inverse), out[i]);
+      for (int64_t i = begin; i < end; ++i) round_to(exponentials[i - begin] * slope(z[i], scale, inverse), out[i]);
     }
     if (block_lse != nullptr) block_lse[begin / kMassBlock] = base + std::log(block);
     sums = sums + Sums<double>{block, block_shifted, block_square};
@@ -146,7 +147,7 @@ SPO_INLINE void grad_row(const Tile& tile, Out* out, const TokenGrads& grads, in
   const int64_t label = tile.labels[row];
   for (int64_t begin = 0; begin < n; begin += kMassBlock) {
     const int64_t count = std::min(kMassBlock, n - begin);
-    prefetch_ahead(tile, row, begin);
+    prefetch_ahead(tile.data, tile.stride, tile.rows, n, row, begin);
     float logits[kMassBlock];
     const float* z = x + begin;
     if (!identity) {
@@ -159,7 +160,8 @@ SPO_INLINE void grad_row(const Tile& tile, Out* out, const TokenGrads& grads, in
     const float z_label = has_label ? z[label - begin] : 0.0f;
     float values[kMassBlock];
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) values[i] = logit_grad<CpuMath, kMoments>(z[i], g) * slope(z[i], scale, inverse);
+    for (int64_t i = 0; i < count; ++i)
+      values[i] = logit_grad<CpuMath, kMoments>(z[i], g) * slope(z[i], scale, inverse);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) round_to(values[i], out[begin + i]);
     if (has_label)
@@ -182,6 +184,29 @@ SPO_CLONES void grad_rows(const Tile& tile, const TileOut& out, const TokenGrads
   }
 }
 
+template <typename T>
+SPO_INLINE void scaled_row(T* data, int64_t stride, int64_t rows, int64_t columns, int64_t row, float factor) {
+  T* x = data + row * stride;
+  for (int64_t begin = 0; begin < columns; begin += kMassBlock) {
+    const int64_t end = std::min(begin + kMassBlock, columns);
+    prefetch_ahead(data, stride, rows, columns, row, begin);
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) round_to(to_float(x[i]) * factor, x[i]);
+  }
+}
+
+SPO_CLONES void scaled_rows(const TileOut& x, int64_t rows, int64_t columns, const float* factors, int64_t begin,
+                            int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (factors[row] == 1.0f) continue;
+    if (x.is_bfloat16) {
+      scaled_row(static_cast<BFloat16*>(x.data), x.stride, rows, columns, row, factors[row]);
+    } else {
+      scaled_row(static_cast<float*>(x.data), x.stride, rows, columns, row, factors[row]);
+    }
+  }
+}
+
 template <typename Rows>
 void parallel_rows(int64_t rows, [[maybe_unused]] int threads, const Rows& run) {
   constexpr int64_t kBlock = 16;
@@ -200,6 +225,10 @@ void tile_stats(const Tile& tile, const TileOut& out, const TokenStats& stats, i
 
 void tile_grad(const Tile& tile, const TileOut& out, const TokenGrads& grads, int threads) {
   parallel_rows(tile.rows, threads, [&](int64_t begin, int64_t end) { grad_rows(tile, out, grads, begin, end); });
+}
+
+void scale_rows(const TileOut& x, int64_t rows, int64_t columns, const float* factors, int threads) {
+  parallel_rows(rows, threads, [&](int64_t begin, int64_t end) { scaled_rows(x, rows, columns, factors, begin, end); });
 }
 
 }  // namespace spo

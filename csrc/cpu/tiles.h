@@ -20,7 +20,7 @@ struct Tile {
   LogitTransform transform;
 };
 
-// What is written: the tile itself, or a matrix apart from it, of float or of bfloat16.
+// A [rows, columns] matrix that is written, of float or of bfloat16: the tile itself, or one apart from it.
 struct TileOut {
   void* data;
   int64_t stride;
@@ -32,5 +32,8 @@ void tile_stats(const Tile& tile, const TileOut& out, const TokenStats& stats, i
 
 // Reads the tile once; `out` receives d loss / d product.
 void tile_grad(const Tile& tile, const TileOut& out, const TokenGrads& grads, int threads);
+
+// x[r, :] *= factors[r]
+void scale_rows(const TileOut& x, int64_t rows, int64_t columns, const float* factors, int threads);
 
 }  // namespace spo

@@ -47,7 +47,7 @@ void tile_stats(const CudaTile& tile, const TokenStats& stats, const Queue& queu
 // `out` receives d loss / d product.
 void tile_grad(const CudaTile& tile, const TokenGrads& grads, const Queue& queue);
 
-// x[r, :] *= factors[r], where the factor is not 1; float only.
+// x[r, :] *= factors[r], where the factor is not 1.
 void scale_rows(const Matrix& x, int64_t rows, int64_t columns, const float* factors, const Queue& queue);
 
 // Token log-probs of 2 * pairs sequences, chosen ones first: rows of `width` tokens, or with `bounds` packed ones.

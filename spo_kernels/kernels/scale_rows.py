@@ -1,7 +1,8 @@
-"""Rescales the running sums of the frozen-head forward: `x[r, :] *= factors[r]`, where the factor is not 1.
+"""Multiplies rows: `x[r, :] *= factors[r]`, where the factor is not 1.
 
-A row's factor `e^(old max - new max)` is 1 unless this tile raised its maximum, which tile k does with probability
-about 1/k. Bytes moved per element: 8 in rows that change, 0 in the others.
+Of the running sums of the frozen-head forward, where a row's factor `e^(old max - new max)` is 1 unless this tile
+raised its maximum, which tile k does with probability about 1/k; and of kept tiles, in the dtype of the products.
+Bytes moved per element: its size twice in rows that change, 0 in the others.
 """
 
 import torch
@@ -21,7 +22,8 @@ def _scale_rows_kernel(x_ptr, factors_ptr, columns, x_stride, UNROLL: tl.constex
         for start in range(0, columns, UNROLL * LANES):
             pointers = x_ptr + row * x_stride + start + offs
             mask = start + offs < columns
-            tl.store(pointers, tl.load(pointers, mask=mask) * factor, mask=mask)
+            scaled = tl.load(pointers, mask=mask).to(tl.float32) * factor
+            tl.store(pointers, scaled.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 def scale_rows(x: Tensor, factors: Tensor, launch: Launch | None = None) -> None:

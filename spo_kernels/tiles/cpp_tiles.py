@@ -24,19 +24,24 @@ def _matrix(tensor: Tensor) -> tuple[int, int, bool]:
     return tensor.data_ptr(), tensor.stride(0), tensor.dtype == torch.bfloat16
 
 
+def _check_matrix(name: str, matrix: Tensor, shape: torch.Size, *dtypes: torch.dtype) -> None:
+    if matrix.dtype not in dtypes or matrix.ndim != 2 or matrix.is_cuda or matrix.shape != shape:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{name}: expected a CPU {names} matrix {list(shape)}, "
+            f"got {matrix.dtype} {list(matrix.shape)} on {matrix.device}"
+        )
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
+
+
 def _check_tile(tile: Tensor, out: Tensor | None) -> Tensor:
     """What is to be written: `out`, or else the tile."""
-    target = tile if out is None else out
-    for name, matrix, dtypes in (("tile", tile, (torch.float32,)), ("out", target, (torch.float32, torch.bfloat16))):
-        if matrix.dtype not in dtypes or matrix.ndim != 2 or matrix.is_cuda or matrix.shape != tile.shape:
-            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ValueError(
-                f"{name}: expected a CPU {names} matrix {list(tile.shape)}, "
-                f"got {matrix.dtype} {list(matrix.shape)} on {matrix.device}"
-            )
-        if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-            raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
-    return target
+    _check_matrix("tile", tile, tile.shape, torch.float32)
+    if out is None:
+        return tile
+    _check_matrix("out", out, tile.shape, torch.float32, torch.bfloat16)
+    return out
 
 
 def _mass_pointer(block_lse: Tensor | None, rows: int, columns: int, rescale: Tensor | None) -> tuple[int, int]:
@@ -128,4 +133,11 @@ class CppTiles:
 
     def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:
         """See `TileBackend.scale_rows`."""
-        matrix.mul_(factors[:, None])
+        _check_matrix("matrix", matrix, matrix.shape, torch.float32, torch.bfloat16)
+        self._native.scale_rows(
+            _matrix(matrix),
+            rows=matrix.shape[0],
+            columns=matrix.shape[1],
+            factors=_pointer(factors, matrix.shape[0]),
+            threads=torch.get_num_threads(),
+        )

@@ -136,7 +136,8 @@ class CudaTiles:
 
     def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:
         """See `TileBackend.scale_rows`."""
-        check_tile(matrix, None, factors.new_empty(matrix.shape[0], dtype=torch.int64), {"factors": factors})
+        labels = factors.new_empty(matrix.shape[0], dtype=torch.int64)
+        check_tile(matrix, None, labels, {"factors": factors}, tuple(_SCALARS))
         with self._guard(matrix):
             self._native.scale_rows(
                 _matrix(matrix),

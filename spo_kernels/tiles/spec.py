@@ -131,6 +131,14 @@ class TokenGrads:
         return self.lse is None and self.entropy is None and self.log_sum_p2 is None
 
 
+def add_at_labels_(tile: Tensor, labels: Tensor, value: Tensor) -> None:
+    """Add `value` (`[R]`) at each row's label, where the label lies inside the tile."""
+    inside = (labels >= 0) & (labels < tile.shape[1])
+    # not by scatter_add_, which on a CPU takes 0.5 us a row
+    place = torch.arange(tile.shape[0], device=tile.device), labels.clamp(0, tile.shape[1] - 1)
+    tile[place] = tile[place] + value.masked_fill(~inside, 0.0).to(tile.dtype)
+
+
 class TileBackend(Protocol):
     """The two passes over a tile. `labels` are relative to the tile's first column and may lie outside it."""
 
@@ -179,5 +187,5 @@ class TileBackend(Protocol):
         ...
 
     def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:
-        """Multiply each row of `matrix` by its factor, in place."""
+        """Multiply each row of `matrix` (a tile's dtype or a product operand's) by its factor, in place."""
         ...

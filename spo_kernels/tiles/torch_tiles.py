@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats
+from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats, add_at_labels_
 
 # A tile is handled in this many pieces, so that temporaries stay small.
 _PIECES = 16
@@ -35,13 +35,6 @@ def logit_slope(logits: Tensor, transform: LogitTransform) -> Tensor | float:
     if transform.softcap is None:
         return transform.scale
     return (logits / transform.softcap).square_().neg_().add_(1.0).mul_(transform.scale)
-
-
-def _add_at_labels_(tile: Tensor, labels: Tensor, value: Tensor) -> None:
-    """Add `value` (`[R]`) at each row's label, where the label lies inside the tile."""
-    inside = (labels >= 0) & (labels < tile.shape[1])
-    columns = labels.clamp(0, tile.shape[1] - 1)[:, None]
-    tile.scatter_add_(1, columns, value.masked_fill(~inside, 0.0)[:, None])
 
 
 def tile_stats(
@@ -135,7 +128,7 @@ def _grad_piece(
     else:
         grad = _mixed_grad(log_p, grads)
     if grads.logp is not None:
-        _add_at_labels_(grad, labels, grads.logp)
+        add_at_labels_(grad, labels, grads.logp)
     out.copy_(grad.mul_(slope))
 
 

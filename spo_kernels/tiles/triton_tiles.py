@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from spo_kernels._products import HALF_DTYPES
 from spo_kernels.kernels import scale_rows as rows_kernel
 from spo_kernels.kernels import tile_grad as grad_kernel
 from spo_kernels.kernels import tile_stats as stats_kernel
@@ -45,5 +46,6 @@ def tile_grad(
 
 def scale_rows(matrix: Tensor, factors: Tensor) -> None:
     """See `TileBackend.scale_rows`."""
-    check_tile(matrix, None, factors.new_empty(matrix.shape[0], dtype=torch.int64), {"factors": factors})
+    labels = factors.new_empty(matrix.shape[0], dtype=torch.int64)
+    check_tile(matrix, None, labels, {"factors": factors}, (torch.float32, *HALF_DTYPES))
     rows_kernel.scale_rows(matrix, factors)

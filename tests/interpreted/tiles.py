@@ -180,6 +180,15 @@ def test_scale_rows_leaves_rows_of_factor_one(kernels):
     assert matrix[3].isnan().all()
 
 
+def test_scale_rows_in_half_precision(kernels):
+    # the interpreter does not round to bfloat16 as a GPU does
+    matrix = torch.randn(4, 80).half()[:, :70]
+    factors = torch.tensor([1.0, 0.3, 0.0, -2.0])
+    expected = (matrix.float() * factors[:, None]).half()
+    kernels.scale_rows(matrix, factors, launch=SMALL)
+    assert torch.equal(matrix, expected)
+
+
 # ---- offsets beyond 2^31 elements
 
 
