@@ -1,9 +1,9 @@
 """Gradients of a pair loss in three products: tiles are kept until their coefficients are known.
 
 Tiles here are rows of the whole vocabulary, `[n, V]`; see `paths.py` for which tokens share one. They keep
-`exp(logit - m) d logit / d product`, with the maximum `m` so far and 0 at the label, in the dtype that the next products
-take: a logit rounded to bfloat16 would cost whole percents of a probability. What is missing of a token's gradient
-then is a factor for each slice, `-c exp(m - lse)`, and `c (1 - p) d logit / d product` at its label.
+`exp(logit - m) d logit / d product`, with the maximum `m` so far and 0 at the label, in the dtype that the next
+products take: a logit rounded to bfloat16 would cost whole percents of a probability. What is missing of a token's
+gradient then is a factor for each slice, `-c exp(m - lse)`, and `c (1 - p) d logit / d product` at its label.
 """
 
 from collections.abc import Callable
