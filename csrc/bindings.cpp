@@ -87,13 +87,16 @@ spo::Operand operand(const OperandTuple& from, const char* list_name, int64_t ro
 }
 
 void product(const std::string& name, const OperandTuple& a, const OperandTuple& b,
-             const std::array<std::int64_t, 4>& out, int64_t m, int64_t n, int64_t k, bool accumulate, int threads) {
+             const std::array<std::int64_t, 5>& out, int64_t m, int64_t n, int64_t k, bool accumulate, int threads) {
   const auto* chosen = spo::usable_products();
   while (chosen->run != nullptr && name != chosen->name) ++chosen;
   if (chosen->run == nullptr) throw std::invalid_argument("product '" + name + "' cannot run on this machine");
   const spo::Operand left = operand(a, "a_rows", m), right = operand(b, "b_rows", k);
-  const spo::Result result{at<float>(static_cast<std::uintptr_t>(out[0])), out[1],
-                           row_list("out_rows", static_cast<std::uintptr_t>(out[2]), m, out[3])};
+  const spo::Result result{at<void>(static_cast<std::uintptr_t>(out[0])), out[1], static_cast<spo::Scalar>(out[2]),
+                           row_list("out_rows", static_cast<std::uintptr_t>(out[3]), m, out[4])};
+  const bool rounds = name == "avx512_bf16" && result.scalar == spo::Scalar::kBFloat16;
+  if (result.scalar != spo::Scalar::kFloat && (!rounds || accumulate || k > spo::kRoundedDepth))
+    throw std::invalid_argument("product '" + name + "' cannot write such a result");
   py::gil_scoped_release released;
   chosen->run(left, right, result, {m, n, k}, accumulate, threads);
 }
@@ -126,6 +129,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU tile kernels of spo_kernels";
   module.attr("openmp") = kOpenMP;
   module.attr("mass_block") = spo::kMassBlock;
+  module.attr("rounded_depth") = spo::kRoundedDepth;
   module.def("vector_width", &vector_width, "The widest vectors that the kernels use on this machine.");
   module.def("made_by_amd", &made_by_amd, "Whether AMD made this machine's processor.");
   module.def("product_names", &product_names, "The products that this build has and this machine can run.");

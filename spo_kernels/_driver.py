@@ -207,6 +207,10 @@ def label_slope(stats: TokenStats, transform: LogitTransform) -> Tensor:
 Part = tuple[slice | Tensor, Tensor | None]
 
 
+def _count(part: slice | Tensor) -> int:
+    return part.stop - part.start if isinstance(part, slice) else part.numel()
+
+
 @dataclass(frozen=True)
 class VocabularySlice:
     """Columns start..stop, and the tokens that they are multiplied with, tile by tile; no token twice."""
@@ -256,7 +260,9 @@ def backward(
         bias = head.bias_slice(piece.start, piece.stop, wide)
         weight_sum = None
         if weight_out is not None:
-            direct = weight_out.dtype == wide
+            direct = weight_out.dtype == wide or (
+                len(piece.parts) == 1 and products.rounds(weight, _count(piece.parts[0][0]))
+            )
             weight_sum = weight_out[columns] if direct else weight.new_empty(weight.shape, dtype=wide)
             if not piece.parts:
                 weight_sum.zero_()
@@ -278,7 +284,7 @@ def backward(
                     products.matmul(operand, weight, out=hidden_sum, accumulate=True, out_rows=part)
             if bias_out is not None:
                 bias_out[columns] += operand.sum(0, dtype=wide)
-        if weight_out is not None and weight_sum is not None and weight_out.dtype != wide:
+        if weight_out is not None and weight_sum is not None and weight_sum.dtype != weight_out.dtype:
             weight_out[columns] = weight_sum if unit is None else weight_sum.mul_(unit)
     if unit is not None and bias_out is not None:
         bias_out.mul_(unit)

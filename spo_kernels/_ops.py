@@ -12,6 +12,7 @@ from torch import Tensor
 from spo_kernels._backend import load_backend
 from spo_kernels._checks import check_label_range
 from spo_kernels._driver import Head, TileShape, TokenRows, backward, forward, plan_tiles
+from spo_kernels._memory import in_huge_pages
 from spo_kernels._products import accumulator_dtype
 from spo_kernels._sparse import kept_slices, possible, probe, sparse_forward
 from spo_kernels._sparse_blocks import KeptBlocks, block_width
@@ -242,7 +243,7 @@ def linear_logprob_bwd(
         grad_hidden = allocate(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         hidden_out = grad_hidden.view(-1, hidden.shape[-1])
     if need_weight:
-        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        grad_weight = in_huge_pages(torch.empty_like(weight, memory_format=torch.contiguous_format))
     if need_bias:
         bias_sum = weight.new_zeros(weight.shape[0], dtype=accumulator_dtype(weight.dtype))
 

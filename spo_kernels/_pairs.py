@@ -115,7 +115,8 @@ class KeptTiles:
     def _add(self, operand: Tensor, states: Tensor, piece: slice, sums: GradientSums, accumulate: bool) -> None:
         """A slice of the weight's and the bias's gradient."""
         products = self._backend.products
-        if sums.weight is not None and sums.weight.dtype == self._wide:
+        rounds = not accumulate and products.rounds(states, states.shape[0])
+        if sums.weight is not None and (sums.weight.dtype == self._wide or rounds):
             products.matmul(operand.t(), states, out=sums.weight[piece], accumulate=accumulate)
         elif sums.weight is not None:
             if self._finished is None:

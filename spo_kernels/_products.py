@@ -33,6 +33,10 @@ class Products(Protocol):
         """Whether listed rows of `inputs` are read in place, not copied first."""
         ...
 
+    def rounds(self, inputs: Tensor, terms: int) -> bool:
+        """Whether sums of so many products with `inputs` may go to an `out` of their dtype, rounded once."""
+        ...
+
     def matmul(
         self,
         a: Tensor,
@@ -79,6 +83,10 @@ class VendorProducts:
 
     def reads_row_lists(self, inputs: Tensor) -> bool:
         """See `Products`."""
+        return False
+
+    def rounds(self, inputs: Tensor, terms: int) -> bool:
+        """See `Products`; CUDA's libraries may round partial sums on the way, too."""
         return False
 
     def matmul(
@@ -163,7 +171,7 @@ class NativeProducts(VendorProducts):
     """
 
     _SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # noqa: RUF012
-    row_bytes = 2048  # the panels of `a`: 512 floats or 1024 bfloat16 a row
+    row_bytes = 4096  # the panels of `a`: 1024 floats or 2048 bfloat16 a row
 
     def __init__(self, native: Any) -> None:
         self._native = native
@@ -192,6 +200,10 @@ class NativeProducts(VendorProducts):
         """See `Products`."""
         return self._name(inputs.dtype) is not None
 
+    def rounds(self, inputs: Tensor, terms: int) -> bool:
+        """See `Products`."""
+        return self._name(inputs.dtype) == "avx512_bf16" and terms <= self._native.rounded_depth
+
     def matmul(
         self,
         a: Tensor,
@@ -212,7 +224,7 @@ class NativeProducts(VendorProducts):
         m, k, n = _rows(a, a_rows), a.shape[1], b.shape[1]
         if (
             (_rows(b, b_rows), _rows(out, out_rows), out.shape[1]) != (k, m, n)
-            or out.dtype != torch.float32
+            or (out.dtype != torch.float32 and (accumulate or out.dtype != b.dtype or not self.rounds(b, k)))
             or out.stride(1) != 1
         ):
             raise ValueError(
@@ -223,7 +235,7 @@ class NativeProducts(VendorProducts):
             name,
             a=self._operand(a, a_rows),
             b=self._operand(b, b_rows),
-            out=(out.data_ptr(), out.stride(0), *_address(out, out_rows)),
+            out=(out.data_ptr(), out.stride(0), self._SCALARS[out.dtype], *_address(out, out_rows)),
             m=m,
             n=n,
             k=k,

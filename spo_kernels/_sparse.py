@@ -21,7 +21,7 @@ _WORTH = 0.6
 # of a frozen head's tokens, this share is looked at before the forward decides whether to finish hidden's gradient
 _PROBED = 1 / 32
 
-# pairs that are listed at a time, 16 bytes each; a GPU waits once for each list
+# pairs that are listed at a time, 28 bytes each; a GPU waits once for each list
 _LISTED_PAIRS = 1 << 19
 
 
@@ -88,20 +88,23 @@ def kept_slices(
     kept: KeptBlocks, tokens: int, vocab: int, max_rows: int, dtype: torch.dtype
 ) -> Iterator[VocabularySlice]:
     """The kept pairs as the backward takes them: a block's tokens, `max_rows` at a time. `dtype` is the gradients'."""
-    for block, members in enumerate(_members(kept, tokens)):
-        parts = [(part, weights_of(kept.codes[block, part], dtype)) for part in members.split(max_rows) if part.numel()]
+    for block, (members, weights) in enumerate(_members(kept, tokens, dtype)):
+        parts = zip(members.split(max_rows), weights.split(max_rows), strict=True)
         start = block * kept.width
-        yield VocabularySlice(start, min(start + kept.width, vocab), parts)
+        stop = min(start + kept.width, vocab)
+        yield VocabularySlice(start, stop, [(rows, factors) for rows, factors in parts if rows.numel()])
 
 
-def _members(kept: KeptBlocks, tokens: int) -> Iterator[Tensor]:
-    """The tokens of each block, ascending."""
+def _members(kept: KeptBlocks, tokens: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens of each block, ascending, and their weights."""
     first = 0
     while first < len(kept.counts):
         last, listed = first, 0
         while last < len(kept.counts) and (last == first or listed + kept.counts[last] <= _LISTED_PAIRS):
             listed += kept.counts[last]
             last += 1
-        members = kept.codes[first:last, :tokens].nonzero()[:, 1].contiguous()
-        yield from members.split(kept.counts[first:last])
+        codes = kept.codes[first:last, :tokens]
+        blocks, members = codes.nonzero().unbind(1)
+        weights, sizes = weights_of(codes[blocks, members], dtype), kept.counts[first:last]
+        yield from zip(members.contiguous().split(sizes), weights.split(sizes), strict=True)
         first = last

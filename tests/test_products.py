@@ -10,7 +10,7 @@ NATIVE, WHY_NOT = _native.load()
 NAMES = NATIVE.product_names() if NATIVE else []
 SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SHAPES = [(1, 1, 1), (5, 63, 2), (6, 64, 512), (7, 65, 513), (13, 130, 1025), (130, 17, 1), (97, 1, 700), (1, 200, 31)]
-SHAPES += [(0, 5, 3), (5, 0, 3), (5, 3, 0)]
+SHAPES += [(3, 70, 2049), (0, 5, 3), (5, 0, 3), (5, 3, 0)]
 
 pytestmark = pytest.mark.skipif(not NAMES, reason=f"no native products here: {WHY_NOT}")
 
@@ -26,7 +26,7 @@ def multiply(name, a, b, out, accumulate=False, threads=2, a_rows=None, b_rows=N
         name,
         a=operand(a, a_rows),
         b=operand(b, b_rows),
-        out=(out.data_ptr(), out.stride(0), *address(out, out_rows)),
+        out=(out.data_ptr(), out.stride(0), SCALARS[out.dtype], *address(out, out_rows)),
         m=a.shape[0] if a_rows is None else a_rows.numel(),
         n=b.shape[1],
         k=a.shape[1],
@@ -130,6 +130,36 @@ def test_bfloat16_rounding_is_torchs():
     out = torch.empty(values.shape[0], 1)
     multiply("avx512_bf16", values, torch.ones(1, 1), out)
     assert torch.equal(out, values.bfloat16().float())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("layout", ["rows", "columns", "piece"])
+@pytest.mark.parametrize("dtype", list(SCALARS), ids=str)
+def test_rounded_results(dtype, layout, threads):
+    """The float32 result, rounded once."""
+    if "avx512_bf16" not in NAMES:
+        pytest.skip("this machine has no bfloat16 dot product")
+    for m, n, k in [*SHAPES, (200, 67, 4), (7, 65, 2048)]:
+        if k > NATIVE.rounded_depth:
+            continue
+        a, b = operand(m, k, dtype, layout), operand(k, n, dtype, layout)
+        wide, out = torch.empty(m, n), torch.full((m + 2, n + 1), 7.0, dtype=torch.bfloat16)
+        multiply("avx512_bf16", a, b, wide, threads=threads)
+        multiply("avx512_bf16", a, b, out[1:-1, 1:], threads=threads)
+        assert torch.equal(out[1:-1, 1:], wide.bfloat16()), (m, n, k)
+        out[1:-1, 1:] = 7.0
+        assert (out == 7.0).all()
+
+
+def test_results_that_cannot_be_rounded_are_refused():
+    a, b, out = torch.ones(2, 3), torch.ones(3, 4), torch.empty(2, 4, dtype=torch.bfloat16)
+    long = torch.ones(2, 2049), torch.ones(2049, 4)
+    for name in NAMES:
+        accumulated = name == "avx512_bf16"
+        with pytest.raises(ValueError, match=f"product '{name}' cannot write such a result"):
+            multiply(name, a, b, out, accumulated)
+        with pytest.raises(ValueError, match=f"product '{name}' cannot write such a result"):
+            multiply(name, *long, out)
 
 
 def test_unknown_product_is_refused():

@@ -21,11 +21,15 @@ struct Operand {
 };
 
 // The result, its columns side by side. With `rows`, which must be distinct, row i goes to the matrix's row rows[i].
+// Of float; the bfloat16 product also rounds sums of at most kRoundedDepth terms to bfloat16 as it writes them.
 struct Result {
-  float* data;
+  void* data;
   int64_t row_stride;
+  Scalar scalar;
   const int64_t* rows;
 };
+
+constexpr int64_t kRoundedDepth = 2048;
 
 struct ProductShape {
   int64_t m, n, k;

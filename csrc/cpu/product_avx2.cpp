@@ -87,7 +87,7 @@ struct FloatKernel {
 
 }  // namespace
 
-ProductFunction product_avx2() { return &product<FloatKernel>; }
+ProductFunction product_avx2() { return &product<FloatKernel, float>; }
 
 }  // namespace spo
 #else

@@ -35,7 +35,7 @@ struct Floats {
 
 }  // namespace
 
-ProductFunction product_avx512() { return &product<Kernel512<Floats>>; }
+ProductFunction product_avx512() { return &product<Kernel512<Floats>, float>; }
 
 }  // namespace spo
 #else

@@ -40,19 +40,20 @@ inline void transpose_units(__m512i (&x)[kVectorLanes]) {
 }
 
 // 6 x 64: 24 of the 32 registers accumulate, 4 hold B, the rest broadcast A. Per step 24 multiply-adds (12 cycles at
-// two a cycle) need 10 loads (5 cycles). A block of 512 steps: 6 rows of A are 12 KiB (L1), a panel of B 128 KiB (L2).
+// two a cycle) need 10 loads (5 cycles). A block of 1024 steps: 6 rows of A are 24 KiB, a panel of B 256 KiB (L2).
 template <typename Scalars>
 struct Kernel512 : Scalars {
   using Packed = typename Scalars::Packed;
   using Units = __m512i;
   static constexpr int kRows = 6, kColumns = 64, kLanes = kVectorLanes, kStep = 4 / sizeof(Packed);
-  static constexpr int kDepth = 512 * kStep, kVectors = kColumns / kLanes;
+  static constexpr int kDepth = 1024 * kStep, kVectors = kColumns / kLanes;
 
   static inline Units load_units(const Packed* from) { return _mm512_loadu_si512(from); }
   static inline void store_units(Packed* to, Units units) { _mm512_store_si512(to, units); }
   static inline void transpose(Units (&units)[kLanes]) { transpose_units(units); }
 
-  static void multiply(const Packed* const* a, const Packed* b, int64_t steps, float* const* c, int64_t rows,
+  template <typename Out>
+  static void multiply(const Packed* const* a, const Packed* b, int64_t steps, Out* const* c, int64_t rows,
                        int64_t columns, bool accumulate) {
     __m512 sum[kRows][kVectors];
 #pragma GCC unroll 6
@@ -79,21 +80,24 @@ struct Kernel512 : Scalars {
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) {
-          float* place = c[i] + kLanes * j;
-          _mm512_storeu_ps(place, accumulate ? _mm512_add_ps(sum[i][j], _mm512_loadu_ps(place)) : sum[i][j]);
-        }
+        for (int j = 0; j < kVectors; ++j) store(c[i] + kLanes * j, sum[i][j], 0xffff, accumulate);
       return;
     }
     for (int64_t i = 0; i < rows; ++i)
       for (int j = 0; kLanes * j < columns; ++j) {
         const int64_t left = columns - kLanes * j;
         const __mmask16 mask = left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-        float* place = c[i] + kLanes * j;
-        __m512 value = sum[i][j];
-        if (accumulate) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, place));
-        _mm512_mask_storeu_ps(place, mask, value);
+        store(c[i] + kLanes * j, sum[i][j], mask, accumulate);
       }
+  }
+
+  static inline void store(float* place, __m512 value, __mmask16 mask, bool accumulate) {
+    if (accumulate) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, place));
+    _mm512_mask_storeu_ps(place, mask, value);
+  }
+  // nothing is added to what has been rounded
+  static inline void store(uint16_t* place, __m512 value, __mmask16 mask, bool) {
+    _mm256_mask_storeu_epi16(place, mask, Scalars::rounded(value));
   }
 };
 

@@ -41,6 +41,7 @@ struct BFloat16s {
     units[0] = _mm512_permutex2var_epi16(first, low, second);
     units[1] = _mm512_permutex2var_epi16(first, high, second);
   }
+  static inline __m256i rounded(__m512 value) { return (__m256i)_mm512_cvtneps_pbh(value); }
   static inline __m512 multiply_add(__m512i left, __m512i right, __m512 sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
   }
@@ -48,7 +49,15 @@ struct BFloat16s {
 
 }  // namespace
 
-ProductFunction product_avx512_bf16() { return &product<Kernel512<BFloat16s>>; }
+ProductFunction product_avx512_bf16() {
+  return
+      [](const Operand& a, const Operand& b, const Result& c, const ProductShape& shape, bool accumulate, int threads) {
+        using Kernel = Kernel512<BFloat16s>;
+        static_assert(Kernel::kDepth >= kRoundedDepth);
+        const auto run = c.scalar == Scalar::kBFloat16 ? &product<Kernel, uint16_t> : &product<Kernel, float>;
+        run(a, b, c, shape, accumulate, threads);
+      };
+}
 
 }  // namespace spo
 #else

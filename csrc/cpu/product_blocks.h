@@ -182,17 +182,18 @@ inline void with_source(const Operand& from, const Axis& lane_axis, const Axis& 
   }
 }
 
-template <typename Kernel>
+template <typename Kernel, typename Out>
 void product(const Operand& a, const Operand& b, const Result& c, const ProductShape& shape, bool accumulate,
              int threads) {
   using Packed = typename Kernel::Packed;
   constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepth = Kernel::kDepth, kStep = Kernel::kStep;
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Packed));
   const Axis a_axis{a.row_stride, a.rows, 0}, c_axis{c.row_stride, c.rows, 0};
+  auto* out = static_cast<Out*>(c.data);
   if (shape.m == 0 || shape.n == 0) return;
   if (shape.k == 0) {
     for (int64_t row = 0; row < shape.m && !accumulate; ++row)
-      std::memset(c.data + c_axis(row), 0, static_cast<size_t>(shape.n) * sizeof(float));
+      std::memset(out + c_axis(row), 0, static_cast<size_t>(shape.n) * sizeof(Out));
     return;
   }
   threads = static_cast<int>(smaller(threads, 1 + shape.m * shape.n * shape.k / kThreadWork));
@@ -230,14 +231,14 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
         const int64_t packs = in_place ? 0 : pieces(rows, kPackLanes) * across;
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < shared; ++task) pack_b(task, k, depth, b_panels + task * b_size);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
         for (int64_t task = 0; task < packs; ++task) {
           const int64_t row = task / across * kPackLanes, inner = task % across * kPackDepth;
           with_source<Kernel>(a, {a.row_stride, a.rows, first + row}, {a.column_stride, nullptr, k + inner},
                               smaller(kPackLanes, rows - row), smaller(kPackDepth, depth - inner),
                               [&](const auto& part) { part.pack_rows(a_rows + row * a_size + inner, a_size); });
         }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
         for (int64_t task = 0; task < column_panels * chunks; ++task) {
           const int64_t panel = task / chunks, column = panel * kColumns, begin = task % chunks * chunk;
           if (!share) pack_b(panel, k, depth, own_panel);
@@ -245,11 +246,11 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
           for (int64_t row = begin; row < smaller(begin + chunk, rows); row += kRows) {
             const int64_t count = smaller(kRows, rows - row);
             const Packed* a_at[kRows];
-            float* c_at[kRows];
+            Out* c_at[kRows];
             for (int64_t i = 0; i < kRows; ++i) {
               const int64_t at = row + smaller(i, count - 1);
               a_at[i] = in_place ? static_cast<const Packed*>(a.data) + a_axis(first + at) + k : a_rows + at * a_size;
-              c_at[i] = c.data + c_axis(first + at) + column;
+              c_at[i] = out + c_axis(first + at) + column;
             }
             Kernel::multiply(a_at, b_panel, pieces(depth, kStep), c_at, count, smaller(kColumns, shape.n - column),
                              accumulate || k > 0);
