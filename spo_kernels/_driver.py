@@ -260,9 +260,8 @@ def backward(
         bias = head.bias_slice(piece.start, piece.stop, wide)
         weight_sum = None
         if weight_out is not None:
-            direct = weight_out.dtype == wide or (
-                len(piece.parts) == 1 and products.rounds(weight, _count(piece.parts[0][0]))
-            )
+            rounds = len(piece.parts) == 1 and products.rounds(weight, _count(piece.parts[0][0]))
+            direct = weight_out.dtype in ((wide, narrow) if rounds else (wide,))
             weight_sum = weight_out[columns] if direct else weight.new_empty(weight.shape, dtype=wide)
             if not piece.parts:
                 weight_sum.zero_()

@@ -3,7 +3,7 @@
 Tiles here are rows of the whole vocabulary, `[n, V]`; see `paths.py` for which tokens share one. They keep
 `exp(logit - m) d logit / d product`, with the maximum `m` so far and 0 at the label, in the dtype that the next
 products take: a logit rounded to bfloat16 would cost whole percents of a probability. What is missing of a token's
-gradient then is a factor for each slice, `-c exp(m - lse)`, and `c (1 - p) d logit / d product` at its label.
+gradient then is a factor for each slice, `-c exp(m - last m) / Σ`, and `c (1 - p) d logit / d product` at its label.
 """
 
 from collections.abc import Callable
@@ -84,11 +84,12 @@ class KeptTiles:
         tile = self._kept[: n * self._vocab].view(n, self._vocab)
         stats, maxima = self._keep(tokens, states, tile)
         upstream = coefficients(stats)
+        share = upstream / stats.sum
         at_label = upstream * label_slope(stats, self._head.transform)
         total = None if hidden_out is None else states.new_empty(states.shape, dtype=self._wide)
         for piece, maximum in zip(self._slices(), maxima, strict=True):
             part = tile[:, piece]
-            self._backend.tiles.scale_rows(part, -upstream * (maximum - stats.lse).exp())
+            self._backend.tiles.scale_rows(part, -share * (maximum - stats.max).exp())
             add_at_labels_(part, tokens.labels - piece.start, at_label)
             if total is not None:
                 products.matmul(part, self._weight(piece, states), out=total, accumulate=piece.start > 0)
@@ -116,7 +117,8 @@ class KeptTiles:
         """A slice of the weight's and the bias's gradient."""
         products = self._backend.products
         rounds = not accumulate and products.rounds(states, states.shape[0])
-        if sums.weight is not None and (sums.weight.dtype == self._wide or rounds):
+        written = (self._wide, states.dtype) if rounds else (self._wide,)
+        if sums.weight is not None and sums.weight.dtype in written:
             products.matmul(operand.t(), states, out=sums.weight[piece], accumulate=accumulate)
         elif sums.weight is not None:
             if self._finished is None:

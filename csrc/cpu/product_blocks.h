@@ -3,7 +3,8 @@
 // Rows and K are cut into blocks. For each, rows of A are packed with K side by side (shared, read from L3 or L2) where
 // they do not lie like that already, then every thread takes panels of kColumns columns of B, packs each into its own
 // buffer (L2) and multiplies it by kRows rows of A at a time, accumulated in registers over the K block. Where B has
-// too few columns for that, its panels are packed before, for all threads, which then take parts of A's rows.
+// too few columns for that, its panels are packed before, for all threads, which then take parts of A's rows. Work is
+// dealt out the same way in every call: a panel of C that is added to is in the cache of the thread that wrote it last.
 //
 // What is packed consists of units of 4 bytes: kStep values of k of one row of A or column of B ("lane"). A vector of
 // units is loaded along k of one lane, or along lanes at one step of k, whichever lie side by side in the operand;
