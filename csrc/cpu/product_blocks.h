@@ -220,17 +220,17 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
 #else
     Packed* own_panel = b_panels;
 #endif
-    const auto pack_b = [&](int64_t panel, int64_t k, int64_t depth, Packed* out) {
+    const auto pack_b = [&](int64_t panel, int64_t k, int64_t depth, Packed* to) {
       const int64_t column = panel * kColumns;
       with_source<Kernel>(b, {b.column_stride, nullptr, column}, {b.row_stride, b.rows, k},
-                          smaller(kColumns, shape.n - column), depth, [&](const auto& part) { part.pack_panel(out); });
+                          smaller(kColumns, shape.n - column), depth, [&](const auto& part) { part.pack_panel(to); });
     };
     for (int64_t first = 0; first < shape.m; first += block)
       for (int64_t k = 0; k < shape.k; k += kDepth) {
         const int64_t depth = smaller(kDepth, shape.k - k), rows = smaller(block, shape.m - first);
         const int64_t shared = share ? column_panels : 0, across = pieces(depth, kPackDepth);
         const int64_t packs = in_place ? 0 : pieces(rows, kPackLanes) * across;
-#pragma omp for schedule(dynamic, 1) nowait
+#pragma omp for schedule(static) nowait
         for (int64_t task = 0; task < shared; ++task) pack_b(task, k, depth, b_panels + task * b_size);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < packs; ++task) {
