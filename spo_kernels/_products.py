@@ -171,7 +171,7 @@ class NativeProducts(VendorProducts):
     """
 
     _SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # noqa: RUF012
-    row_bytes = 4096  # the panels of `a`: 1024 floats or 2048 bfloat16 a row
+    row_bytes = 4096  # the panels of `a`: 512 floats or 2048 bfloat16 a row
 
     def __init__(self, native: Any) -> None:
         self._native = native

@@ -14,6 +14,8 @@ namespace {
 struct Floats {
   using Packed = float;
   static constexpr Scalar kScalar = Scalar::kFloat;
+  // 1024 steps take 2 % less time, and double the error of a sum: more terms are added one after the other
+  static constexpr int kSteps = 512;
 
   template <Scalar kFrom>
   static inline float load(const void* data, int64_t index) {

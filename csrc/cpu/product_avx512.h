@@ -40,13 +40,13 @@ inline void transpose_units(__m512i (&x)[kVectorLanes]) {
 }
 
 // 6 x 64: 24 of the 32 registers accumulate, 4 hold B, the rest broadcast A. Per step 24 multiply-adds (12 cycles at
-// two a cycle) need 10 loads (5 cycles). A block of 1024 steps: 6 rows of A are 24 KiB, a panel of B 256 KiB (L2).
+// two a cycle) need 10 loads (5 cycles). A panel of B is 256 KiB of a block of 1024 steps (L2).
 template <typename Scalars>
 struct Kernel512 : Scalars {
   using Packed = typename Scalars::Packed;
   using Units = __m512i;
   static constexpr int kRows = 6, kColumns = 64, kLanes = kVectorLanes, kStep = 4 / sizeof(Packed);
-  static constexpr int kDepth = 1024 * kStep, kVectors = kColumns / kLanes;
+  static constexpr int kDepth = Scalars::kSteps * kStep, kVectors = kColumns / kLanes;
 
   static inline Units load_units(const Packed* from) { return _mm512_loadu_si512(from); }
   static inline void store_units(Packed* to, Units units) { _mm512_store_si512(to, units); }

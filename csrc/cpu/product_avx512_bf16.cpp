@@ -15,6 +15,7 @@ namespace {
 struct BFloat16s {
   using Packed = uint16_t;
   static constexpr Scalar kScalar = Scalar::kBFloat16;
+  static constexpr int kSteps = 1024;
 
   template <Scalar kFrom>
   static inline uint16_t load(const void* data, int64_t index) {
