@@ -41,10 +41,16 @@ class Traffic:
 
 PAPER = (
     Traffic("tile_stats", READ, 0, "forward: maximum, sum, label, any output"),
-    Traffic("tile_stats + operand", READ, WRITE, "forward of a frozen head, rows of up to 8192 columns in registers"),
+    Traffic(
+        "tile_stats + operand",
+        READ,
+        WRITE,
+        "forward of a frozen head or three products, rows of up to 8192 columns in registers",
+    ),
     Traffic("tile_stats + operand, wide", 2 * READ, WRITE, "the same, wider rows: the second read mostly from L2"),
     Traffic("tile_grad", READ, WRITE, "backward: dlogits as the operand of dH and dW"),
     Traffic("tile_grad, float32", READ, READ, "backward of float32 inputs, in place"),
+    Traffic("scale_rows", WRITE, WRITE, "three products: the factors of a kept bfloat16 tile"),
 )
 
 
@@ -97,7 +103,7 @@ def _kernel_runs(backend: str, tile: Tensor) -> list[tuple[str, int, Callable[[]
     (rows, columns), device = tile.shape, tile.device
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
     labels = torch.randint(columns, (rows,), device=device)
-    rescale = torch.empty(rows, device=device)
+    rescale, factors = torch.empty(rows, device=device), torch.full((rows,), -1.0, device=device)
     masses = torch.empty(rows, mass_blocks(columns), device=device)
     stats, moments = (TokenStats.start(rows, tile[0], kind) for kind in (False, True))
     grads = TokenGrads(lse_value=tile.logsumexp(1), logp=torch.ones(rows, device=device))
@@ -118,6 +124,7 @@ def _kernel_runs(backend: str, tile: Tensor) -> list[tuple[str, int, Callable[[]
         ("tile_stats + operand", operand, statistics(plain, stats, rescale, out)),
         ("tile_grad", READ + WRITE, gradient(plain)),
         ("tile_grad, softcap", READ + WRITE, gradient(capped)),
+        ("scale_rows", 2 * WRITE, lambda: tiles.scale_rows(out, factors)),
     ]
 
 
