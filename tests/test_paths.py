@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from spo_kernels import backend_info, fused_spo_loss
+from spo_kernels import _three_products, backend_info, fused_spo_loss
 from spo_kernels._products import NativeProducts, VendorProducts
 from spo_kernels.losses import DPO, SPO
 from spo_kernels.losses.pairs import PairLogps
@@ -68,6 +68,21 @@ def need(backend):
 @pytest.mark.parametrize("dtype, backend", KINDS, ids=str)
 def test_paths_agree(dtype, backend, objective, lengths):
     need(backend)
+    check_paths(dtype, backend, objective, lengths)
+
+
+@pytest.mark.usefixtures("poisoned_buffers")
+@pytest.mark.parametrize("columns", [40, 96], ids=["40-40-17", "96-1"])
+@pytest.mark.parametrize("objective", ["dpo", "spo-hinge"])
+@pytest.mark.parametrize("dtype, backend", KINDS, ids=str)
+def test_paths_agree_slice_by_slice(monkeypatch, dtype, backend, objective, columns):
+    """With the vocabulary in several slices, whose maxima rise and fall; the widest is larger on real vocabularies."""
+    need(backend)
+    monkeypatch.setitem(_three_products._SLICE_COLUMNS, "cpu", columns)
+    check_paths(dtype, backend, objective, [5, 3, 7, 0])
+
+
+def check_paths(dtype, backend, objective, lengths):
     for options in ({}, {"logit_softcap": 4.0, "packed": True}, {"bias": False, "reduction": "sum"}):
         options["loss"] = OBJECTIVES[objective]
         expected, expected_metrics = gradients("two_pass", lengths, dtype, backend, **options)
