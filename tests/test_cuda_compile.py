@@ -24,6 +24,7 @@ _ENTRY = re.compile(
 )
 
 
+@pytest.mark.skipif(_build.compiler() is None, reason="no C++ compiler on PATH")
 def test_every_kernel_for_every_architecture(tmp_path):
     """One test, because the compilers take half a minute. Their warnings are errors."""
     recipe = _build.cuda_recipe(";".join(name.removeprefix("sm_") for name in ARCHITECTURES))
