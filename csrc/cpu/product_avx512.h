@@ -40,7 +40,7 @@ inline void transpose_units(__m512i (&x)[kVectorLanes]) {
 }
 
 // 6 x 64: 24 of the 32 registers accumulate, 4 hold B, the rest broadcast A. Per step 24 multiply-adds (12 cycles at
-// two a cycle) need 10 loads (5 cycles). A panel of B is 256 KiB of a block of 1024 steps (L2).
+// two a cycle) need 10 loads (5 cycles). Of a block of 512 or 1024 steps, a panel of B is 128 or 256 KiB (L2).
 template <typename Scalars>
 struct Kernel512 : Scalars {
   using Packed = typename Scalars::Packed;
