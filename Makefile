@@ -26,7 +26,7 @@ bench: $(VENV)/ready
 
 # torch alone first, pinned: without the pin pip would take the newest build and its CUDA packages; the tests compile
 # the CUDA extension themselves, where there is nvcc
-$(VENV)/ready: pyproject.toml setup.py constraints.txt spo_kernels/_build.py $(SOURCES)
+$(VENV)/ready: pyproject.toml setup.py constraints.txt spo_kernels/backends/build.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	SPO_SKIP_CUDA_BUILD=1 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,lint]"

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_build_module():
-    """`spo_kernels/_build.py` by path: importing the package would need torch in the build environment."""
-    spec = importlib.util.spec_from_file_location("_spo_build", ROOT / "spo_kernels" / "_build.py")
+    """`spo_kernels/backends/build.py` by path: importing the package would need torch in the build environment."""
+    spec = importlib.util.spec_from_file_location("_spo_build", ROOT / "spo_kernels" / "backends" / "build.py")
     module = importlib.util.module_from_spec(spec)
     # dataclasses look their module up
     sys.modules[spec.name] = module

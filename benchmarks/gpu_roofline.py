@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from spo_kernels import backend_info
-from spo_kernels._backend import load_backend
-from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends.registry import load_backend
 
 from .gpu_measure import Stopwatch
 

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 @contextmanager
 def counted_products() -> Iterator[list[int]]:
     """Multiply-adds of every product that the library makes meanwhile."""
-    from spo_kernels._products import NativeProducts, VendorProducts
+    from spo_kernels.backends.products import NativeProducts, VendorProducts
 
     made: list[int] = []
     originals = {owner: owner.matmul for owner in (VendorProducts, NativeProducts)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from .settings import Setting
 
-# GEMM-equivalents of a path, as in spo_kernels.paths, which this module must not import
+# GEMM-equivalents of a path, as in spo_kernels.preference.plan, which this module must not import
 PATH_PRODUCTS = {"packed": 3, "factorised": 3, "two_pass": 4}
 MIB = 2**20
 Row = dict[str, Any]
@@ -81,7 +81,7 @@ def add_ratios(setting: Setting, rows: list[Row]) -> None:
 
 
 def cost_model(rows: list[Row]) -> str | None:
-    """What `paths.py` predicts of this library's paths beside what was measured; None without those rows.
+    """What `preference/plan.py` predicts of this library's paths beside what was measured; None without those rows.
 
     Both relative to two_pass, so that the speed of a product does not matter.
     """

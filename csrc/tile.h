@@ -1,4 +1,4 @@
-// What every C++ and CUDA tile kernel is given: see spo_kernels/tiles/spec.py for the meaning of each value.
+// What every C++ and CUDA tile kernel is given: see spo_kernels/backends/contract.py for the meaning of each value.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct LogitTransform {
   float softcap;
 };
 
-// Width of the vocabulary blocks whose mass is reported, MASS_BLOCK of spo_kernels/tiles/spec.py.
+// Width of the vocabulary blocks whose mass is reported, MASS_BLOCK of spo_kernels/backends/contract.py.
 constexpr int64_t kMassBlock = 128;
 
 // Running statistics of each row; all [rows] but block_lse.

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from experiments.gsm8k import build_model  # noqa: E402
-from spo_kernels import Sparsity, _sparse, fused_spo_loss, linear_logprob, sequence_logps  # noqa: E402
+from spo_kernels import Sparsity, fused_spo_loss, linear_logprob, sequence_logps  # noqa: E402
+from spo_kernels.engine import sparse  # noqa: E402
 from spo_kernels.losses import DPO, SPO  # noqa: E402
 
 VOCABULARY = 8192
@@ -53,7 +54,7 @@ def main() -> None:
     if output.exists():
         sys.exit(f"{output} exists; remove it or give another --output")
     torch.set_num_threads(options.threads)
-    _sparse._WORTH = 1.0
+    sparse._WORTH = 1.0
     began = time.perf_counter()
     build_model(output / "init", Path(options.data) / "sft.jsonl", VOCABULARY)
     model, tokenizer = load(output / "init")

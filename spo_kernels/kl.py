@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels._backend import load_backend
-from spo_kernels._checks import check_head_inputs, check_label_range
-from spo_kernels._driver import Head
-from spo_kernels._kl import Models, backward, forward
-from spo_kernels._ops import CountedLabels, find_counted
-from spo_kernels._products import accumulator_dtype
+from spo_kernels.backends import torch_tiles
+from spo_kernels.backends.contract import LogitTransform
+from spo_kernels.backends.products import accumulator_dtype
+from spo_kernels.backends.registry import load_backend
+from spo_kernels.engine.checks import check_head_inputs, check_label_range
+from spo_kernels.engine.divergence import Models, backward, forward
+from spo_kernels.engine.exact import Head
+from spo_kernels.engine.ops import CountedLabels, find_counted
 from spo_kernels.logprob import LogprobOptions, prepare_call
-from spo_kernels.tiles import torch_tiles
-from spo_kernels.tiles.spec import LogitTransform
 
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
 _INPUTS = (

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels._backend import choose_backend
-from spo_kernels._checks import check_head_inputs, check_options
-from spo_kernels._ops import linear_logprob_bwd, linear_logprob_fwd  # noqa: F401  (registers the ops)
+from spo_kernels.backends.registry import choose_backend
+from spo_kernels.engine.checks import check_head_inputs, check_options
+from spo_kernels.engine.ops import linear_logprob_bwd, linear_logprob_fwd  # noqa: F401  (registers the ops)
 from spo_kernels.sparsity import EXACT, Sparsity, as_sparsity
 
 OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2", "dropped_mass", "kept_share")

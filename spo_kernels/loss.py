@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels._checks import check_head_inputs, check_tensor, check_token_weights, check_vector
-from spo_kernels._pair_loss import PairKernel
-from spo_kernels._products import accumulator_dtype
-from spo_kernels._three_products import plan_path, three_products
+from spo_kernels.backends.products import accumulator_dtype
+from spo_kernels.engine.checks import check_head_inputs, check_tensor, check_token_weights, check_vector
 from spo_kernels.kl import linear_kl
 from spo_kernels.logprob import OUTPUTS, LogprobCall, prepare_call
 from spo_kernels.losses import Objective, PairLogps, implicit_rewards, named_loss
 from spo_kernels.losses.pairs import PairInputs, by_side, check_choice, pair_losses, token_outputs_of
-from spo_kernels.paths import PATHS
+from spo_kernels.preference.kernel import PairKernel
+from spo_kernels.preference.plan import PATHS
+from spo_kernels.preference.three_products import plan_path, three_products
 from spo_kernels.sequences import (
     check_cu_seqlens,
     count_tokens,
@@ -78,9 +78,9 @@ def fused_spo_loss(
         spo_value: `[B]` value of the lower-level SFT loss for `SPO(penalty="hinge", value="input")`.
         pair_inputs: Further constants `[B]` by name, for objectives that ask for them, such as ODPO's "offset".
         token_weights: What each label's log-probability counts in its sequence's sum, shaped like `labels`; finite,
-            taken as constants; 1 where None. See `spo_kernels/token_weights.py`. Sequence lengths stay the number of
-            labels that are not ignored, so that a weight of 0 is the limit of a small one; but tokens of weight 0
-            take part in no product (unless the objective has `token_outputs`) and in no token metric.
+            taken as constants; 1 where None. See `spo_kernels/extras/token_weights.py`. Sequence lengths stay the
+            number of labels that are not ignored, so that a weight of 0 is the limit of a small one; but tokens of
+            weight 0 take part in no product (unless the objective has `token_outputs`) and in no token metric.
         ref_token_weights: The same for the reference evaluated here; `token_weights` where None. Sums that are
             given as `ref_logps` must have been weighted by the caller, see `sequence_logps`.
         cu_seqlens: `[2B + 1]` bounds of packed sequences: B chosen, then B rejected.
@@ -88,7 +88,7 @@ def fused_spo_loss(
             with `shift`, each sequence's first label is not predicted.
         reduction: Over pairs: "mean", "sum" or "none".
         path: "packed" or "factorised" (three products), "two_pass" (four), or None for the cheapest that the
-            workspace allows; matters to a trained head only. See `spo_kernels/paths.py`.
+            workspace allows; matters to a trained head only. See `spo_kernels/preference/plan.py`.
         sparsity: "exact", or which blocks of the vocabulary the policy's backward multiplies: "certified", "unbiased"
             or a `Sparsity`, as in `linear_logprob`; takes the two-pass path, whose 4 products become 1 + 3ρ.
         token_metrics: Also report `entropy` (nats, mean over all counted policy tokens) and

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from spo_kernels._checks import check_head_inputs, check_tensor, check_token_weights
+from spo_kernels.engine.checks import check_head_inputs, check_tensor, check_token_weights
 from spo_kernels.logprob import prepare_call
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spo_kernels import _backend, _build, _cuda
-from spo_kernels.tiles import cuda_tiles
+from spo_kernels.backends import build, cuda_extension, cuda_tiles, registry
 
 ROOT = Path(__file__).parent.parent
 _EMULATOR = ("tests/cuda_emulator/emulator.cpp",)
@@ -22,28 +21,28 @@ _HEADERS = tuple(f"tests/cuda_emulator/{name}.h" for name in ("cuda_bf16", "cuda
 
 
 @cache
-def build():
+def emulated_module():
     """The module `_C_cuda`, emulated; a skip where no compiler can make it."""
     try:
-        host = _build.cpu_recipe()
-        compiler = _build.compiler()
+        host = build.cpu_recipe()
+        compiler = build.compiler()
         checks = _sanitizer(compiler)
         flags = f"-O1 -std=c++17 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -I {ROOT}/tests/cuda_emulator {checks}"
-        command = " ".join([compiler, flags, *_build.pybind11_flags(), "-x c++ -c $in -o $out"])
-    except _build.BuildError as error:
+        command = " ".join([compiler, flags, *build.pybind11_flags(), "-x c++ -c $in -o $out"])
+    except build.BuildError as error:
         pytest.skip(f"the CUDA kernels cannot be compiled for the CPU: {error}")
-    recipe = _build.Recipe(
+    recipe = build.Recipe(
         module="_C_cuda",
         root=ROOT,
-        sources=(*_build.CUDA_SOURCES, *_EMULATOR),
-        headers=(*_build.CUDA_HEADERS, *_HEADERS),
+        sources=(*build.CUDA_SOURCES, *_EMULATOR),
+        headers=(*build.CUDA_HEADERS, *_HEADERS),
         compile={".cpp": command, ".cu": command},
         link=f"{compiler} -shared {checks} $in -o $out",
         identity=host.identity,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPO_CACHE_DIR", str(ROOT / "build"))
-        return _build.load_or_build(recipe)
+        return build.load_or_build(recipe)
 
 
 def _sanitizer(compiler):
@@ -103,16 +102,16 @@ def _on_gpu(value, moved):
 
 def install(patch):
     """From now on backend="cuda" runs emulated, on CPU tensors."""
-    module = build()
-    patch.setattr(_cuda, "load", lambda: (module, "emulated"))
-    patch.setattr(_cuda, "why_not", lambda device, dtype: None)
+    module = emulated_module()
+    patch.setattr(cuda_extension, "load", lambda: (module, "emulated"))
+    patch.setattr(cuda_extension, "why_not", lambda device, dtype: None)
     patch.setattr(cuda_tiles, "CudaTiles", EmulatedTiles)
-    _backend.load_backend.cache_clear()
+    registry.load_backend.cache_clear()
 
 
 @pytest.fixture
 def emulated_cuda(monkeypatch):
     """The emulated tiles, for one test the cuda backend's."""
     install(monkeypatch)
-    yield EmulatedTiles(build())
-    _backend.load_backend.cache_clear()
+    yield EmulatedTiles(emulated_module())
+    registry.load_backend.cache_clear()

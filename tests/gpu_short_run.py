@@ -8,9 +8,9 @@ import sys
 import torch
 
 from spo_kernels import fused_spo_loss, linear_logprob
-from spo_kernels._backend import load_backend
+from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends.registry import load_backend
 from spo_kernels.losses import DPO, SPO
-from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats, mass_blocks
 
 
 def run_loss(backend: str, device: str) -> None:

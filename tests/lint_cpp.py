@@ -11,7 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from spo_kernels import _build
+from spo_kernels.backends import build
 
 ROOT = Path(__file__).parent.parent
 EMULATOR = ROOT / "tests" / "cuda_emulator"
@@ -40,7 +40,7 @@ def sources(*suffixes: str) -> list[str]:
 def tidy(clang_tidy: str, source: str) -> tuple[str, bool]:
     """What clang-tidy says of one file, and whether it is content."""
     flags = ["-x", "c++", "-std=c++17", "-fopenmp", f"-I{EMULATOR}"]
-    includes = [word for flag in _build.pybind11_flags() for word in flag.split()]
+    includes = [word for flag in build.pybind11_flags() for word in flag.split()]
     command = [clang_tidy, "--quiet", source, "--", *flags, *includes]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return done.stdout, done.returncode == 0

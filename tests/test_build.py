@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from spo_kernels import _build, _cuda
+from spo_kernels.backends import build, cuda_extension
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_recipes_name_every_file():
     """A source that no list has would be missing in an installed package only, a header from the cache's key."""
-    listed = {*_build.SOURCES, *_build.HEADERS, *_build.CUDA_SOURCES, *_build.CUDA_HEADERS}
+    listed = {*build.SOURCES, *build.HEADERS, *build.CUDA_SOURCES, *build.CUDA_HEADERS}
     found = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
     assert listed == found
 
@@ -29,13 +29,13 @@ def test_recipes_name_every_file():
     ],
 )
 def test_architectures(text, flags):
-    assert _build.gencode_flags(text) == flags
+    assert build.gencode_flags(text) == flags
 
 
 @pytest.mark.parametrize("text", ["", "hopper", "90,80", "9"])
 def test_bad_architectures(text):
-    with pytest.raises(_build.BuildError, match="SPO_CUDA_ARCHS"):
-        _build.gencode_flags(text)
+    with pytest.raises(build.BuildError, match="SPO_CUDA_ARCHS"):
+        build.gencode_flags(text)
 
 
 @pytest.fixture
@@ -56,21 +56,21 @@ def fake_nvcc(tmp_path, monkeypatch):
 def test_what_this_nvcc_can_build_for(fake_nvcc):
     """A device's own architecture where nvcc knows it, else PTX of the newest before it; the list likewise."""
     fake_nvcc([75, 80, 86, 90])
-    assert [_build.architecture_of(c) for c in ((8, 6), (8, 9), (10, 0))] == ["86", "86+PTX", "90+PTX"]
-    assert _build.known_architectures() == "80;90+PTX"
-    with pytest.raises(_build.BuildError, match=r"compute capability 7\.0"):
-        _build.architecture_of((7, 0))
+    assert [build.architecture_of(c) for c in ((8, 6), (8, 9), (10, 0))] == ["86", "86+PTX", "90+PTX"]
+    assert build.known_architectures() == "80;90+PTX"
+    with pytest.raises(build.BuildError, match=r"compute capability 7\.0"):
+        build.architecture_of((7, 0))
     fake_nvcc([80, 90, 100, 120])
-    assert _build.known_architectures() == _build.CUDA_ARCHITECTURES
+    assert build.known_architectures() == build.CUDA_ARCHITECTURES
 
 
-@pytest.mark.skipif(_build.compiler() is None, reason="no C++ compiler on PATH")
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler on PATH")
 def test_the_key_covers_architectures_and_compiler(fake_nvcc, tmp_path):
     fake_nvcc([80, 90])
-    keys = [_build.cuda_recipe(architectures).key() for architectures in ("80", "90", "80")]
+    keys = [build.cuda_recipe(architectures).key() for architectures in ("80", "90", "80")]
     assert keys[0] == keys[2] != keys[1]
     (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\necho release 99\n")
-    assert _build.cuda_recipe("80").key() != keys[0]
+    assert build.cuda_recipe("80").key() != keys[0]
 
 
 # ---- what is missing, by name
@@ -81,35 +81,35 @@ def situation(monkeypatch):
     """torch and nvcc as a test says."""
 
     def make(built=True, available=True, nvcc="/opt/nvcc"):
-        _cuda.load.cache_clear()
+        cuda_extension.load.cache_clear()
         monkeypatch.setitem(sys.modules, "spo_kernels._C_cuda", None)
         monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        monkeypatch.setattr(_build, "nvcc", lambda: nvcc)
+        monkeypatch.setattr(build, "nvcc", lambda: nvcc)
 
     yield make
-    _cuda.load.cache_clear()
+    cuda_extension.load.cache_clear()
 
 
 def test_reasons(situation, monkeypatch):
     """One for each thing that can be missing, and both where both are."""
     situation(built=False)
-    assert "built without CUDA" in _cuda.load()[1] and "/opt/nvcc would build it" in _cuda.load()[1]
+    assert "built without CUDA" in cuda_extension.load()[1] and "/opt/nvcc would build it" in cuda_extension.load()[1]
     situation(available=False, nvcc=None)
-    assert "sees no NVIDIA GPU" in _cuda.load()[1] and "there is no nvcc" in _cuda.load()[1]
+    assert "sees no NVIDIA GPU" in cuda_extension.load()[1] and "there is no nvcc" in cuda_extension.load()[1]
     situation(nvcc=None)
-    assert "none could be built: there is no nvcc" in _cuda.load()[1]
+    assert "none could be built: there is no nvcc" in cuda_extension.load()[1]
     situation(nvcc=None)
     monkeypatch.setenv("SPO_DISABLE_JIT", "1")
-    assert "SPO_DISABLE_JIT" in _cuda.load()[1]
+    assert "SPO_DISABLE_JIT" in cuda_extension.load()[1]
     situation(available=False)
     monkeypatch.setitem(sys.modules, "spo_kernels._C_cuda", object())
-    assert _cuda.load()[1].endswith("the extension itself is there (prebuilt)")
+    assert cuda_extension.load()[1].endswith("the extension itself is there (prebuilt)")
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    _cuda.load.cache_clear()
-    assert "AMD" in _cuda.load()[1]
-    assert all(module is None for module, _ in [_cuda.load()])
+    cuda_extension.load.cache_clear()
+    assert "AMD" in cuda_extension.load()[1]
+    assert all(module is None for module, _ in [cuda_extension.load()])
 
 
 def test_spo_backend_without_a_gpu_says_so():

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from spo_kernels import _build
+from spo_kernels.backends import build
 
-pytestmark = pytest.mark.skipif(_build.nvcc() is None, reason=_build.NO_NVCC)
+pytestmark = pytest.mark.skipif(build.nvcc() is None, reason=build.NO_NVCC)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # two blocks of 512 threads, or four of 256, share the 65536 registers of a multiprocessor
 REGISTERS = {"tile_stats": 64, "tile_grad": 64, "scale_rows": 64, "pair_loss": 64, "probe": 16}
@@ -24,14 +24,14 @@ _ENTRY = re.compile(
 )
 
 
-@pytest.mark.skipif(_build.compiler() is None, reason="no C++ compiler on PATH")
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler on PATH")
 def test_every_kernel_for_every_architecture(tmp_path):
     """One test, because the compilers take half a minute. Their warnings are errors."""
-    recipe = _build.cuda_recipe(";".join(name.removeprefix("sm_") for name in ARCHITECTURES))
+    recipe = build.cuda_recipe(";".join(name.removeprefix("sm_") for name in ARCHITECTURES))
     strict = {".cpp": " -Wall -Wextra -Werror", ".cu": " -Werror=all-warnings -Xptxas -v"}
     recipe = replace(recipe, compile={suffix: command + strict[suffix] for suffix, command in recipe.compile.items()})
     library = tmp_path / "_C_cuda.so"
-    report = _build.run_ninja(recipe, tmp_path, library)
+    report = build.run_ninja(recipe, tmp_path, library)
     check_resources(report)
     check_symbols(library)
     check_without_a_gpu(library)

@@ -9,11 +9,10 @@ import mmap
 
 import pytest
 import torch
-from emulated import EmulatedTiles, TilesOnGpu, build
+from emulated import EmulatedTiles, TilesOnGpu, emulated_module
 
-from spo_kernels import _backend, _cuda
-from spo_kernels.tiles import torch_tiles
-from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends import cuda_extension, registry, torch_tiles
+from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats, mass_blocks
 
 # a warp per row up to 512; blocks of 128, 256 and 512 threads of 16 elements, once or several times over
 WIDTHS = [1, 31, 32, 511, 512, 513, 516, 2047, 2048, 2049, 4096, 4100, 5376, 8191, 8192, 8193, 8200, 17001]
@@ -28,11 +27,11 @@ each_operand = pytest.mark.parametrize(("dtype", "out_dtype"), OPERANDS, ids=str
 def tiles(request):
     """The backend for CPU tensors."""
     if request.param == "emulated":
-        return EmulatedTiles(build())
-    module, detail = _cuda.load()
+        return EmulatedTiles(emulated_module())
+    module, detail = cuda_extension.load()
     if module is None:
         pytest.skip(detail)
-    return TilesOnGpu(_backend.load_backend("cuda").tiles)
+    return TilesOnGpu(registry.load_backend("cuda").tiles)
 
 
 def made(rows, columns, dtype=torch.float32):
@@ -270,7 +269,7 @@ def test_empty_tiles(tiles, rows, columns):
 
 
 def test_a_failed_launch_names_kernel_and_shapes(monkeypatch):
-    tiles = EmulatedTiles(build())
+    tiles = EmulatedTiles(emulated_module())
     monkeypatch.setattr(tiles, "device", -1)
     tile, labels = torch.zeros(3, 40), torch.zeros(3, dtype=torch.int64)
     stats = TokenStats.start(3, tile, False)
@@ -278,7 +277,7 @@ def test_a_failed_launch_names_kernel_and_shapes(monkeypatch):
         tiles.tile_stats(tile, None, labels, PLAIN, stats, None)
     with pytest.raises(RuntimeError, match=r"tile_grad of \[3, 40\]"):
         tiles.tile_grad(tile, None, labels, PLAIN, TokenGrads(stats.max, logp=stats.sum))
-    assert "invalid device" in build().why_not(-1) and build().why_not(0) == ""
+    assert "invalid device" in emulated_module().why_not(-1) and emulated_module().why_not(0) == ""
 
 
 @pytest.mark.parametrize(
@@ -292,4 +291,4 @@ def test_operands_that_no_kernel_writes(tiles, dtype, out):
 
 
 def test_mass_block_is_the_specifications():
-    assert build().mass_block == MASS_BLOCK
+    assert emulated_module().mass_block == MASS_BLOCK

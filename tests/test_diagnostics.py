@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from spo_kernels.diagnostics import displacement, gradient_log_ratio, length_bucket, lost_mass, summarize
+from spo_kernels.extras.diagnostics import displacement, gradient_log_ratio, length_bucket, lost_mass, summarize
 from spo_kernels.losses import DPO, PairLogps
 
 

@@ -5,7 +5,9 @@ import torch
 from gpu_inputs import DEVICE, DRY, each_backend, each_dtype, each_kernel_backend, moved, on_device, on_gpu
 
 from spo_kernels import fused_spo_loss, linear_logprob, sequence_logps
-from spo_kernels._backend import load_backend
+from spo_kernels.backends import torch_tiles
+from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats
+from spo_kernels.backends.registry import load_backend
 from spo_kernels.losses import DPO, SPO
 from spo_kernels.testing import (
     Batch,
@@ -17,8 +19,6 @@ from spo_kernels.testing import (
     random_batch,
     random_upstream,
 )
-from spo_kernels.tiles import torch_tiles
-from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
 
 ALL_OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2")
 pytestmark = on_gpu

@@ -23,9 +23,9 @@ from gpu_inputs import (
 from test_ops import Recorder
 
 from spo_kernels import fused_spo_loss, linear_logprob
-from spo_kernels._backend import load_backend
+from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats
+from spo_kernels.backends.registry import load_backend
 from spo_kernels.testing import Batch, eager_logprob, random_batch
-from spo_kernels.tiles.spec import LogitTransform, TokenGrads, TokenStats
 
 ROOT = Path(__file__).parent.parent
 MIB = 1 << 20

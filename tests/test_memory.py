@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spo_kernels import fused_spo_loss, linear_logprob
-from spo_kernels._memory import in_huge_pages
+from spo_kernels.engine.memory import in_huge_pages
 from spo_kernels.testing import TensorMeter, eager_logprob, evaluate, random_batch, random_upstream
 
 N, V, H = 256, 2048, 32

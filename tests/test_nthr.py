@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from spo_kernels import linear_logprob
-from spo_kernels.nthr import nthr_multipliers, nthr_scores
+from spo_kernels.extras.nthr import nthr_multipliers, nthr_scores
 from spo_kernels.testing import TensorMeter, peaked_batch, random_batch
 
 GROUP, TOKENS, VOCAB, HIDDEN = 5, 7, 31, 9

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from spo_kernels import _three_products, backend_info, fused_spo_loss
-from spo_kernels._products import NativeProducts, VendorProducts
+from spo_kernels import backend_info, fused_spo_loss
+from spo_kernels.backends.products import NativeProducts, VendorProducts
 from spo_kernels.losses import DPO, SPO
 from spo_kernels.losses.pairs import PairLogps
-from spo_kernels.paths import MIN_ROWS, PairProblem, choose_path
+from spo_kernels.preference import three_products
+from spo_kernels.preference.plan import MIN_ROWS, PairProblem, choose_path
 
 HIDDEN, VOCAB = 24, 97
 OBJECTIVES = {
@@ -78,7 +79,7 @@ def test_paths_agree(dtype, backend, objective, lengths):
 def test_paths_agree_slice_by_slice(monkeypatch, dtype, backend, objective, columns):
     """With the vocabulary in several slices, whose maxima rise and fall; the widest is larger on real vocabularies."""
     need(backend)
-    monkeypatch.setitem(_three_products._SLICE_COLUMNS, "cpu", columns)
+    monkeypatch.setitem(three_products._SLICE_COLUMNS, "cpu", columns)
     check_paths(dtype, backend, objective, [5, 3, 7, 0])
 
 

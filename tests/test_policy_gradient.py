@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spo_kernels import linear_logprob
-from spo_kernels.policy_gradient import (
+from spo_kernels.extras.policy_gradient import (
     apa_squared_error,
     clipped_surrogate,
     group_advantages,

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from spo_kernels import _native
-from spo_kernels._products import NativeProducts, VendorProducts
+from spo_kernels.backends import cpp_extension
+from spo_kernels.backends.products import NativeProducts, VendorProducts
 
-NATIVE, WHY_NOT = _native.load()
+NATIVE, WHY_NOT = cpp_extension.load()
 NAMES = NATIVE.product_names() if NATIVE else []
 SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SHAPES = [(1, 1, 1), (5, 63, 2), (6, 64, 512), (7, 65, 513), (13, 130, 1025), (130, 17, 1), (97, 1, 700), (1, 200, 31)]

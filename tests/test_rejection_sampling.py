@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from spo_kernels.rejection_sampling import rso_select
+from spo_kernels.extras.rejection_sampling import rso_select
 
 REWARDS = [0.3, -0.4, 1.1, 0.9]
 

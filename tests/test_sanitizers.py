@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spo_kernels import _build
+from spo_kernels.backends import build
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -21,10 +21,10 @@ def run(command):
 @pytest.fixture
 def compiler(tmp_path):
     """The command that compiles with sanitizers, where a program made by it runs."""
-    cxx = _build.compiler()
+    cxx = build.compiler()
     if cxx is None:
         pytest.skip("no C++ compiler on PATH")
-    command = [*cxx.split(), *FLAGS, *_build.openmp_flags(cxx)]
+    command = [*cxx.split(), *FLAGS, *build.openmp_flags(cxx)]
     source, program = tmp_path / "probe.cpp", tmp_path / "probe"
     source.write_text("int main() { return 0; }\n")
     for step in ([*command, str(source), "-o", str(program)], [str(program)]):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from spo_kernels import _native, backend_info
-from spo_kernels._backend import load_backend
-from spo_kernels.tiles import torch_tiles
-from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels import backend_info
+from spo_kernels.backends import cpp_extension, torch_tiles
+from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends.registry import load_backend
 
 ROWS = 35
 TRANSFORMS = {"plain": LogitTransform(), "scale": LogitTransform(0.7), "softcap": LogitTransform(1.5, 30.0)}
@@ -172,7 +172,7 @@ def test_bad_operands(wrong):
 
 
 def test_block_width_is_the_same_in_both_languages():
-    native, detail = _native.load()
+    native, detail = cpp_extension.load()
     if native is None:
         pytest.skip(detail)
     assert native.mass_block == MASS_BLOCK

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from spo_kernels import fused_spo_loss
+from spo_kernels.extras.token_weights import ld_dpo_weights, sampo_weights, sgdpo_weights
 from spo_kernels.losses import DPO
 from spo_kernels.testing import eager_logprob, random_batch
-from spo_kernels.token_weights import ld_dpo_weights, sampo_weights, sgdpo_weights
 
 LENGTHS = [5, 3, 6, 0, 4, 3, 2, 2]  # four pairs, chosen first
 WIDTH = 9

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from spo_kernels import fused_spo_loss
+from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.losses import WPO, build_loss
 from spo_kernels.testing import eager_logprob, random_batch
-from spo_kernels.token_weights import ld_dpo_weights
 
 pytest.importorskip("trl", minversion="1.16")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from spo_kernels import fused_spo_loss
+from spo_kernels.extras.uncertainty import EmbeddingUncertainty
 from spo_kernels.losses import UncertaintyDPO
 from spo_kernels.testing import TensorMeter, random_batch
-from spo_kernels.uncertainty import EmbeddingUncertainty
 
 SIZE = 6
 

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from spo_kernels import fused_spo_loss, paths
+from spo_kernels import fused_spo_loss
 from spo_kernels.losses import DPO, SPO, WPO, PairLogps, build_loss
+from spo_kernels.preference import plan as paths
 from spo_kernels.testing import TensorMeter, eager_logprob, peaked_batch, random_batch
 
 PAIRS, TOKENS, VOCAB, HIDDEN = 4, 6, 41, 10

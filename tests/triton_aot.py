@@ -20,13 +20,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spo_kernels.kernels import config
-from spo_kernels.kernels.config import Launch
-from spo_kernels.kernels.pair_loss import _pair_loss_kernel
-from spo_kernels.kernels.scale_rows import _scale_rows_kernel
-from spo_kernels.kernels.tile_grad import _tile_grad_kernel
-from spo_kernels.kernels.tile_stats import _tile_stats_kernel
-from spo_kernels.tiles.spec import MASS_BLOCK
+from spo_kernels.backends.contract import MASS_BLOCK
+from spo_kernels.backends.triton import config
+from spo_kernels.backends.triton.config import Launch
+from spo_kernels.backends.triton.pair_loss import _pair_loss_kernel
+from spo_kernels.backends.triton.scale_rows import _scale_rows_kernel
+from spo_kernels.backends.triton.tile_grad import _tile_grad_kernel
+from spo_kernels.backends.triton.tile_stats import _tile_stats_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

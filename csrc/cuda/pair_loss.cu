@@ -1,5 +1,5 @@
 // Token log-probs to preference losses and per-token coefficients in one launch, one block per pair; formulas as in
-// spo_kernels/kernels/pair_loss.py, written once more in csrc/pair_terms.h.
+// spo_kernels/backends/triton/pair_loss.py, written once more in csrc/pair_terms.h.
 //
 // Bytes moved per token: 12 read (log-prob, label), then 8 read and 4 written (label, coefficient); none per logit.
 

@@ -1,4 +1,4 @@
-// Gradient of the loss with respect to a tile of products; formula as in spo_kernels/kernels/tile_grad.py.
+// Gradient of the loss with respect to a tile of products; formula as in spo_kernels/backends/triton/tile_grad.py.
 //
 // Bytes moved per logit of a float tile: one read and one write, 4 + 2 into a half-precision operand or 4 + 4 in
 // place; a half-precision tile: 2 + 2. Biases add 4 from L2; per-row values are not counted.

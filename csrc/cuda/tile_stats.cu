@@ -1,4 +1,4 @@
-// Softmax statistics of a tile, merged into running ones; formulas as in spo_kernels/kernels/tile_stats.py.
+// Softmax statistics of a tile, merged into running ones; formulas as in spo_kernels/backends/triton/tile_stats.py.
 //
 // Bytes moved per logit of a float tile: 4, one read; a half-precision tile: 2. With `rescale` one read and one write,
 // 4 + 2 into a half-precision operand or 4 + 4 in place: the row waits in registers for its maximum, which up to

@@ -62,7 +62,7 @@ struct PairTokens {
   int64_t ignore_index;
 };
 
-// What a pair's loss is made of; see PairForm of spo_kernels/_pair_form.py.
+// What a pair's loss is made of; see PairForm of spo_kernels/backends/pair_form.py.
 enum class Penalty : int { kNone = 0, kNll = 1, kHinge = 2 };
 
 struct PairForm {

@@ -6,8 +6,9 @@
         --answer-pattern '#### (-?[\\d,]+)' --train-options '--bf16 --lora-r 16 --batch-size 4 --grad-accum 8'
 
 The built-in task is arithmetic with written working, see `task.py`. SPO is a reconstruction, not verified against its
-paper: see `spo_kernels/losses/spo.py`. With --model, --dataset is preference data as spo-train takes it, the model is
-the SFT model, and questions are JSON lines with a prompt and its answer; a seed then only orders the data.
+paper: see `spo_kernels/losses/reconstructed/spo.py`. With --model, --dataset is preference data as spo-train takes it,
+the model is the SFT model, and questions are JSON lines with a prompt and its answer; a seed then only orders the
+data.
 """
 
 from __future__ import annotations

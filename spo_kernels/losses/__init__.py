@@ -4,7 +4,6 @@ from spo_kernels.losses.alpha_dpo import AlphaDPO, AlphaDPOCode
 from spo_kernels.losses.aot import AOT, AOTUnpaired
 from spo_kernels.losses.apo import APODown, APOZero
 from spo_kernels.losses.asymmetric import BDPO, BPO, DPOP, DPOShift, FlexDPO
-from spo_kernels.losses.balanced import AdaDPO, BalancedDPO
 from spo_kernels.losses.bco import BCO, BCOPair
 from spo_kernels.losses.beta_dpo import BetaDPO
 from spo_kernels.losses.cpo import CPO, ORPO
@@ -12,7 +11,6 @@ from spo_kernels.losses.discopop import DiscoPOP
 from spo_kernels.losses.divergence import ChiPO, FDivergence
 from spo_kernels.losses.dpo import DPO
 from spo_kernels.losses.dr_dpo import DrDPO
-from spo_kernels.losses.h_dpo import HDPO
 from spo_kernels.losses.hinge import Hinge, SLiC
 from spo_kernels.losses.ipo import IPO
 from spo_kernels.losses.kto import KTO
@@ -21,11 +19,13 @@ from spo_kernels.losses.nca import NCA
 from spo_kernels.losses.needs import needs_inputs, needs_reference, needs_value
 from spo_kernels.losses.offsets import ODPO, RDPO, UncertaintyDPO
 from spo_kernels.losses.pairs import Objective, PairLogps, implicit_rewards
+from spo_kernels.losses.reconstructed.balanced import AdaDPO, BalancedDPO
+from spo_kernels.losses.reconstructed.h_dpo import HDPO
+from spo_kernels.losses.reconstructed.spo import SPO
 from spo_kernels.losses.registry import LOSSES, build_loss, named_loss
 from spo_kernels.losses.rso import RSO
 from spo_kernels.losses.sft import RPO, SFT, SFTDPO
 from spo_kernels.losses.simpo import AlphaPO, SigmoidNorm, SimPO
-from spo_kernels.losses.spo import SPO
 from spo_kernels.losses.squares import SPPO, CalDPO, SPPOHard
 from spo_kernels.losses.tdpo import TDPO
 from spo_kernels.losses.weighted_sum import WeightedSum

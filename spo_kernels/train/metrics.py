@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from spo_kernels.diagnostics import summarize
+from spo_kernels.extras.diagnostics import summarize
 from spo_kernels.losses import PairLogps
 from spo_kernels.train.errors import TrainError
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from spo_kernels import Sparsity, fused_spo_loss, linear_logprob, sequence_logps
+from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.losses import Objective
 from spo_kernels.losses.state import has_state
 from spo_kernels.sparsity import EXACT
-from spo_kernels.token_weights import ld_dpo_weights
 from spo_kernels.train.batches import IGNORE_INDEX
 from spo_kernels.train.model import HeadlessModel
 

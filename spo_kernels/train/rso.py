@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spo_kernels.rejection_sampling import rso_select
+from spo_kernels.extras.rejection_sampling import rso_select
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.records import Row, read_rows
 from spo_kernels.train.samples import Text, check_number, check_text

@@ -9,8 +9,8 @@ if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("SPO_AUTOTUNE") !
     pytest.skip("needs TRITON_INTERPRET=1 and SPO_AUTOTUNE=1 from the start", allow_module_level=True)
 
 from spo_kernels import linear_logprob
-from spo_kernels.kernels.tile_grad import _tile_grad_kernel
-from spo_kernels.kernels.tile_stats import _tile_stats_kernel
+from spo_kernels.backends.triton.tile_grad import _tile_grad_kernel
+from spo_kernels.backends.triton.tile_stats import _tile_stats_kernel
 from spo_kernels.testing import check_linear_logprob, eager_logprob, random_batch
 
 

@@ -6,31 +6,31 @@ import pytest
 
 
 class TritonKernels:
-    """The launchers of spo_kernels.kernels; `launch` is (unroll, lanes, num_warps)."""
+    """The launchers of spo_kernels.backends.triton; `launch` is (unroll, lanes, num_warps)."""
 
     def tile_stats(self, *arguments, launch=None, **options):
-        from spo_kernels.kernels.tile_stats import tile_stats
+        from spo_kernels.backends.triton.tile_stats import tile_stats
 
         tile_stats(*arguments, launch=_launch(launch), **options)
 
     def tile_grad(self, *arguments, launch=None):
-        from spo_kernels.kernels.tile_grad import tile_grad
+        from spo_kernels.backends.triton.tile_grad import tile_grad
 
         tile_grad(*arguments, launch=_launch(launch))
 
     def scale_rows(self, *arguments, launch=None):
-        from spo_kernels.kernels.scale_rows import scale_rows
+        from spo_kernels.backends.triton.scale_rows import scale_rows
 
         scale_rows(*arguments, launch=_launch(launch))
 
     def pair_loss(self, *arguments, **options):
-        from spo_kernels.kernels.pair_loss import pair_loss
+        from spo_kernels.backends.triton.pair_loss import pair_loss
 
         return pair_loss(*arguments, **options)
 
 
 def _launch(numbers):
-    from spo_kernels.kernels.config import Launch
+    from spo_kernels.backends.triton.config import Launch
 
     return None if numbers is None else Launch(*numbers)
 

@@ -9,10 +9,12 @@ from tile_inputs import close
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
-from spo_kernels import _pair_loss, fused_spo_loss, paths
-from spo_kernels._pair_form import PairForm
+from spo_kernels import fused_spo_loss
+from spo_kernels.backends.pair_form import PairForm
 from spo_kernels.losses import DPO, SPO, PairLogps
 from spo_kernels.losses.pairs import PairInputs
+from spo_kernels.preference import plan as paths
+from spo_kernels.preference.kernel import PairKernel, kernel_form
 from spo_kernels.sequences import count_tokens, sum_sequences
 from spo_kernels.testing import random_batch
 
@@ -69,7 +71,7 @@ def test_pair_loss_is_the_losses_definition(backend, layout, objective, reductio
 
     ours = logp.clone().requires_grad_()
     factor = 1 / pairs if reduction == "mean" else 1.0
-    kernel = _pair_loss.PairKernel.of(objective, PairInputs(reference, lengths, value), backend)
+    kernel = PairKernel.of(objective, PairInputs(reference, lengths, value), backend)
     loss, metrics = kernel.loss(ours, labels, cu_seqlens, -100, factor)
     (1.5 * loss).backward()
     close(loss.detach(), expected.detach(), 1e-6)
@@ -114,13 +116,13 @@ def test_only_the_kernels_own_objectives_take_the_fast_path():
     class Other(DPO):
         pass
 
-    assert _pair_loss.kernel_form(DPO(), True, False) is not None
-    assert _pair_loss.kernel_form(DPO(), False, False) is None
-    assert _pair_loss.kernel_form(DPO(reference_free=True), False, False) is not None
-    assert _pair_loss.kernel_form(SPO(penalty="hinge", value="input"), True, False) is None
-    assert _pair_loss.kernel_form(Other(), True, True) is None
-    assert _pair_loss.kernel_form(SPO(Other()), True, True) is None
-    assert _pair_loss.kernel_form(lambda pairs: pairs.chosen, True, True) is None
+    assert kernel_form(DPO(), True, False) is not None
+    assert kernel_form(DPO(), False, False) is None
+    assert kernel_form(DPO(reference_free=True), False, False) is not None
+    assert kernel_form(SPO(penalty="hinge", value="input"), True, False) is None
+    assert kernel_form(Other(), True, True) is None
+    assert kernel_form(SPO(Other()), True, True) is None
+    assert kernel_form(lambda pairs: pairs.chosen, True, True) is None
 
 
 @pytest.mark.parametrize("path", [None, "two_pass", "packed", "factorised"])

@@ -9,7 +9,9 @@ from tile_inputs import ALL_OUTPUTS
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
-from spo_kernels import _backend, _ops, _products, fused_spo_loss, linear_logprob
+from spo_kernels import fused_spo_loss, linear_logprob
+from spo_kernels.backends import products, registry
+from spo_kernels.engine import ops
 from spo_kernels.testing import (
     Batch,
     Oracle,
@@ -98,8 +100,8 @@ def half_products(monkeypatch):
         assert a_rows is b_rows is out_rows is None
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), out=out)
 
-    monkeypatch.setattr(_products.VendorProducts, "operand_dtype", lambda self, inputs: inputs.dtype)
-    monkeypatch.setattr(_products.VendorProducts, "matmul", matmul)
+    monkeypatch.setattr(products.VendorProducts, "operand_dtype", lambda self, inputs: inputs.dtype)
+    monkeypatch.setattr(products.VendorProducts, "matmul", matmul)
 
 
 @with_torch
@@ -148,7 +150,7 @@ def test_static_shapes_while_a_graph_is_captured(monkeypatch, backend, trained, 
         unused = unused.roll(-1, dims=-1)
         unused[:, -1] = True
     batch.hidden[unused] = torch.nan
-    monkeypatch.setattr(_ops, "capturing", lambda labels: True)
+    monkeypatch.setattr(ops, "capturing", lambda labels: True)
     actual = evaluate(linear_logprob, batch, upstream, **options)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
@@ -160,8 +162,8 @@ def test_static_shapes_while_a_graph_is_captured(monkeypatch, backend, trained, 
 
 
 def test_the_interpreter_is_never_an_automatic_choice():
-    assert _backend.choose_backend(None, torch.device("cpu"), torch.float32) != "triton"
-    assert _backend.choose_backend("triton", torch.device("cpu"), torch.float32) == "triton"
+    assert registry.choose_backend(None, torch.device("cpu"), torch.float32) != "triton"
+    assert registry.choose_backend("triton", torch.device("cpu"), torch.float32) == "triton"
     with pytest.raises(RuntimeError, match="float64"):
-        _backend.choose_backend("triton", torch.device("cpu"), torch.float64)
-    assert "interpreter" in _backend.backend_info()["triton"].detail
+        registry.choose_backend("triton", torch.device("cpu"), torch.float64)
+    assert "interpreter" in registry.backend_info()["triton"].detail

@@ -2,7 +2,7 @@
 
 import torch
 
-from spo_kernels.tiles.spec import LogitTransform
+from spo_kernels.backends.contract import LogitTransform
 
 ROWS = 5
 PLAIN = LogitTransform()

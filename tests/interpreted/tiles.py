@@ -13,8 +13,8 @@ from tile_inputs import PLAIN, ROWS, TRANSFORMS, close, logits64, made
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
-from spo_kernels import _backend
-from spo_kernels.tiles.spec import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats
+from spo_kernels.backends import registry
+from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats
 
 # unroll, lanes and warps of the Triton kernels
 SMALL = (2, 32, 1)
@@ -221,7 +221,7 @@ def test_rows_more_than_two_to_the_31_elements_apart(kernels):
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"], indirect=True)
 def test_out_receives_what_the_tile_would(backend):
-    module = _backend.load_backend(backend).tiles
+    module = registry.load_backend(backend).tiles
     tile, values, labels = made(40, True)
     grads = TokenGrads(lse_value=torch.full((ROWS,), 9.0), logp=torch.ones(ROWS))
     in_place, out = tile.clone(), torch.empty(tile.shape, dtype=torch.float16)
@@ -245,4 +245,4 @@ def test_wrong_arguments_are_named(backend, change, message):
     grads = TokenGrads(lse_value=torch.zeros(ROWS), logp=torch.zeros(ROWS))
     arguments |= {"transform": PLAIN, "grads": grads} | change
     with pytest.raises(ValueError, match=message):
-        _backend.load_backend(backend).tiles.tile_grad(**arguments)
+        registry.load_backend(backend).tiles.tile_grad(**arguments)

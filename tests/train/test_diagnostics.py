@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 
-from spo_kernels.diagnostics import summarize
+from spo_kernels.extras.diagnostics import summarize
 from spo_kernels.losses import PairLogps
 from spo_kernels.train.cli import main
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
-from spo_kernels import _sparse
+from spo_kernels.engine import sparse
 
 from .conftest import Fails, Train, assert_same_weights, read_metrics, read_weights
 
@@ -20,7 +20,7 @@ UNBIASED = ("--sparsity", "unbiased", "--sparsity-tolerance", 0.25)
 @pytest.fixture
 def peaked_model(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Eight blocks of vocabulary and large logits; sparse whether that pays or not."""
-    monkeypatch.setattr(_sparse, "_WORTH", 1.0)
+    monkeypatch.setattr(sparse, "_WORTH", 1.0)
     set_seed(0)
     config = LlamaConfig(
         vocab_size=1024,

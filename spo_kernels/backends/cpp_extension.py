@@ -1,0 +1,23 @@
+"""Loads the C++ extension: the one installed with the package, else one built on first use."""
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+from spo_kernels.backends import build, environment
+
+
+@cache
+def load() -> tuple[ModuleType | None, str]:
+    """The extension module and what it is, or None and why it is missing."""
+    try:
+        module, origin = importlib.import_module("spo_kernels._C"), "prebuilt"
+    except ImportError as prebuilt_error:
+        if environment.jit_disabled():
+            return None, f"no usable prebuilt extension ({prebuilt_error}), and SPO_DISABLE_JIT is set"
+        try:
+            module, origin = build.load_or_build(build.cpu_recipe()), "built on first use"
+        except build.BuildError as build_error:
+            return None, f"no usable prebuilt extension ({prebuilt_error}), and none could be built: {build_error}"
+    threads = "OpenMP" if module.openmp else "one thread"
+    return module, f"{origin}, {module.vector_width()}, {threads}"

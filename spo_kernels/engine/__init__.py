@@ -1,0 +1,1 @@
+"""What walks the (token, vocabulary) plane; knows nothing of losses."""

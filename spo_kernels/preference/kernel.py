@@ -1,0 +1,150 @@
+"""DPO and SPO(DPO) in one kernel launch, where a GPU backend runs: for short sequences launches cost most.
+
+The losses' definition is `spo_kernels.losses`; this only recognises the two forms that the kernel knows. Other
+objectives, subclasses of these and reduction="none" take the ordinary way.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels.backends.pair_form import PairForm
+from spo_kernels.backends.registry import PAIR_LOSS_BACKENDS, load_pair_loss
+from spo_kernels.losses import DPO, SPO, Objective
+from spo_kernels.losses.pairs import PairInputs
+
+_library = torch.library.Library("spo_kernels", "FRAGMENT")
+_library.define(
+    "pair_loss(Tensor logp, Tensor labels, Tensor? cu_seqlens, Tensor? reference, Tensor? value, int ignore_index,"
+    " float factor, float beta, bool use_reference, str penalty, float weight, float epsilon, str value_from,"
+    " bool mean, str backend) -> (Tensor summary, Tensor coefficients)"
+)
+
+
+def pair_loss(
+    logp: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    reference: Tensor | None,
+    value: Tensor | None,
+    ignore_index: int,
+    factor: float,
+    beta: float,
+    use_reference: bool,
+    penalty: str,
+    weight: float,
+    epsilon: float,
+    value_from: str,
+    mean: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """See `spo_kernels.backends.triton.pair_loss.pair_loss`."""
+    return load_pair_loss(backend)(
+        logp,
+        labels,
+        PairForm(beta, use_reference, penalty, weight, epsilon, value_from, mean),
+        cu_seqlens=cu_seqlens,
+        reference=reference,
+        value=value,
+        ignore_index=ignore_index,
+        factor=factor,
+    )
+
+
+_library.impl("pair_loss", pair_loss, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("spo_kernels::pair_loss", lib=_library)
+def _pair_loss_fake(logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None, *rest: object) -> tuple[Tensor, Tensor]:
+    sequences = logp.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return logp.new_empty((7, sequences // 2)), torch.empty_like(logp, memory_format=torch.contiguous_format)
+
+
+# rows of the kernel's summary
+_SUMMARY = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+_op = torch.ops.spo_kernels.pair_loss.default
+
+
+class PairLossFunction(torch.autograd.Function):
+    """Sum of `factor * loss` over pairs; its gradient was computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor, factor: float, *rest: Any) -> tuple[Tensor, Tensor]:
+        """Returns the loss and the kernel's summary, the latter without gradient."""
+        labels, cu_seqlens, reference, value, ignore_index, *form = rest
+        summary, coefficients = _op(logp, labels, cu_seqlens, reference, value, ignore_index, factor, *form)
+        ctx.save_for_backward(coefficients)
+        ctx.arguments = 2 + len(rest)
+        ctx.mark_non_differentiable(summary)
+        return summary[0].sum() * factor, summary
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of logp."""
+        (coefficients,) = ctx.saved_tensors
+        return (coefficients * grad, *[None] * (ctx.arguments - 1))
+
+
+def kernel_form(objective: Objective, has_reference: bool, has_value: bool) -> tuple[Any, ...] | None:
+    """The kernel's arguments for an objective, or None where it does not apply."""
+    base = objective.base if type(objective) is SPO else objective
+    if type(base) is not DPO or not (has_reference or base.reference_free):
+        return None
+    form = (base.beta, not base.reference_free)
+    if type(objective) is not SPO:
+        return (*form, "none", 0.0, 0.0, "reference", True)
+    if objective.penalty == "hinge" and not (has_reference if objective.value == "reference" else has_value):
+        return None
+    mean = objective.normalization == "mean"
+    return (*form, objective.penalty, objective.weight, objective.epsilon, objective.value, mean)
+
+
+@dataclass(frozen=True)
+class PairKernel:
+    """The kernel for one objective and one batch."""
+
+    form: tuple[Any, ...]
+    inputs: PairInputs
+
+    @classmethod
+    def of(cls, objective: Objective, inputs: PairInputs, backend: str) -> "PairKernel | None":
+        """None where the ordinary way is to be taken."""
+        if backend not in PAIR_LOSS_BACKENDS or inputs.lengths.numel() == 0:
+            return None
+        form = kernel_form(objective, inputs.reference is not None, inputs.sft_value is not None)
+        return None if form is None else cls((*form, backend), inputs)
+
+    def loss(
+        self, logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, factor: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`factor` times the sum of the losses, differentiable, and what needs no tokens: metrics and `pair_logps`."""
+        arguments = (labels, cu_seqlens, self.inputs.reference, self.inputs.sft_value, ignore_index)
+        loss, summary = PairLossFunction.apply(logp, factor, *arguments, *self.form)
+        means = dict(zip(_SUMMARY, summary.mean(1).unbind(), strict=True))
+        return loss, {**means, "pair_logps": summary[5:].flatten()}
+
+    def differentiate(
+        self, logp: Tensor, labels: Tensor, lengths: list[int], pairs: range, factor: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, sums `[2, pairs]` and per-token derivatives of consecutive pairs, whose tokens all count."""
+        total = self.inputs.lengths.numel() // 2
+        reference, value = self.inputs.reference, self.inputs.sft_value
+        if len(pairs) < total:
+            chosen, rejected = (slice(first + pairs.start, first + pairs.stop) for first in (0, total))
+            reference = None if reference is None else torch.cat([reference[chosen], reference[rejected]])
+            value = None if value is None else value[chosen]
+        bounds = torch.tensor([0, *accumulate(lengths)], device=logp.device)
+        # labels here are classes, so none is -1
+        summary, slopes = _op(logp, labels, bounds, reference, value, -1, factor, *self.form)
+        return summary[0], summary[5:], slopes
