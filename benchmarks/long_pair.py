@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
 @contextmanager
 def counted_products() -> Iterator[list[int]]:
     """Multiply-adds of every product that the library makes meanwhile."""
-    from spo_kernels.backends.products import NativeProducts, VendorProducts
+    from spo_kernels.backends.cpp_products import NativeProducts
+    from spo_kernels.backends.products import VendorProducts
 
     made: list[int] = []
     originals = {owner: owner.matmul for owner in (VendorProducts, NativeProducts)}

@@ -1,12 +1,10 @@
 """`linear_kl`: KL divergence of a policy's next-token distributions from a reference's, without `[N, V]` logits."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_kernels.backends import torch_tiles
 from spo_kernels.backends.contract import LogitTransform
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.backends.registry import load_backend
@@ -141,7 +139,7 @@ def _models(*arguments: Any) -> tuple[Models, CountedLabels]:
         head=Head(weight, bias, transform),
         ref_hidden=ref_hidden.reshape(-1, ref_hidden.shape[-1]),
         ref_head=Head(ref_weight, ref_bias, transform),
-        backend=replace(load_backend(backend), tiles=torch_tiles),
+        backend=load_backend(backend),
         workspace_bytes=workspace_bytes,
     )
     return models, CountedLabels.of(*find_counted(labels, ignore_index, shift))

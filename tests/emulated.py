@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spo_kernels.backends import build, cuda_extension, cuda_tiles, registry
+from spo_kernels.backends import build, cuda_backend, registry
+from spo_kernels.backends.registration import BackendStatus
 
 ROOT = Path(__file__).parent.parent
 _EMULATOR = ("tests/cuda_emulator/emulator.cpp",)
@@ -55,7 +56,7 @@ def _sanitizer(compiler):
         return flags if subprocess.run(command, capture_output=True).returncode == 0 else ""
 
 
-class EmulatedTiles(cuda_tiles.CudaTiles):
+class EmulatedBackend(cuda_backend.CudaBackend):
     """On CPU tensors, where there is no device to make current and no stream."""
 
     device = 0
@@ -67,18 +68,18 @@ class EmulatedTiles(cuda_tiles.CudaTiles):
         return self.device, 0
 
 
-class TilesOnGpu:
+class BackendOnGpu:
     """The backend itself, for tensors that lie on the CPU: each call moves their memory there and back."""
 
-    def __init__(self, tiles):
-        self._tiles = tiles
+    def __init__(self, backend):
+        self._backend = backend
 
     def __getattr__(self, name):
         def call(*arguments, **options):
             moved = {}
             arguments = [_on_gpu(value, moved) for value in arguments]
             options = {key: _on_gpu(value, moved) for key, value in options.items()}
-            result = getattr(self._tiles, name)(*arguments, **options)
+            result = getattr(self._backend, name)(*arguments, **options)
             for here, there in moved.values():
                 here.copy_(there)
             return result
@@ -102,16 +103,20 @@ def _on_gpu(value, moved):
 
 def install(patch):
     """From now on backend="cuda" runs emulated, on CPU tensors."""
-    module = emulated_module()
-    patch.setattr(cuda_extension, "load", lambda: (module, "emulated"))
-    patch.setattr(cuda_extension, "why_not", lambda device, dtype: None)
-    patch.setattr(cuda_tiles, "CudaTiles", EmulatedTiles)
+    backend = EmulatedBackend(emulated_module())
+    registration = dataclasses.replace(
+        cuda_backend.REGISTRATION,
+        status=lambda: BackendStatus(True, "emulated"),
+        why_not=lambda device, dtype: None,
+        load=lambda: backend,
+    )
+    patch.setitem(registry.REGISTRATIONS, "cuda", registration)
     registry.load_backend.cache_clear()
 
 
 @pytest.fixture
 def emulated_cuda(monkeypatch):
-    """The emulated tiles, for one test the cuda backend's."""
+    """The emulated backend, for one test the cuda backend."""
     install(monkeypatch)
-    yield EmulatedTiles(emulated_module())
+    yield registry.load_backend("cuda")
     registry.load_backend.cache_clear()

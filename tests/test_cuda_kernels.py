@@ -9,10 +9,11 @@ import mmap
 
 import pytest
 import torch
-from emulated import EmulatedTiles, TilesOnGpu, emulated_module
+from emulated import BackendOnGpu, EmulatedBackend, emulated_module
 
-from spo_kernels.backends import cuda_extension, registry, torch_tiles
-from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends import cuda_extension, registry
+from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, Tile, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends.torch_backend import TorchBackend
 
 # a warp per row up to 512; blocks of 128, 256 and 512 threads of 16 elements, once or several times over
 WIDTHS = [1, 31, 32, 511, 512, 513, 516, 2047, 2048, 2049, 4096, 4100, 5376, 8191, 8192, 8193, 8200, 17001]
@@ -27,11 +28,11 @@ each_operand = pytest.mark.parametrize(("dtype", "out_dtype"), OPERANDS, ids=str
 def tiles(request):
     """The backend for CPU tensors."""
     if request.param == "emulated":
-        return EmulatedTiles(emulated_module())
+        return EmulatedBackend(emulated_module())
     module, detail = cuda_extension.load()
     if module is None:
         pytest.skip(detail)
-    return TilesOnGpu(registry.load_backend("cuda").tiles)
+    return BackendOnGpu(registry.load_backend("cuda"))
 
 
 def made(rows, columns, dtype=torch.float32):
@@ -56,7 +57,7 @@ def assert_near(actual, expected, size):
 def reference_stats(tile, bias, labels, transform, moments=True):
     stats = TokenStats.start(tile.shape[0], tile[:, :0].double(), moments)
     masses = torch.empty(tile.shape[0], mass_blocks(tile.shape[1]), dtype=torch.float64)
-    torch_tiles.tile_stats(tile.double(), bias.double(), labels, transform, stats, None, block_lse=masses)
+    TorchBackend().tile_stats(Tile(tile.double(), labels, transform, bias.double()), stats, block_lse=masses)
     return stats, masses
 
 
@@ -69,7 +70,7 @@ def test_stats_and_masses(tiles, columns, dtype, transform):
     before = tile.clone()
     stats = TokenStats.start(6, tile.float(), True)
     masses = torch.full((6, mass_blocks(columns)), torch.nan)
-    tiles.tile_stats(tile, bias, labels, transform, stats, None, block_lse=masses)
+    tiles.tile_stats(Tile(tile, labels, transform, bias), stats, block_lse=masses)
     assert torch.equal(tile, before)
     expected, expected_masses = reference_stats(tile, bias, labels, transform)
     for name, value in vars(stats).items():
@@ -78,7 +79,7 @@ def test_stats_and_masses(tiles, columns, dtype, transform):
     torch.testing.assert_close(masses.double(), expected_masses, rtol=2e-6, atol=4e-6)
 
     without = TokenStats.start(6, tile.float(), False)
-    tiles.tile_stats(tile, bias, labels, transform, without, None)
+    tiles.tile_stats(Tile(tile, labels, transform, bias), without)
     for name in ("max", "sum", "label_logit"):
         assert torch.equal(getattr(without, name), getattr(stats, name)), name
 
@@ -95,11 +96,11 @@ def test_operand(tiles, columns, dtype, out_dtype):
     truth = [None if value is None else value.double().clone() for value in vars(stats).values()]
     expected, rescale = TokenStats(*truth), torch.empty(rows, dtype=torch.float64)
     wide = tile.double()
-    torch_tiles.tile_stats(wide, bias.double(), labels, CAPPED, expected, rescale)
+    TorchBackend().tile_stats(Tile(wide, labels, CAPPED, bias.double()), expected, rescale=rescale)
 
     out = None if out_dtype is None else torch.full(tile.shape, torch.nan, dtype=out_dtype)
     found = torch.empty(rows)
-    tiles.tile_stats(tile, bias, labels, CAPPED, stats, found, out)
+    tiles.tile_stats(Tile(tile, labels, CAPPED, bias, out), stats, rescale=found)
     assert_near(found, rescale, rescale)
     for name, value in vars(stats).items():
         torch.testing.assert_close(value.double(), getattr(expected, name), rtol=4e-6, atol=4e-6)
@@ -127,9 +128,9 @@ def test_grad(tiles, columns, moments, dtype, out_dtype):
     size = 8.0 * (logits - lse[:, None]).exp()
     inside = (labels >= 0) & (labels < columns)
     size[inside, labels[inside]] += grads.logp[inside].abs()
-    torch_tiles.tile_grad(wide, bias.double(), labels, CAPPED, grads.map(torch.Tensor.double))
+    TorchBackend().tile_grad(Tile(wide, labels, CAPPED, bias.double()), grads.map(torch.Tensor.double))
     out = None if out_dtype is None else torch.full(tile.shape, torch.nan, dtype=out_dtype)
-    tiles.tile_grad(tile, bias, labels, CAPPED, grads.map(torch.Tensor.float), out)
+    tiles.tile_grad(Tile(tile, labels, CAPPED, bias, out), grads.map(torch.Tensor.float))
     operand = tile if out is None else out
     assert_near(operand, wide, size + wide.abs())
 
@@ -142,7 +143,7 @@ def test_order_of_threads_does_not_matter(tiles, columns, monkeypatch):
         monkeypatch.setenv("SPO_EMULATOR_ORDER", order)
         tile, bias, labels = made(6, columns)
         stats, rescale = TokenStats.start(6, tile, True), torch.empty(6)
-        tiles.tile_stats(tile, bias, labels, CAPPED, stats, rescale)
+        tiles.tile_stats(Tile(tile, labels, CAPPED, bias), stats, rescale=rescale)
         found.append([*vars(stats).values(), rescale, tile])
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
@@ -158,7 +159,7 @@ def test_ties_infinities_and_nothing(tiles, columns):
         stats, rescale = TokenStats.start(4, tile, True), torch.empty(4)
         labels = torch.full((4,), place)
         masses = torch.empty(4, mass_blocks(columns))
-        tiles.tile_stats(tile, None, labels, PLAIN, stats, None, block_lse=masses)
+        tiles.tile_stats(Tile(tile, labels, PLAIN), stats, block_lse=masses)
         lse = stats.max + stats.sum.log()
         assert (
             stats.label_logit[0] == stats.max[0] == 0.0 and stats.sum[0] == columns and stats.square_sum[0] == columns
@@ -167,7 +168,8 @@ def test_ties_infinities_and_nothing(tiles, columns):
         assert stats.max[3] == -torch.inf and stats.sum[3] == stats.shifted_sum[3] == stats.square_sum[3] == 0.0
         assert not masses[1:3, place // MASS_BLOCK].isfinite().any() and (masses[3] == -torch.inf).all()
         operand = torch.empty(4, columns, dtype=torch.bfloat16)
-        tiles.tile_stats(tile, None, torch.full((4,), -1), PLAIN, TokenStats.start(4, tile, False), rescale, operand)
+        given = Tile(tile, torch.full((4,), -1), PLAIN, out=operand)
+        tiles.tile_stats(given, TokenStats.start(4, tile, False), rescale=rescale)
         assert (operand[0] == 1.0).all() and (operand[3] == 0.0).all()
         assert operand[1, place].isnan() and operand[2, place].isnan()
 
@@ -209,13 +211,14 @@ def test_nothing_beyond_a_tensor_is_touched(tiles, columns, out_dtype, at_end):
     tile, bias, labels = (guarded(x, at_end) for x in made(rows, columns))
     stats = TokenStats(*(guarded(value, at_end) for value in vars(TokenStats.start(rows, tile, True)).values()))
     masses = guarded(torch.empty(rows, mass_blocks(columns)), at_end)
-    tiles.tile_stats(tile, bias, labels, CAPPED, stats, None, block_lse=masses)
+    tiles.tile_stats(Tile(tile, labels, CAPPED, bias), stats, block_lse=masses)
     out = tile if out_dtype == torch.float32 else guarded(torch.empty(rows, columns, dtype=out_dtype), at_end)
     products = tile.clone()
-    tiles.tile_stats(tile, bias, labels, CAPPED, stats, guarded(torch.empty(rows), at_end), out)
+    given = Tile(tile, labels, CAPPED, bias, None if out is tile else out)
+    tiles.tile_stats(given, stats, rescale=guarded(torch.empty(rows), at_end))
     tile.copy_(products)
     grads = TokenGrads(guarded(stats.max + stats.sum.log(), at_end), logp=guarded(torch.ones(rows), at_end))
-    tiles.tile_grad(tile, bias, labels, CAPPED, grads, out)
+    tiles.tile_grad(given, grads)
     tiles.scale_rows(tile, guarded(torch.full((rows,), 0.5), at_end))
     assert out.isfinite().all()
 
@@ -244,7 +247,7 @@ def test_rows_apart_and_anywhere(tiles, shift, columns, gap):
         view = memory[offset:].view(rows, columns + space)[:, :columns]
         view.copy_(tile)
         stats, rescale = TokenStats.start(rows, tile, True), torch.empty(rows)
-        tiles.tile_stats(view, bias, labels, PLAIN, stats, rescale)
+        tiles.tile_stats(Tile(view, labels, PLAIN, bias), stats, rescale=rescale)
         found.append([*vars(stats).values(), view.clone()])
         tiles.scale_rows(view, torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5]))
         found[-1].append(view.clone())
@@ -259,9 +262,9 @@ def test_empty_tiles(tiles, rows, columns):
     """No column changes nothing, and no row is no launch."""
     tile, labels = torch.empty(rows, columns), torch.zeros(rows, dtype=torch.int64)
     stats = TokenStats.start(rows, tile, True)
-    tiles.tile_stats(tile, None, labels, PLAIN, stats, torch.empty(rows))
+    tiles.tile_stats(Tile(tile, labels, PLAIN), stats, rescale=torch.empty(rows))
     assert (stats.max == -torch.inf).all() and (stats.sum == 0).all()
-    tiles.tile_grad(tile, None, labels, PLAIN, TokenGrads(stats.max, logp=stats.sum))
+    tiles.tile_grad(Tile(tile, labels, PLAIN), TokenGrads(stats.max, logp=stats.sum))
     tiles.scale_rows(tile, torch.ones(rows))
 
 
@@ -269,14 +272,14 @@ def test_empty_tiles(tiles, rows, columns):
 
 
 def test_a_failed_launch_names_kernel_and_shapes(monkeypatch):
-    tiles = EmulatedTiles(emulated_module())
+    tiles = EmulatedBackend(emulated_module())
     monkeypatch.setattr(tiles, "device", -1)
     tile, labels = torch.zeros(3, 40), torch.zeros(3, dtype=torch.int64)
     stats = TokenStats.start(3, tile, False)
     with pytest.raises(RuntimeError, match=r"tile_stats of \[3, 40\] on device -1: .*cudaErrorInvalidDevice"):
-        tiles.tile_stats(tile, None, labels, PLAIN, stats, None)
+        tiles.tile_stats(Tile(tile, labels, PLAIN), stats)
     with pytest.raises(RuntimeError, match=r"tile_grad of \[3, 40\]"):
-        tiles.tile_grad(tile, None, labels, PLAIN, TokenGrads(stats.max, logp=stats.sum))
+        tiles.tile_grad(Tile(tile, labels, PLAIN), TokenGrads(stats.max, logp=stats.sum))
     assert "invalid device" in emulated_module().why_not(-1) and emulated_module().why_not(0) == ""
 
 
@@ -287,7 +290,8 @@ def test_operands_that_no_kernel_writes(tiles, dtype, out):
     tile = torch.zeros(2, 8, dtype=dtype)
     grads = TokenGrads(torch.zeros(2), logp=torch.zeros(2))
     with pytest.raises(ValueError, match=r"out: a torch.float(32|16) tile cannot be written as"):
-        tiles.tile_grad(tile, None, torch.zeros(2, dtype=torch.int64), PLAIN, grads, torch.zeros(2, 8, dtype=out))
+        given = Tile(tile, torch.zeros(2, dtype=torch.int64), PLAIN, out=torch.zeros(2, 8, dtype=out))
+        tiles.tile_grad(given, grads)
 
 
 def test_mass_block_is_the_specifications():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from spo_kernels import backend_info, fused_spo_loss
-from spo_kernels.backends.products import NativeProducts, VendorProducts
+from spo_kernels.backends.cpp_products import NativeProducts
+from spo_kernels.backends.products import VendorProducts
 from spo_kernels.losses import DPO, SPO
 from spo_kernels.losses.pairs import PairLogps
 from spo_kernels.preference import three_products

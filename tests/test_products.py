@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from spo_kernels.backends import cpp_extension
-from spo_kernels.backends.products import NativeProducts, VendorProducts
+from spo_kernels.backends.cpp_products import NativeProducts
+from spo_kernels.backends.products import VendorProducts
 
 NATIVE, WHY_NOT = cpp_extension.load()
 NAMES = NATIVE.product_names() if NATIVE else []

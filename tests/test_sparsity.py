@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spo_kernels import Sparsity, fused_spo_loss, linear_logprob
-from spo_kernels.backends.products import NativeProducts, VendorProducts
+from spo_kernels.backends.cpp_products import NativeProducts
+from spo_kernels.backends.products import VendorProducts
 from spo_kernels.engine.sparse_blocks import _MAX_CODE_BYTES, block_width
 from spo_kernels.testing import evaluate, random_batch, random_upstream
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from spo_kernels import backend_info
-from spo_kernels.backends import cpp_extension, torch_tiles
-from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends import cpp_extension
+from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, Tile, TokenGrads, TokenStats, mass_blocks
 from spo_kernels.backends.registry import load_backend
+from spo_kernels.backends.torch_backend import TorchBackend
 
 ROWS = 35
 TRANSFORMS = {"plain": LogitTransform(), "scale": LogitTransform(0.7), "softcap": LogitTransform(1.5, 30.0)}
@@ -14,11 +15,11 @@ TRANSFORMS = {"plain": LogitTransform(), "scale": LogitTransform(0.7), "softcap"
 
 @pytest.fixture(params=["torch", "cpp"])
 def tiles(request):
-    """A tile backend that runs here."""
+    """A backend that runs here."""
     status = backend_info()[request.param]
     if not status.available:
         pytest.skip(status.detail)
-    return load_backend(request.param).tiles
+    return load_backend(request.param)
 
 
 def logits64(tile, bias, transform):
@@ -39,8 +40,9 @@ def test_block_masses(tiles, columns, transform):
         bias = torch.randn(columns)
         before = tile.clone()
         masses = torch.full((ROWS, mass_blocks(columns) + 3), torch.nan)[:, :-3]
-        tiles.tile_stats(tile, bias, labels, transform, with_masses, None, block_lse=masses)
-        tiles.tile_stats(tile, bias, labels, transform, plain, None)
+        given = Tile(tile, labels, transform, bias)
+        tiles.tile_stats(given, with_masses, block_lse=masses)
+        tiles.tile_stats(given, plain)
         assert torch.equal(tile, before)
         expected = [block.logsumexp(1) for block in logits64(tile, bias, transform).split(MASS_BLOCK, 1)]
         torch.testing.assert_close(masses.double(), torch.stack(expected, 1), rtol=2e-6, atol=4e-6)
@@ -60,7 +62,7 @@ def test_masses_of_extreme_logits(tiles):
     tile[3, 7] = torch.nan
     masses = torch.empty(4, 3)
     stats = TokenStats.start(4, tile, moments=False)
-    tiles.tile_stats(tile, None, torch.zeros(4, dtype=torch.int64), LogitTransform(), stats, None, block_lse=masses)
+    tiles.tile_stats(Tile(tile, torch.zeros(4, dtype=torch.int64), LogitTransform()), stats, block_lse=masses)
     inf = torch.inf
     expected = torch.tensor([[-inf, -inf, -inf], [-300.0, -inf, -inf], [-inf, 1000.0, 920.0]])
     torch.testing.assert_close(masses[:3], expected)
@@ -77,9 +79,8 @@ def test_bad_masses(wrong):
     rescale = torch.empty(4) if wrong == "rescale" else None
     stats = TokenStats.start(4, tile, moments=False)
     with pytest.raises(ValueError, match="block_lse"):
-        load_backend("cpp").tiles.tile_stats(
-            tile, None, torch.zeros(4, dtype=torch.int64), LogitTransform(), stats, rescale, block_lse=masses
-        )
+        given = Tile(tile, torch.zeros(4, dtype=torch.int64), LogitTransform())
+        load_backend("cpp").tile_stats(given, stats, rescale=rescale, block_lse=masses)
 
 
 def apart(values, gap, dtype=torch.float32):
@@ -104,22 +105,23 @@ def test_operands(tiles, columns, transform, out_dtype):
     labels = torch.arange(ROWS) * 31 - 40
     wide, lse = values.double(), logits64(values, bias, transform).logsumexp(1)
     stats, rescale = TokenStats.start(ROWS, wide, True), torch.empty(ROWS, dtype=torch.float64)
-    torch_tiles.tile_stats(wide, bias.double(), labels, transform, stats, rescale)
+    TorchBackend().tile_stats(Tile(wide, labels, transform, bias.double()), stats, rescale=rescale)
     upstream = {"logp": torch.linspace(-1.0, 2.0, ROWS), "lse": torch.linspace(0.5, -0.5, ROWS)}
     gradient = values.double()
     flows = {name: value.double() for name, value in upstream.items()}
-    torch_tiles.tile_grad(gradient, bias.double(), labels, transform, TokenGrads(lse, **flows))
+    TorchBackend().tile_grad(Tile(gradient, labels, transform, bias.double()), TokenGrads(lse, **flows))
 
     found, found_rescale = TokenStats.start(ROWS, values, True), torch.empty(ROWS)
     grads = TokenGrads(lse.float(), **upstream)
     for expected, run in (
-        (wide, lambda tile, out: tiles.tile_stats(tile, bias, labels, transform, found, found_rescale, out)),
-        (gradient, lambda tile, out: tiles.tile_grad(tile, bias, labels, transform, grads, out)),
+        (wide, lambda tile: tiles.tile_stats(tile, found, rescale=found_rescale)),
+        (gradient, lambda tile: tiles.tile_grad(tile, grads)),
     ):
         memory, tile = apart(values, 5)
         out_memory, out = (memory, None) if out_dtype is None else apart(torch.zeros_like(values), 3, out_dtype)
-        run(tile, out)
-        operand = tile if out is None else out
+        given = Tile(tile, labels, transform, bias, out)
+        run(given)
+        operand = given.written
         scale = 40.0 if transform.softcap else 30.0  # an error of 1 in the last place of a logit of up to 30
         bound = rounding(operand.dtype) * expected.abs() + scale * 1e-7 * expected.abs() + 1e-7
         assert ((operand.double() - expected).abs() <= bound).all()
@@ -148,12 +150,11 @@ def test_rounding_to_bfloat16():
     values = bits.view(torch.float32)
     values[0, :6] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38, 1e-40, -0.0])
     out = torch.empty(1, 4096, dtype=torch.bfloat16)
-    tiles = load_backend("cpp").tiles
+    tiles = load_backend("cpp")
     # with everything flowing into lse and all probabilities 1, the gradient is what flows: 4096 rows of one column
     column, labels = torch.zeros(4096, 1), torch.full((4096,), -1)
-    tiles.tile_grad(
-        column, None, labels, LogitTransform(), TokenGrads(torch.zeros(4096), lse=values[0]), out.view(-1, 1)
-    )
+    given = Tile(column, labels, LogitTransform(), out=out.view(-1, 1))
+    tiles.tile_grad(given, TokenGrads(torch.zeros(4096), lse=values[0]))
     expected = values.bfloat16()
     same = (out == expected) | (out.isnan() & expected.isnan())
     assert same.all()
@@ -167,8 +168,8 @@ def test_bad_operands(wrong):
     out = torch.zeros(4, 100 if wrong == "shape" else 200, dtype=torch.float16 if wrong == "dtype" else torch.bfloat16)
     out = torch.zeros(200, 4, dtype=torch.bfloat16).t() if wrong == "strides" else out
     grads = TokenGrads(torch.zeros(4), logp=torch.zeros(4))
-    with pytest.raises(ValueError, match="tile: expected" if wrong == "tile" else "out: expected"):
-        load_backend("cpp").tiles.tile_grad(tile, None, torch.zeros(4, dtype=torch.int64), LogitTransform(), grads, out)
+    with pytest.raises(ValueError, match="products: expected" if wrong == "tile" else "out: expected"):
+        load_backend("cpp").tile_grad(Tile(tile, torch.zeros(4, dtype=torch.int64), LogitTransform(), out=out), grads)
 
 
 def test_block_width_is_the_same_in_both_languages():

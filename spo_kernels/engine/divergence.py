@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import LogitTransform
+from spo_kernels.backends.contract import Backend, LogitTransform
 from spo_kernels.backends.products import accumulator_dtype, headroom
-from spo_kernels.backends.registry import Backend
-from spo_kernels.backends.torch_tiles import logit_slope, to_logits
+from spo_kernels.backends.torch_backend import TorchBackend, logit_slope, to_logits
 from spo_kernels.engine.exact import Head, TokenRows, plan_tiles
 
 # rows of a tile handled at a time, so that temporaries stay small
@@ -35,7 +34,11 @@ class Models:
         """Every tile of the plane, a slice of the vocabulary after the other."""
         n, vocab = tokens.labels.numel(), self.head.weight.shape[0]
         sides = ((self.hidden, self.head), (self.ref_hidden, self.ref_head))
-        shapes = [plan_tiles(n, states, head, self.backend, self.workspace_bytes, models=2) for states, head in sides]
+        beside = TorchBackend.temporaries
+        shapes = [
+            plan_tiles(n, states, head, self.backend, self.workspace_bytes, models=2, temporaries=beside)
+            for states, head in sides
+        ]
         rows, columns = (min(getattr(shape, name) for shape in shapes) for name in ("rows", "columns"))
         wide = accumulator_dtype(self.hidden.dtype)
         buffers = [self.hidden.new_empty(min(n, rows) * columns, dtype=wide) for _ in sides]

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats
+from spo_kernels.backends.contract import MASS_BLOCK, Backend, LogitTransform, Tile, TokenGrads, TokenStats
 from spo_kernels.backends.products import Products, accumulator_dtype, headroom
-from spo_kernels.backends.registry import Backend
 from spo_kernels.engine.sparse_blocks import BlockChooser
 
 DEFAULT_WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
@@ -86,7 +85,14 @@ def workspace_budget(workspace_bytes: int | None, device: str) -> int:
 
 
 def plan_tiles(
-    tokens: int, hidden: Tensor, head: Head, backend: Backend, workspace_bytes: int | None, *, models: int = 1
+    tokens: int,
+    hidden: Tensor,
+    head: Head,
+    backend: Backend,
+    workspace_bytes: int | None,
+    *,
+    models: int = 1,
+    temporaries: float | None = None,
 ) -> TileShape:
     """The largest tile whose temporaries fit the byte budget, of which each of `models` heads in work has its share.
 
@@ -96,7 +102,7 @@ def plan_tiles(
     vocab, width = head.weight.shape
     wide = accumulator_dtype(hidden.dtype).itemsize
     narrow = backend.products.operand_dtype(hidden).itemsize
-    cell = backend.cell_bytes(hidden)
+    cell = backend.cell_bytes(hidden, temporaries)
     row = width * (wide + narrow) + backend.products.row_bytes
     column = width * (wide + (narrow if narrow != head.weight.dtype.itemsize else 0))
     device = hidden.device.type
@@ -175,10 +181,11 @@ def forward(
             backend.products.matmul(states, weight.t(), out=tile)
             bias = head.bias_slice(col, stop, wide)
             masses = None if chooser is None else chooser.masses(end - row, col, stop)
-            backend.tiles.tile_stats(tile, bias, labels - col, head.transform, part, rescale, out, masses)
+            given = Tile(tile, labels - col, head.transform, bias, out)
+            backend.tile_stats(given, part, rescale=rescale, block_lse=masses)
             if total is not None and rescale is not None:
                 if col > 0:
-                    backend.tiles.scale_rows(total, rescale)
+                    backend.scale_rows(total, rescale)
                 backend.products.matmul(tile if out is None else out, weight, out=total, accumulate=col > 0)
         if chooser is not None:
             chooser.choose(row, end, part, labels)
@@ -260,7 +267,7 @@ def backward(
         bias = head.bias_slice(piece.start, piece.stop, wide)
         weight_sum = None
         if weight_out is not None:
-            rounds = len(piece.parts) == 1 and products.rounds(weight, _count(piece.parts[0][0]))
+            rounds = len(piece.parts) == 1 and products.can_round(weight, _count(piece.parts[0][0]))
             direct = weight_out.dtype in ((wide, narrow) if rounds else (wide,))
             weight_sum = weight_out[columns] if direct else weight.new_empty(weight.shape, dtype=wide)
             if not piece.parts:
@@ -272,7 +279,7 @@ def backward(
             products.matmul(states, weight.t(), out=tile, a_rows=listed)
             upstream = grads.map(lambda values, part=part: values[part])  # type: ignore[misc]
             upstream = upstream if factors is None else upstream.scale_upstream(factors)
-            backend.tiles.tile_grad(tile, bias, labels, head.transform, upstream, out)
+            backend.tile_grad(Tile(tile, labels, head.transform, bias, out), upstream)
             operand = tile if out is None else out
             if weight_sum is not None:
                 products.matmul(operand.t(), states, out=weight_sum, accumulate=number > 0, b_rows=listed)

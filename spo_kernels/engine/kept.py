@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import TokenStats, add_at_labels_
+from spo_kernels.backends.contract import Backend, Tile, TokenStats, add_at_labels_
 from spo_kernels.backends.products import accumulator_dtype
-from spo_kernels.backends.registry import Backend
 from spo_kernels.engine.exact import Head, TokenRows, label_slope
 from spo_kernels.engine.memory import in_huge_pages
 
@@ -89,7 +88,7 @@ class KeptTiles:
         total = None if hidden_out is None else states.new_empty(states.shape, dtype=self._wide)
         for piece, maximum in zip(self._slices(), maxima, strict=True):
             part = tile[:, piece]
-            self._backend.tiles.scale_rows(part, -share * (maximum - stats.max).exp())
+            self._backend.scale_rows(part, -share * (maximum - stats.max).exp())
             add_at_labels_(part, tokens.labels - piece.start, at_label)
             if total is not None:
                 products.matmul(part, self._weight(piece, states), out=total, accumulate=piece.start > 0)
@@ -109,14 +108,15 @@ class KeptTiles:
             self._backend.products.matmul(states, self._weight(piece, states).t(), out=found)
             bias = self._head.bias_slice(piece.start, piece.stop, self._wide)
             labels = tokens.labels - piece.start
-            self._backend.tiles.tile_stats(found, bias, labels, self._head.transform, stats, rescale, part)
+            given = Tile(found, labels, self._head.transform, bias, part)
+            self._backend.tile_stats(given, stats, rescale=rescale)
             maxima.append(stats.max.clone())
         return stats, maxima
 
     def _add(self, operand: Tensor, states: Tensor, piece: slice, sums: GradientSums, accumulate: bool) -> None:
         """A slice of the weight's and the bias's gradient."""
         products = self._backend.products
-        rounds = not accumulate and products.rounds(states, states.shape[0])
+        rounds = not accumulate and products.can_round(states, states.shape[0])
         written = (self._wide, states.dtype) if rounds else (self._wide,)
         if sums.weight is not None and sums.weight.dtype in written:
             products.matmul(operand.t(), states, out=sums.weight[piece], accumulate=accumulate)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import MASS_BLOCK, TokenStats
+from spo_kernels.backends.contract import MASS_BLOCK, Backend, TokenStats
 from spo_kernels.backends.products import accumulator_dtype
-from spo_kernels.backends.registry import Backend
 from spo_kernels.engine.exact import Head, TileShape, TokenRows, VocabularySlice, forward
 from spo_kernels.engine.sparse_blocks import BlockChooser, KeptBlocks, block_width, weights_of
 from spo_kernels.sparsity import Sparsity

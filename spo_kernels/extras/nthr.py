@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import LogitTransform, TokenGrads
+from spo_kernels.backends.contract import Backend, LogitTransform, Tile, TokenGrads
 from spo_kernels.backends.products import accumulator_dtype
-from spo_kernels.backends.registry import Backend, load_backend
+from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine.checks import check_head_inputs, check_label_range, check_tensor
 from spo_kernels.engine.exact import Head, TokenRows, workspace_budget
 from spo_kernels.logprob import prepare_call
@@ -197,7 +197,7 @@ def _residuals(
     g, lse = tile[: stop - first], tokens.lse[first:stop]
     backend.products.matmul(states, head.weight.t(), out=g)
     grads = TokenGrads(lse_value=lse, logp=torch.ones_like(lse))
-    backend.tiles.tile_grad(g, head.bias, tokens.labels[first:stop] - start, head.transform, grads)
+    backend.tile_grad(Tile(g, tokens.labels[first:stop] - start, head.transform, head.bias), grads)
     return states, g
 
 

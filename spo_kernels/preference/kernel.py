@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.backends.pair_form import PairForm
-from spo_kernels.backends.registry import PAIR_LOSS_BACKENDS, load_pair_loss
+from spo_kernels.backends.registry import has_pair_loss, load_backend
 from spo_kernels.losses import DPO, SPO, Objective
 from spo_kernels.losses.pairs import PairInputs
 
@@ -41,8 +41,8 @@ def pair_loss(
     mean: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """See `spo_kernels.backends.triton.pair_loss.pair_loss`."""
-    return load_pair_loss(backend)(
+    """See `Backend.pair_loss`."""
+    return load_backend(backend).pair_loss(
         logp,
         labels,
         PairForm(beta, use_reference, penalty, weight, epsilon, value_from, mean),
@@ -120,7 +120,7 @@ class PairKernel:
     @classmethod
     def of(cls, objective: Objective, inputs: PairInputs, backend: str) -> "PairKernel | None":
         """None where the ordinary way is to be taken."""
-        if backend not in PAIR_LOSS_BACKENDS or inputs.lengths.numel() == 0:
+        if not has_pair_loss(backend) or inputs.lengths.numel() == 0:
             return None
         form = kernel_form(objective, inputs.reference is not None, inputs.sft_value is not None)
         return None if form is None else cls((*form, backend), inputs)

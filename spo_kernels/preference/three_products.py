@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, TokenStats
+from spo_kernels.backends.contract import MASS_BLOCK, Backend, LogitTransform, TokenStats
 from spo_kernels.backends.products import accumulator_dtype
-from spo_kernels.backends.registry import Backend, load_backend
+from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine.checks import check_label_range
 from spo_kernels.engine.exact import Head, TokenRows, workspace_budget
 from spo_kernels.engine.kept import GradientSums, KeptTiles

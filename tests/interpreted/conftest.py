@@ -38,18 +38,18 @@ def _launch(numbers):
 class CudaKernels:
     """The same from csrc/cuda, which choose their own launches."""
 
-    def __init__(self, tiles):
-        self._tiles = tiles
-        self.pair_loss = tiles.pair_loss
+    def __init__(self, backend):
+        self._backend = backend
+        self.pair_loss = backend.pair_loss
 
-    def tile_stats(self, tile, bias, labels, transform, stats, rescale=None, out=None, block_lse=None, launch=None):
-        self._tiles.tile_stats(tile, bias, labels, transform, stats, rescale, out, block_lse)
+    def tile_stats(self, *arguments, launch=None, **options):
+        self._backend.tile_stats(*arguments, **options)
 
     def tile_grad(self, *arguments, launch=None):
-        self._tiles.tile_grad(*arguments)
+        self._backend.tile_grad(*arguments)
 
     def scale_rows(self, *arguments, launch=None):
-        self._tiles.scale_rows(*arguments)
+        self._backend.scale_rows(*arguments)
 
 
 @pytest.fixture(params=["triton", "cuda"])

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
 from spo_kernels.backends import registry
-from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, TokenGrads, TokenStats
+from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, Tile, TokenGrads, TokenStats
 
 # unroll, lanes and warps of the Triton kernels
 SMALL = (2, 32, 1)
@@ -43,7 +43,7 @@ def test_stats_of_two_tiles(kernels, columns, bias, moments, transform):
     for step, (tile, values, labels) in enumerate(tiles):
         labels = labels if step == 0 else labels.flip(0)
         before = tile.clone()
-        kernels.tile_stats(tile, values, labels, transform, stats, launch=SMALL)
+        kernels.tile_stats(Tile(tile, labels, transform, values), stats, launch=SMALL)
         assert torch.equal(tile, before)
         logits = logits64(tile.double(), values, transform)
         seen.append(logits)
@@ -65,14 +65,14 @@ def test_exponentials(kernels, dtype, launch, moments, transform):
     first, values, labels = made(columns, True, 1)
     tile, _, _ = made(columns, True, 2)
     stats = TokenStats.start(ROWS, tile, moments)
-    kernels.tile_stats(first, values, labels, transform, stats)
+    kernels.tile_stats(Tile(first, labels, transform, values), stats)
     old = stats.max.clone()
     product = tile.double().requires_grad_()
     logits = logits64(product, values, transform)
     (slope,) = torch.autograd.grad(logits.sum(), product)
     rescale = torch.full((ROWS,), torch.nan)
     out = None if dtype == torch.float32 else torch.full(tile.shape, torch.nan, dtype=dtype)
-    kernels.tile_stats(tile, values, labels, transform, stats, rescale, out, launch=launch)
+    kernels.tile_stats(Tile(tile, labels, transform, values, out), stats, rescale=rescale, launch=launch)
 
     new = torch.maximum(old.double(), logits.detach().amax(1))
     expected = (logits.detach() - new[:, None]).exp() * slope.nan_to_num(0.0)
@@ -88,12 +88,13 @@ def test_no_column_yet_but_minus_infinity(kernels):
     tile = torch.full((ROWS, 40), -torch.inf)
     stats = TokenStats.start(ROWS, tile, True)
     rescale = torch.empty(ROWS)
-    kernels.tile_stats(tile, None, torch.zeros(ROWS, dtype=torch.int64), PLAIN, stats, rescale, launch=SMALL)
+    given = Tile(tile, torch.zeros(ROWS, dtype=torch.int64), PLAIN)
+    kernels.tile_stats(given, stats, rescale=rescale, launch=SMALL)
     assert (stats.max == -torch.inf).all()
     for value in (stats.sum, stats.shifted_sum, stats.square_sum, rescale, tile):
         assert (value == 0).all()
     later, _, labels = made(40)
-    kernels.tile_stats(later, None, labels, PLAIN, stats, launch=SMALL)
+    kernels.tile_stats(Tile(later, labels, PLAIN), stats, launch=SMALL)
     close(stats.max + stats.sum.log(), later.double().logsumexp(1), 1e-6)
 
 
@@ -102,7 +103,7 @@ def test_non_finite_logits_show(kernels, value):
     tile, _, labels = made(131)
     tile[3, 77] = value
     stats = TokenStats.start(ROWS, tile, True)
-    kernels.tile_stats(tile, None, labels, PLAIN, stats, launch=SMALL)
+    kernels.tile_stats(Tile(tile, labels, PLAIN), stats, launch=SMALL)
     lse = stats.max + stats.sum.log()
     assert not lse[3].isfinite()
     assert lse[torch.arange(ROWS) != 3].isfinite().all()
@@ -114,7 +115,7 @@ def test_block_masses(kernels, columns):
     blocks = -(-columns // MASS_BLOCK)
     block_lse = torch.full((ROWS, blocks), torch.nan)
     stats = TokenStats.start(ROWS, tile, False)
-    kernels.tile_stats(tile, values, labels, PLAIN, stats, block_lse=block_lse, launch=(2, 512, 4))
+    kernels.tile_stats(Tile(tile, labels, PLAIN, values), stats, block_lse=block_lse, launch=(2, 512, 4))
     logits = logits64(tile.double(), values, PLAIN)
     expected = torch.stack([piece.logsumexp(1) for piece in logits.split(MASS_BLOCK, 1)], 1)
     close(block_lse, expected)
@@ -125,7 +126,7 @@ def test_label_logit_is_the_maximum_to_the_bit(kernels):
     """`correct` compares the two."""
     tile, _, _ = made(300, seed=3, spread=10.0)
     stats = TokenStats.start(ROWS, tile, False)
-    kernels.tile_stats(tile, None, tile.argmax(1), LogitTransform(0.3, 2.0), stats, launch=SMALL)
+    kernels.tile_stats(Tile(tile, tile.argmax(1), LogitTransform(0.3, 2.0)), stats, launch=SMALL)
     assert torch.equal(stats.label_logit, stats.max)
 
 
@@ -166,7 +167,7 @@ def test_grad(kernels, columns, dtype, flows, transform):
         **upstream,
     )
     out = None if dtype == torch.float32 else torch.full(tile.shape, torch.nan, dtype=dtype)
-    kernels.tile_grad(tile, values, labels, transform, grads, out, launch=SMALL)
+    kernels.tile_grad(Tile(tile, labels, transform, values, out), grads, launch=SMALL)
     close(tile if out is None else out, expected.nan_to_num(0.0), 1e-5 if out is None else 2e-3)
 
 
@@ -205,10 +206,10 @@ def test_rows_more_than_two_to_the_31_elements_apart(kernels):
     labels = torch.tensor([1, 2, 3])
     tile.copy_(values)
     stats = TokenStats.start(rows, values, False)
-    kernels.tile_stats(tile, None, labels, PLAIN, stats, launch=SMALL)
+    kernels.tile_stats(Tile(tile, labels, PLAIN), stats, launch=SMALL)
     lse = (stats.max + stats.sum.log()).clone()
     close(lse, values.double().logsumexp(1))
-    kernels.tile_grad(tile, None, labels, PLAIN, TokenGrads(lse, logp=torch.ones(rows)), launch=SMALL)
+    kernels.tile_grad(Tile(tile, labels, PLAIN), TokenGrads(lse, logp=torch.ones(rows)), launch=SMALL)
     expected = -values.double().softmax(1)
     expected[torch.arange(rows), labels] += 1.0
     close(tile, expected, 1e-6)
@@ -221,28 +222,27 @@ def test_rows_more_than_two_to_the_31_elements_apart(kernels):
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"], indirect=True)
 def test_out_receives_what_the_tile_would(backend):
-    module = registry.load_backend(backend).tiles
+    chosen = registry.load_backend(backend)
     tile, values, labels = made(40, True)
     grads = TokenGrads(lse_value=torch.full((ROWS,), 9.0), logp=torch.ones(ROWS))
     in_place, out = tile.clone(), torch.empty(tile.shape, dtype=torch.float16)
-    module.tile_grad(in_place, values, labels, PLAIN, grads)
-    module.tile_grad(tile, values, labels, PLAIN, grads, out)
+    chosen.tile_grad(Tile(in_place, labels, PLAIN, values), grads)
+    chosen.tile_grad(Tile(tile, labels, PLAIN, values, out), grads)
     close(out, in_place, 1e-3)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tile": torch.zeros(ROWS, 8, dtype=torch.float64)}, "float32"),
-        ({"tile": torch.zeros(8, ROWS).t()}, "contiguous rows"),
+        ({"products": torch.zeros(ROWS, 8, dtype=torch.float64)}, "float32"),
+        ({"products": torch.zeros(8, ROWS).t()}, "contiguous rows"),
         ({"labels": torch.zeros(ROWS, dtype=torch.int32)}, "labels"),
         ({"bias": torch.zeros(9)}, "bias"),
         ({"out": torch.zeros(ROWS, 9)}, "out"),
     ],
 )
 def test_wrong_arguments_are_named(backend, change, message):
-    arguments = {"tile": torch.zeros(ROWS, 8), "bias": None, "labels": torch.zeros(ROWS, dtype=torch.int64)}
+    fields = {"products": torch.zeros(ROWS, 8), "labels": torch.zeros(ROWS, dtype=torch.int64), "transform": PLAIN}
     grads = TokenGrads(lse_value=torch.zeros(ROWS), logp=torch.zeros(ROWS))
-    arguments |= {"transform": PLAIN, "grads": grads} | change
     with pytest.raises(ValueError, match=message):
-        registry.load_backend(backend).tiles.tile_grad(**arguments)
+        registry.load_backend(backend).tile_grad(Tile(**fields | change), grads)

@@ -1,4 +1,7 @@
-"""Whether the Triton kernels can run here. `import spo_kernels` does not import triton; `load` does."""
+"""Whether the Triton kernels can run here, and the backend's registration.
+
+`import spo_kernels` does not import triton; `load` does.
+"""
 
 import importlib
 from functools import cache
@@ -7,13 +10,15 @@ from types import ModuleType
 import torch
 
 from spo_kernels.backends import environment
+from spo_kernels.backends.contract import Backend
+from spo_kernels.backends.registration import BackendStatus, Registration
 
 _OLDEST = (8, 0)
 
 
 @cache
 def load() -> tuple[ModuleType | None, str]:
-    """The tile backend's module and what it runs on, or None and why it is missing."""
+    """The backend's module and what it runs on, or None and why it is missing."""
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
@@ -26,7 +31,7 @@ def load() -> tuple[ModuleType | None, str]:
     else:
         where = torch.cuda.get_device_name()
     try:
-        module = importlib.import_module("spo_kernels.backends.triton.tiles")
+        module = importlib.import_module("spo_kernels.backends.triton.backend")
     except Exception as error:
         return None, f"{version} cannot define the kernels: {type(error).__name__}: {error}"
     return module, f"{version}, {where}"
@@ -47,3 +52,18 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
             return f"it needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"
     module, detail = load()
     return detail if module is None else None
+
+
+def _status() -> BackendStatus:
+    module, detail = load()
+    return BackendStatus(module is not None, detail)
+
+
+def _load_backend() -> Backend:
+    module, detail = load()
+    if module is None:
+        raise RuntimeError(detail)
+    return module.TritonBackend()
+
+
+REGISTRATION = Registration("triton", ("cuda",), _status, why_not, _load_backend)

@@ -150,16 +150,7 @@ def pair_loss(
     factor: float,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(summary [7, B], coefficients)`: loss, rewards of chosen and rejected, their
-    difference and order, log-probs of chosen and rejected; and `factor * d loss / d logp` in logp's shape.
-
-    Args:
-        logp: `[2B, T]`, chosen rows first, or packed `[N]`; float32.
-        labels: The same shape, int64; where it is `ignore_index`, a token does not count.
-        cu_seqlens: `[2B + 1]` bounds of packed sequences, int32 or int64.
-        reference: `[2B]` float32 sequence sums under the reference, or None.
-        value: `[B]` float32, v of the hinge where `form.value` is "input".
-    """
+    """See `Backend.pair_loss`. `launch` overrides the table."""
     logp, labels = logp.contiguous(), labels.contiguous()
     pairs, summary, coefficients = pair_outputs(logp, cu_seqlens)
     kernel, options = resolve(_pair_loss_kernel, "pair_loss", architecture_of(logp.device), launch)

@@ -26,8 +26,8 @@ def _scale_rows_kernel(x_ptr, factors_ptr, columns, x_stride, UNROLL: tl.constex
             tl.store(pointers, scaled.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def scale_rows(x: Tensor, factors: Tensor, launch: Launch | None = None) -> None:
-    """See `TileBackend.scale_rows`."""
+def scale_rows(x: Tensor, factors: Tensor, *, launch: Launch | None = None) -> None:
+    """See `Backend.scale_rows`."""
     kernel, options = resolve(_scale_rows_kernel, "scale_rows", architecture_of(x.device), launch)
     with torch.cuda.device_of(x):
         kernel[(x.shape[0],)](

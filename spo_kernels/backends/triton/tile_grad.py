@@ -12,9 +12,8 @@ Biases add 4 from L2; per-row values are not counted.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from spo_kernels.backends.contract import LogitTransform, TokenGrads
+from spo_kernels.backends.contract import Tile, TokenGrads
 from spo_kernels.backends.triton.config import Launch, architecture_of, resolve, tuned
 from spo_kernels.backends.triton.transform import load_label, load_logits, slope
 
@@ -72,24 +71,16 @@ def _tile_grad_kernel(
     tl.store(out_ptr + row * out_stride + offs, grad.to(out_ptr.dtype.element_ty), mask=offs < columns)
 
 
-def tile_grad(
-    tile: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    transform: LogitTransform,
-    grads: TokenGrads,
-    out: Tensor | None = None,
-    launch: Launch | None = None,
-) -> None:
-    """See `TileBackend.tile_grad`; rows may be strided, columns not. `launch` overrides the table."""
-    rows, columns = tile.shape
-    out = tile if out is None else out
-    kernel, options = resolve(_tile_grad_kernel, "tile_grad", architecture_of(tile.device), launch)
-    with torch.cuda.device_of(tile):
+def tile_grad(tile: Tile, grads: TokenGrads, *, launch: Launch | None = None) -> None:
+    """See `Backend.tile_grad`; rows may be strided, columns not. `launch` overrides the table."""
+    products, out = tile.products, tile.written
+    rows, columns = products.shape
+    kernel, options = resolve(_tile_grad_kernel, "tile_grad", architecture_of(products.device), launch)
+    with torch.cuda.device_of(products):
         kernel[lambda meta: (rows * triton.cdiv(columns, meta["UNROLL"] * meta["LANES"]),)](
-            tile_ptr=tile,
-            bias_ptr=bias,
-            labels_ptr=labels,
+            tile_ptr=products,
+            bias_ptr=tile.bias,
+            labels_ptr=tile.labels,
             lse_ptr=grads.lse_value,
             grad_logp_ptr=grads.logp,
             grad_lse_ptr=grads.lse,
@@ -99,9 +90,9 @@ def tile_grad(
             log_sum_p2_ptr=grads.log_sum_p2_value,
             out_ptr=out,
             columns=columns,
-            tile_stride=tile.stride(0),
+            tile_stride=products.stride(0),
             out_stride=out.stride(0),
-            scale=transform.scale,
-            softcap=transform.softcap,
+            scale=tile.transform.scale,
+            softcap=tile.transform.softcap,
             **options,
         )

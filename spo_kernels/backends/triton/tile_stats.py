@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spo_kernels.backends.contract import MASS_BLOCK, LogitTransform, TokenStats
+from spo_kernels.backends.contract import MASS_BLOCK, Tile, TokenStats
 from spo_kernels.backends.triton.config import (
     WHOLE_ROW_COLUMNS,
     Launch,
@@ -153,27 +153,25 @@ def _tile_stats_kernel(
 
 
 def tile_stats(
-    tile: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    transform: LogitTransform,
+    tile: Tile,
     stats: TokenStats,
+    *,
     rescale: Tensor | None = None,
-    out: Tensor | None = None,
     block_lse: Tensor | None = None,
     launch: Launch | None = None,
 ) -> None:
-    """See `TileBackend.tile_stats`; rows may be strided, columns not.
+    """See `Backend.tile_stats`; rows may be strided, columns not.
 
     Args:
         block_lse: `[R, ceil(C / MASS_BLOCK)]` float32, receives the log-sum-exp of each vocabulary block; not
             together with `rescale`.
         launch: Overrides the table; a block narrower than the tile makes the kernel loop.
     """
-    rows, columns = tile.shape
-    if rescale is not None and out is None:
-        out = tile
-    architecture = architecture_of(tile.device)
+    products = tile.products
+    rows, columns = products.shape
+    # without `rescale` nothing is written
+    out = None if rescale is None else tile.written
+    architecture = architecture_of(products.device)
     whole = launch is None and out is not None and columns <= WHOLE_ROW_COLUMNS
     if out is not None and launch is None:
         narrow = out.dtype.itemsize == 2
@@ -181,11 +179,11 @@ def tile_stats(
     if block_lse is not None and launch is None:
         launch = with_masses(architecture)
     kernel, options = resolve(_tile_stats_kernel, "tile_stats", architecture, launch)
-    with torch.cuda.device_of(tile):
+    with torch.cuda.device_of(products):
         kernel[(rows,)](
-            tile_ptr=tile,
-            bias_ptr=bias,
-            labels_ptr=labels,
+            tile_ptr=products,
+            bias_ptr=tile.bias,
+            labels_ptr=tile.labels,
             max_ptr=stats.max,
             sum_ptr=stats.sum,
             label_logit_ptr=stats.label_logit,
@@ -193,13 +191,13 @@ def tile_stats(
             square_sum_ptr=stats.square_sum,
             block_lse_ptr=block_lse,
             rescale_ptr=rescale,
-            out_ptr=None if rescale is None else out,
+            out_ptr=out,
             columns=columns,
-            tile_stride=tile.stride(0),
+            tile_stride=products.stride(0),
             out_stride=0 if out is None else out.stride(0),
             block_lse_stride=0 if block_lse is None else block_lse.stride(0),
-            scale=transform.scale,
-            softcap=transform.softcap,
+            scale=tile.transform.scale,
+            softcap=tile.transform.softcap,
             MASS_BLOCK=MASS_BLOCK,
             WHOLE_ROW=whole,
             **options,

@@ -1,4 +1,4 @@
-"""The `cuda` tile backend: passes checked tensors to the kernels of `csrc/cuda` as raw device pointers."""
+"""The `cuda` backend: passes checked tensors to the kernels of `csrc/cuda` as raw device pointers."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats
-from spo_kernels.backends.gpu_checks import check_masses, check_out, check_tile
+from spo_kernels.backends import cuda_extension
+from spo_kernels.backends.contract import SCALARS, Backend, Tile, TokenGrads, TokenStats
+from spo_kernels.backends.gpu_checks import check_masses, check_out, check_rows, check_tile
 from spo_kernels.backends.pair_form import PairForm, pair_outputs
+from spo_kernels.backends.products import VendorProducts
+from spo_kernels.backends.registration import BackendStatus, Registration
 
-# the numbers of csrc/cuda/tiles.h
-_SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PENALTIES = {"none": 0, "nll": 1, "hinge": 2}
 
 Matrix = tuple[int, int, int]
@@ -23,17 +24,16 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _matrix(tensor: Tensor) -> Matrix:
-    return tensor.data_ptr(), tensor.stride(0), _SCALARS[tensor.dtype]
+    return tensor.data_ptr(), tensor.stride(0), SCALARS[tensor.dtype]
 
 
-def _check_target(tile: Tensor, out: Tensor | None) -> Tensor:
-    """Where the kernel is to write: the tile, its like, or a half-precision operand for a float32 tile."""
-    check_out(tile, out)
-    if out is None:
-        return tile
-    if out.dtype != tile.dtype and (tile.dtype != torch.float32 or out.dtype not in _SCALARS):
-        raise ValueError(f"out: a {tile.dtype} tile cannot be written as {out.dtype}")
-    return out
+def _checked_target(tile: Tile) -> Tensor:
+    """Where the kernel is to write: the products, their like, or a half-precision operand for float32 products."""
+    check_out(tile)
+    given, wanted = tile.products.dtype, tile.written.dtype
+    if wanted != given and (given != torch.float32 or wanted not in SCALARS):
+        raise ValueError(f"out: a {given} tile cannot be written as {wanted}")
+    return tile.written
 
 
 def _check_pairs(
@@ -47,16 +47,18 @@ def _check_pairs(
         )
 
 
-class CudaTiles:
-    """See `TileBackend` for the meaning of each argument; rows may be strided, columns not.
+class CudaBackend(Backend):
+    """See `Backend` for the meaning of each argument; rows may be strided, columns not.
 
     Tiles may also be bfloat16 or float16, with arithmetic and statistics in float32.
     """
 
-    TEMPORARIES = 0.0
+    name = "cuda"
+    pair_loss_available = True
 
     def __init__(self, native: Any) -> None:
         self._native = native
+        self.products = VendorProducts()
 
     def _guard(self, tensor: Tensor) -> AbstractContextManager[Any]:
         """Makes the tensor's device current: the kernels' own runtime sets it too, and leaves it set."""
@@ -68,38 +70,30 @@ class CudaTiles:
         """The device's number and the caller's stream on it."""
         return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
 
-    def _tile(
-        self, tile: Tensor, target: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform
-    ) -> dict[str, Any]:
+    def _tile(self, tile: Tile, target: Tensor) -> dict[str, Any]:
         """The arguments that both passes take."""
+        rows, columns = tile.products.shape
         return {
-            "products": _matrix(tile),
+            "products": _matrix(tile.products),
             "out": _matrix(target),
-            "rows": tile.shape[0],
-            "columns": tile.shape[1],
-            "labels": labels.data_ptr(),
-            "transform": (_address(bias), transform.scale, transform.softcap or 0.0),
-            "queue": self._queue(tile),
+            "rows": rows,
+            "columns": columns,
+            "labels": tile.labels.data_ptr(),
+            "transform": (_address(tile.bias), tile.transform.scale, tile.transform.softcap or 0.0),
+            "queue": self._queue(tile.products),
         }
 
     def tile_stats(
-        self,
-        tile: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        transform: LogitTransform,
-        stats: TokenStats,
-        rescale: Tensor | None,
-        out: Tensor | None = None,
-        block_lse: Tensor | None = None,
+        self, tile: Tile, stats: TokenStats, *, rescale: Tensor | None = None, block_lse: Tensor | None = None
     ) -> None:
-        """See `TileBackend.tile_stats`."""
-        check_tile(tile, bias, labels, {**vars(stats), "rescale": rescale}, tuple(_SCALARS))
-        target = _check_target(tile, out if rescale is not None else None)
-        check_masses(tile, block_lse, rescale)
-        with self._guard(tile):
+        """See `Backend`."""
+        check_tile(tile, {**vars(stats), "rescale": rescale}, tuple(SCALARS))
+        check_masses(tile.products, block_lse, rescale)
+        # without `rescale` nothing is written
+        target = tile.products if rescale is None else _checked_target(tile)
+        with self._guard(tile.products):
             self._native.tile_stats(
-                **self._tile(tile, target, bias, labels, transform),
+                **self._tile(tile, target),
                 max=_address(stats.max),
                 sum=_address(stats.sum),
                 label_logit=_address(stats.label_logit),
@@ -110,21 +104,13 @@ class CudaTiles:
                 block_lse_stride=0 if block_lse is None else block_lse.stride(0),
             )
 
-    def tile_grad(
-        self,
-        tile: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        transform: LogitTransform,
-        grads: TokenGrads,
-        out: Tensor | None = None,
-    ) -> None:
-        """See `TileBackend.tile_grad`."""
-        check_tile(tile, bias, labels, vars(grads), tuple(_SCALARS))
-        target = _check_target(tile, out)
-        with self._guard(tile):
+    def tile_grad(self, tile: Tile, grads: TokenGrads) -> None:
+        """See `Backend`."""
+        check_tile(tile, vars(grads), tuple(SCALARS))
+        target = _checked_target(tile)
+        with self._guard(tile.products):
             self._native.tile_grad(
-                **self._tile(tile, target, bias, labels, transform),
+                **self._tile(tile, target),
                 lse=_address(grads.lse_value),
                 grad_logp=_address(grads.logp),
                 grad_lse=_address(grads.lse),
@@ -135,9 +121,8 @@ class CudaTiles:
             )
 
     def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:
-        """See `TileBackend.scale_rows`."""
-        labels = factors.new_empty(matrix.shape[0], dtype=torch.int64)
-        check_tile(matrix, None, labels, {"factors": factors}, tuple(_SCALARS))
+        """See `Backend`."""
+        check_rows("matrix", matrix, {"factors": factors}, tuple(SCALARS))
         with self._guard(matrix):
             self._native.scale_rows(
                 _matrix(matrix),
@@ -159,7 +144,7 @@ class CudaTiles:
         ignore_index: int,
         factor: float,
     ) -> tuple[Tensor, Tensor]:
-        """See `spo_kernels.backends.triton.pair_loss.pair_loss`."""
+        """See `Backend`."""
         logp, labels = logp.contiguous(), labels.contiguous()
         pairs, summary, coefficients = pair_outputs(logp, cu_seqlens)
         bounds, sums, values = (None if x is None else x.contiguous() for x in (cu_seqlens, reference, value))
@@ -192,3 +177,18 @@ class CudaTiles:
                 queue=self._queue(logp),
             )
         return summary, coefficients
+
+
+def _status() -> BackendStatus:
+    module, detail = cuda_extension.load()
+    return BackendStatus(module is not None, detail)
+
+
+def _load() -> CudaBackend:
+    module, detail = cuda_extension.load()
+    if module is None:
+        raise RuntimeError(detail)
+    return CudaBackend(module)
+
+
+REGISTRATION = Registration(CudaBackend.name, ("cuda",), _status, cuda_extension.why_not, _load)

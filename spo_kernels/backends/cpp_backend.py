@@ -1,11 +1,14 @@
-"""The `cpp` tile backend: passes checked tensors to the C++ kernels of `csrc/cpu` as raw pointers."""
+"""The `cpp` backend: passes checked tensors to the C++ kernels of `csrc/cpu` as raw pointers."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends import cpp_extension
+from spo_kernels.backends.contract import Backend, Tile, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends.cpp_products import NativeProducts
+from spo_kernels.backends.registration import BackendStatus, Registration
 
 
 def _pointer(tensor: Tensor | None, length: int, dtype: torch.dtype = torch.float32) -> int:
@@ -35,13 +38,10 @@ def _check_matrix(name: str, matrix: Tensor, shape: torch.Size, *dtypes: torch.d
         raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
 
 
-def _check_tile(tile: Tensor, out: Tensor | None) -> Tensor:
-    """What is to be written: `out`, or else the tile."""
-    _check_matrix("tile", tile, tile.shape, torch.float32)
-    if out is None:
-        return tile
-    _check_matrix("out", out, tile.shape, torch.float32, torch.bfloat16)
-    return out
+def _check_tile(tile: Tile) -> None:
+    _check_matrix("products", tile.products, tile.products.shape, torch.float32)
+    if tile.out is not None:
+        _check_matrix("out", tile.out, tile.products.shape, torch.float32, torch.bfloat16)
 
 
 def _mass_pointer(block_lse: Tensor | None, rows: int, columns: int, rescale: Tensor | None) -> tuple[int, int]:
@@ -59,37 +59,31 @@ def _mass_pointer(block_lse: Tensor | None, rows: int, columns: int, rescale: Te
     return block_lse.data_ptr(), block_lse.stride(0)
 
 
-class CppTiles:
-    """See `TileBackend` for the meaning of each argument; rows may be strided, columns not."""
+class CppBackend(Backend):
+    """See `Backend` for the meaning of each argument; rows may be strided, columns not."""
 
-    TEMPORARIES = 0.0
+    name = "cpp"
 
     def __init__(self, native: Any) -> None:
         self._native = native
+        self.products = NativeProducts(native)
 
     def tile_stats(
-        self,
-        tile: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        transform: LogitTransform,
-        stats: TokenStats,
-        rescale: Tensor | None,
-        out: Tensor | None = None,
-        block_lse: Tensor | None = None,
+        self, tile: Tile, stats: TokenStats, *, rescale: Tensor | None = None, block_lse: Tensor | None = None
     ) -> None:
-        """See `TileBackend.tile_stats`."""
-        target, (rows, columns) = _check_tile(tile, out), tile.shape
+        """See `Backend`."""
+        _check_tile(tile)
+        rows, columns = tile.products.shape
         masses, masses_stride = _mass_pointer(block_lse, rows, columns, rescale)
         self._native.tile_stats(
-            tile=_matrix(tile),
-            out=_matrix(target),
+            tile=_matrix(tile.products),
+            out=_matrix(tile.written),
             rows=rows,
             columns=columns,
-            bias=_pointer(bias, columns),
-            labels=_pointer(labels, rows, torch.int64),
-            scale=transform.scale,
-            softcap=transform.softcap or 0.0,
+            bias=_pointer(tile.bias, columns),
+            labels=_pointer(tile.labels, rows, torch.int64),
+            scale=tile.transform.scale,
+            softcap=tile.transform.softcap or 0.0,
             max=_pointer(stats.max, rows),
             sum=_pointer(stats.sum, rows),
             label_logit=_pointer(stats.label_logit, rows),
@@ -101,26 +95,19 @@ class CppTiles:
             threads=torch.get_num_threads(),
         )
 
-    def tile_grad(
-        self,
-        tile: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        transform: LogitTransform,
-        grads: TokenGrads,
-        out: Tensor | None = None,
-    ) -> None:
-        """See `TileBackend.tile_grad`."""
-        target, (rows, columns) = _check_tile(tile, out), tile.shape
+    def tile_grad(self, tile: Tile, grads: TokenGrads) -> None:
+        """See `Backend`."""
+        _check_tile(tile)
+        rows, columns = tile.products.shape
         self._native.tile_grad(
-            tile=_matrix(tile),
-            out=_matrix(target),
+            tile=_matrix(tile.products),
+            out=_matrix(tile.written),
             rows=rows,
             columns=columns,
-            bias=_pointer(bias, columns),
-            labels=_pointer(labels, rows, torch.int64),
-            scale=transform.scale,
-            softcap=transform.softcap or 0.0,
+            bias=_pointer(tile.bias, columns),
+            labels=_pointer(tile.labels, rows, torch.int64),
+            scale=tile.transform.scale,
+            softcap=tile.transform.softcap or 0.0,
             lse=_pointer(grads.lse_value, rows),
             grad_logp=_pointer(grads.logp, rows),
             grad_lse=_pointer(grads.lse, rows),
@@ -132,7 +119,7 @@ class CppTiles:
         )
 
     def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:
-        """See `TileBackend.scale_rows`."""
+        """See `Backend`."""
         _check_matrix("matrix", matrix, matrix.shape, torch.float32, torch.bfloat16)
         self._native.scale_rows(
             _matrix(matrix),
@@ -141,3 +128,27 @@ class CppTiles:
             factors=_pointer(factors, matrix.shape[0]),
             threads=torch.get_num_threads(),
         )
+
+
+def _status() -> BackendStatus:
+    native, detail = cpp_extension.load()
+    return BackendStatus(native is not None, detail)
+
+
+def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU, and the tensors are on {device}"
+    if dtype == torch.float64:
+        return "it has no float64 tiles; use backend='torch'"
+    native, detail = cpp_extension.load()
+    return detail if native is None else None
+
+
+def _load() -> CppBackend:
+    native, detail = cpp_extension.load()
+    if native is None:
+        raise RuntimeError(detail)
+    return CppBackend(native)
+
+
+REGISTRATION = Registration(CppBackend.name, ("cpu",), _status, _why_not, _load)

@@ -1,0 +1,105 @@
+"""The C++ extension's own matrix products, and the choice between them and the machine's library."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels.backends import environment
+from spo_kernels.backends.contract import SCALARS
+from spo_kernels.backends.products import VendorProducts, accumulator_dtype, check_row_lists
+
+
+class NativeProducts(VendorProducts):
+    """The extension's own products on a CPU, for any strides and half precision in, float32 out.
+
+    Used where they are the faster ones. float32: on AMD, where the vendor library runs at about half the
+    machine's rate; not measured elsewhere. Half precision: wherever the vendor would need an upcast.
+    """
+
+    row_bytes = 4096  # the panels of `a`: 512 floats or 2048 bfloat16 a row
+
+    def __init__(self, native: Any) -> None:
+        self._native = native
+        names = set(native.product_names())
+        choice = environment.cpu_product()
+        full = next((name for name in ("avx512", "avx2") if name in names), None)
+        own_float = choice == "native" or (choice == "auto" and native.made_by_amd())
+        own_half = None if choice == "vendor" else full
+        has_bf16 = choice != "vendor" and "avx512_bf16" in names
+        # which product serves a dtype of `b`; None: the vendor's
+        self._names: dict[torch.dtype, str | None] = {
+            torch.float32: full if own_float else None,
+            torch.float16: own_half,
+            torch.bfloat16: "avx512_bf16" if has_bf16 else own_half,
+        }
+
+    def operand_dtype(self, inputs: Tensor) -> torch.dtype:
+        """See `Products`."""
+        return inputs.dtype if self._names.get(inputs.dtype) else super().operand_dtype(inputs)
+
+    def tile_dtype(self, inputs: Tensor) -> torch.dtype:
+        """See `Products`; the float32 product takes half-precision operands beside a tile as it is."""
+        rounded = self._names.get(inputs.dtype) == "avx512_bf16"
+        return inputs.dtype if rounded else accumulator_dtype(inputs.dtype)
+
+    def reads_row_lists(self, inputs: Tensor) -> bool:
+        """See `Products`."""
+        return self._names.get(inputs.dtype) is not None
+
+    def can_round(self, inputs: Tensor, terms: int) -> bool:
+        """See `Products`."""
+        return self._names.get(inputs.dtype) == "avx512_bf16" and terms <= self._native.rounded_depth
+
+    def matmul(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        *,
+        accumulate: bool = False,
+        a_rows: Tensor | None = None,
+        b_rows: Tensor | None = None,
+        out_rows: Tensor | None = None,
+    ) -> None:
+        """See `Products`; listed rows are read while an operand is packed, and written where they belong."""
+        name = self._names.get(b.dtype)
+        if name is None:
+            super().matmul(a, b, out, accumulate=accumulate, a_rows=a_rows, b_rows=b_rows, out_rows=out_rows)
+            return
+        if not (a_rows is b_rows is out_rows is None):
+            check_row_lists(out, a_rows=a_rows, b_rows=b_rows, out_rows=out_rows)
+        m, k, n = _rows(a, a_rows), a.shape[1], b.shape[1]
+        if (
+            (_rows(b, b_rows), _rows(out, out_rows), out.shape[1]) != (k, m, n)
+            or (out.dtype != torch.float32 and (accumulate or out.dtype != b.dtype or not self.can_round(b, k)))
+            or out.stride(1) != 1
+        ):
+            raise ValueError(
+                f"out must be a float32 [{m}, {n}] matrix with unit column stride for operands "
+                f"[{m}, {k}] and [{_rows(b, b_rows)}, {n}], got {out.dtype} [{_rows(out, out_rows)}, {out.shape[1]}]"
+            )
+        self._native.product(
+            name,
+            a=_operand(a, a_rows),
+            b=_operand(b, b_rows),
+            out=(out.data_ptr(), out.stride(0), SCALARS[out.dtype], *_row_list(out, out_rows)),
+            m=m,
+            n=n,
+            k=k,
+            accumulate=accumulate,
+            threads=torch.get_num_threads(),
+        )
+
+
+def _operand(matrix: Tensor, rows: Tensor | None) -> tuple[int, ...]:
+    return (matrix.data_ptr(), *matrix.stride(), SCALARS[matrix.dtype], *_row_list(matrix, rows))
+
+
+def _rows(matrix: Tensor, rows: Tensor | None) -> int:
+    return matrix.shape[0] if rows is None else rows.shape[0]
+
+
+def _row_list(matrix: Tensor, rows: Tensor | None) -> tuple[int, int]:
+    """A row list for the extension, which checks its range: address (0: none), and how many rows the matrix has."""
+    return (0 if rows is None else rows.data_ptr(), matrix.shape[0])
