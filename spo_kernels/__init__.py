@@ -1,8 +1,8 @@
 """Fused LM-head log-probabilities and preference losses for PyTorch; no full-vocabulary logits."""
 
 from spo_kernels._version import __version__
-from spo_kernels.backends.registration import BackendStatus
-from spo_kernels.backends.registry import backend_info
+from spo_kernels.backends.registry import BackendStatus, backend_info
+from spo_kernels.head import LMHead
 from spo_kernels.kl import linear_kl
 from spo_kernels.logprob import linear_logprob
 from spo_kernels.loss import fused_spo_loss
@@ -11,6 +11,7 @@ from spo_kernels.sparsity import Sparsity
 
 __all__ = [
     "BackendStatus",
+    "LMHead",
     "Sparsity",
     "__version__",
     "backend_info",

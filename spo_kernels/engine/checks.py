@@ -1,17 +1,60 @@
 """Checks of what the caller passed: every message names the argument, what was expected and what came."""
 
-import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# an op takes it as an int64
+_MOST_BYTES = 2**63 - 1
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a device, and outside a trace that knows none."""
+    return tensor.device.type == "cpu" and not is_traced(tensor)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether there are no values: under torch.compile, or in a FakeTensor."""
+    return torch.compiler.is_compiling() or type(tensor) is FakeTensor
 
 
 def check_tensor(name: str, value: object) -> None:
-    """`value` must be a tensor."""
+    """`value` must be a tensor whose memory can be read: dense, and no wrapper around other tensors.
+
+    Raises:
+        TypeError: It is something else; the message says what to do.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if torch.compiler.is_compiling():
+        return
+    came = _unreadable(value)
+    if came is not None:
+        raise TypeError(f"{name} must be a dense torch.Tensor with memory of its own, got {came}")
+
+
+def _unreadable(value: Tensor) -> str | None:
+    """Why a kernel cannot read the tensor's memory and what to do, or None where it can."""
+    kind = type(value)
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return "one inside a torch.func transform (grad, vmap, ...), which is not supported: use torch.autograd"
+    if value.is_nested:
+        return "a nested tensor: pass its values() as a packed batch, with its offsets() as cu_seqlens"
+    if value.layout != torch.strided:
+        return f"a {str(value.layout).removeprefix('torch.')} tensor: pass to_dense()"
+    if kind is FakeTensor or kind is Tensor or kind is torch.nn.Parameter:
+        if value.device.type == "meta" and kind is not FakeTensor:
+            return "a meta tensor, which has no data: load it (to_empty), or use FakeTensorMode for shapes"
+        return "a quantised tensor: pass dequantize()" if value.is_quantized else None
+    if hasattr(value, "full_tensor"):
+        return f"a {kind.__name__}, of which this process holds a part: pass full_tensor()"
+    if is_traceable_wrapper_subclass(value) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {kind.__name__}, which wraps other tensors: pass a plain tensor with its values"
+    return None
 
 
 def check_vector(name: str, value: Tensor, length: int, device: torch.device) -> None:
@@ -35,90 +78,73 @@ def check_token_weights(name: str, weights: Tensor, labels: Tensor) -> None:
     if weights.device != labels.device:
         raise ValueError(f"{name} is on {weights.device}, but labels is on {labels.device}")
     finite = weights.detach().isfinite()
-    # reading the result would wait for the device, and is a data-dependent branch to torch.compile
-    if weights.is_cuda or torch.compiler.is_compiling():
+    if not can_look(weights):
         torch._assert_async(finite.all(), f"{name} must be finite")
     elif not bool(finite.all()):
-        where = tuple((~finite).nonzero()[0].tolist())
-        index = ", ".join(str(i) for i in where)
-        raise ValueError(f"{name} must be finite, got {name}[{index}] = {weights[where].item()}")
+        place, value = _first(name, weights, ~finite)
+        raise ValueError(f"{name} must be finite, got {place} = {value}")
 
 
-def check_head_inputs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, shift: bool = False, prefix: str = ""
-) -> None:
-    """Types, shapes, dtypes and devices of the primitive's tensors; `prefix` begins the names of the model's."""
-    named = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, "labels": labels}
-    if bias is not None:
-        named[f"{prefix}bias"] = bias
-    for name, value in named.items():
-        check_tensor(name, value)
-    if hidden.ndim < 1:
-        raise ValueError(f"{prefix}hidden must have shape [..., H], got a 0-d tensor")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{prefix}weight must have shape [V, H] with H = {hidden.shape[-1]} ({prefix}hidden's last dimension), "
-            f"got {list(weight.shape)}"
-        )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"{prefix}weight must not be empty, got shape {list(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{prefix}bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}")
-    if labels.shape != hidden.shape[:-1]:
-        leading = list(hidden.shape[:-1])
-        wrong, expected, came = ("labels", f"{prefix}hidden's leading shape {leading}", list(labels.shape))
-        if prefix:
-            wrong, expected, came = f"{prefix}hidden", f"the labels' leading shape {list(labels.shape)}", leading
-        raise ValueError(f"{wrong} must have {expected}, got {came}")
+def check_labels(labels: Tensor, shift: bool) -> None:
+    """`labels` must be int64, with a dimension to shift along where they are shifted."""
+    check_tensor("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if shift and labels.ndim == 0:
         raise ValueError("labels must have a last dimension to shift along, got a 0-d tensor")
-    for name, value in named.items():
-        if value.device != labels.device:
-            raise ValueError(f"{name} is on {value.device}, but labels is on {labels.device}")
-    check_float_dtypes(hidden, weight, bias, prefix=prefix)
-
-
-def check_float_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
-    """One floating dtype for hidden, weight and bias; under autocast, which casts them, any."""
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        if value.dtype not in FLOAT_DTYPES:
-            names = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-            raise TypeError(f"{prefix}{name} must be one of {names}, got {value.dtype}")
-        if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            raise TypeError(f"{prefix}{name} is {value.dtype}, but {prefix}hidden is {hidden.dtype}; cast one of them")
-
-
-def check_options(
-    logit_scale: float, logit_softcap: float | None, ignore_index: int, workspace_bytes: int | None
-) -> None:
-    """The scalar options of the primitive."""
-    if not isinstance(logit_scale, (int, float)) or not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale must be a finite number, got {logit_scale!r}")
-    if logit_softcap is not None and not (
-        isinstance(logit_softcap, (int, float)) and math.isfinite(logit_softcap) and logit_softcap > 0
-    ):
-        raise ValueError(f"logit_softcap must be a positive number or None, got {logit_softcap!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if workspace_bytes is not None:
-        if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
-            raise TypeError(f"workspace_bytes must be an int or None, got {workspace_bytes!r}")
-        if workspace_bytes <= 0:
-            raise ValueError(f"workspace_bytes must be positive, got {workspace_bytes}")
 
 
 def check_label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """Every label is `ignore_index` or lies in [0, vocab)."""
-    bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
-    if labels.is_cuda:
-        torch._assert_async(~bad.any(), f"a label is outside [0, {vocab})")
+    if labels.numel() == 0:
         return
-    if bool(bad.any()):
-        where = tuple(bad.nonzero()[0].tolist())
-        index = ", ".join(str(i) for i in where)
-        place = f"labels[{index}]" if where else "labels"
-        raise IndexError(f"{place} = {int(labels[where])} is outside [0, {vocab})")
+    lowest, highest = labels.masked_fill(labels == ignore_index, 0).aminmax()
+    if labels.is_cuda:
+        torch._assert_async((lowest >= 0) & (highest < vocab), f"a label is outside [0, {vocab})")
+    elif lowest.item() < 0 or highest.item() >= vocab:
+        place, value = _first("labels", labels, ((labels < 0) | (labels >= vocab)) & (labels != ignore_index))
+        raise IndexError(f"{place} = {value} is outside [0, {vocab})")
+
+
+def _first(name: str, values: Tensor, wrong: Tensor) -> tuple[str, float]:
+    """Where the first wrong value is, as one would index it, and the value."""
+    where = tuple(wrong.nonzero()[0].tolist())
+    index = ", ".join(str(i) for i in where)
+    return f"{name}[{index}]" if where else name, values[where].item()
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: torch.Size, device: torch.device) -> None:
+    """`cu_seqlens` describes packed labels of the shape `tokens`, `[N]`, completely."""
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but labels is on {device}")
+    if len(tokens) != 1:
+        raise ValueError(f"labels must be packed, [N], where cu_seqlens is given; got {list(tokens)}")
+    if not can_look(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens[0]:
+        raise ValueError(f"cu_seqlens must start at 0 and end at N = {tokens[0]}, got {bounds[0]} and {bounds[-1]}")
+    for i, (start, stop) in enumerate(pairwise(bounds)):
+        if stop < start:
+            raise ValueError(f"cu_seqlens must not decrease, got cu_seqlens[{i + 1}] = {stop} after {start}")
+
+
+def check_int(name: str, value: object) -> None:
+    """`value` must be an int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def check_workspace_bytes(value: int | None) -> None:
+    """`workspace_bytes` must be a positive number that fits 64 bits, or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"workspace_bytes must be an int or None, got {value!r}")
+    if not 0 < value <= _MOST_BYTES:
+        raise ValueError(f"workspace_bytes must be positive and below 2**63, got {value}")

@@ -3,38 +3,60 @@
 The schema belongs to Python; a tensor that was not asked for comes back empty (shape `[0]`).
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import LogitTransform, TokenGrads
+from spo_kernels.backends.contract import TokenGrads
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.backends.registry import load_backend
-from spo_kernels.engine.checks import check_label_range
-from spo_kernels.engine.exact import Head, TileShape, TokenRows, backward, forward, plan_tiles
-from spo_kernels.engine.memory import in_huge_pages
+from spo_kernels.engine import exact
+from spo_kernels.engine.gradients import HeadGradient
+from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.sparse import kept_slices, possible, probe, sparse_forward
-from spo_kernels.engine.sparse_blocks import KeptBlocks, block_width
+from spo_kernels.engine.sparse_blocks import KeptBlocks
+from spo_kernels.engine.tokens import TokenRows, Tokens
+from spo_kernels.engine.workspace import block_width, plan_tiles, spans
 from spo_kernels.sparsity import Sparsity
 
-_library = torch.library.Library("spo_kernels", "DEF")
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
-_OPTIONS = "float logit_scale, float? logit_softcap, int ignore_index, bool shift, int? workspace_bytes, str backend"
+MODEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor transform"
+TOKENS = "Tensor labels, Tensor counted, Tensor positions, Tensor count, Tensor listed"
+OPTIONS = "bool shift, int? workspace_bytes, str backend"
+
+_library = torch.library.Library("spo_kernels", "FRAGMENT")
 _library.define(
-    f"linear_logprob_fwd({_HEAD}, {_OPTIONS}, bool moments, bool need_logp_grad,"
+    f"linear_logprob_fwd({MODEL}, {TOKENS}, {OPTIONS}, bool moments, bool need_logp_grad,"
     " str sparsity, float tolerance, int seed)"
     " -> (Tensor logp, Tensor lse, Tensor correct, Tensor entropy, Tensor log_sum_p2, Tensor dropped_mass,"
-    " Tensor kept_share, Tensor logp_grad, Tensor positions, Tensor count, Tensor codes, Tensor code_counts)"
+    " Tensor kept_share, Tensor logp_grad, Tensor codes, Tensor code_counts, Tensor sparse)"
 )
 _library.define(
-    f"linear_logprob_bwd({_HEAD}, Tensor lse, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad,"
-    " Tensor positions, Tensor count, Tensor codes, Tensor code_counts,"
+    f"linear_logprob_bwd({MODEL}, {TOKENS}, Tensor lse, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad,"
+    " Tensor codes, Tensor code_counts, Tensor sparse,"
     " Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_log_sum_p2,"
-    f" {_OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
+    f" {OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
+
+
+class ForwardResult(NamedTuple):
+    """What the forward op returns; the first seven are per label, the rest is for the backward."""
+
+    logp: Tensor
+    lse: Tensor
+    correct: Tensor
+    entropy: Tensor
+    log_sum_p2: Tensor
+    dropped_mass: Tensor
+    kept_share: Tensor
+    logp_grad: Tensor  # d logp / d hidden, if it was finished
+    codes: Tensor  # see `KeptBlocks`
+    code_counts: Tensor  # [blocks] int64 on the CPU: tokens of each
+    sparse: Tensor  # 0-d bool on the CPU: whether the backward is sparse, and codes are filled
 
 
 def logp_grad_dtype(hidden: Tensor) -> torch.dtype:
@@ -45,80 +67,6 @@ def logp_grad_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
-# in place of a count: `positions` marks the labels that count with 1, and every row is processed
-_MASKED = -1
-
-
-def capturing(labels: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded: shapes then cannot depend on the labels."""
-    return labels.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def find_counted(labels: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
-    """Flat positions of the labels that count, padded with zeros to all of them, and their number in CPU memory.
-
-    The number is kept there so that the backward need not wait for the device to learn it again.
-    """
-    counts = labels != ignore_index
-    if shift and labels.ndim:
-        counts[..., :1] = False
-    if capturing(labels):
-        return counts.flatten().long(), torch.tensor(_MASKED)
-    counted = counts.flatten().nonzero()[:, 0]
-    positions = counted.new_zeros(labels.numel())
-    positions[: counted.numel()] = counted
-    return positions, torch.tensor(counted.numel())
-
-
-@dataclass(frozen=True)
-class CountedLabels:
-    """Which labels count: those at `positions` (None: all), or those where `mask` is True."""
-
-    positions: Tensor | None
-    mask: Tensor | None
-
-    @classmethod
-    def of(cls, positions: Tensor, count: Tensor) -> "CountedLabels":
-        """What `find_counted` found."""
-        n = int(count)
-        if n == _MASKED:
-            return cls(None, positions.bool())
-        return cls(None if n == positions.numel() else positions[:n], None)
-
-    def tokens(self, labels: Tensor, shift: bool) -> TokenRows:
-        """The tokens that predict the labels that count."""
-        flat = labels.flatten()
-        if self.mask is not None:
-            # a permutation, so that each row is written once: the labels that wrap around do not count
-            rows = torch.arange(flat.numel(), device=flat.device).roll(1) if shift else None
-            return TokenRows(rows, flat.masked_fill(~self.mask, 0), self.mask)
-        if self.positions is None:
-            return TokenRows(None, flat)
-        return TokenRows(self.positions - 1 if shift else self.positions, flat[self.positions])
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Per-label values as the driver takes them."""
-        flat = values.reshape(-1)
-        if self.mask is not None:
-            return flat.masked_fill(~self.mask, 0.0)
-        # an expanded gradient, as sum() sends it, has stride 0
-        return flat.contiguous() if self.positions is None else flat[self.positions]
-
-    def spread(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """Per-token values back at their labels' places, zero elsewhere."""
-        if self.mask is not None:
-            return values.masked_fill(~self.mask, 0).view(shape)
-        if self.positions is None:
-            return values.view(shape)
-        out = values.new_zeros(shape)
-        out.view(-1)[self.positions] = values
-        return out
-
-
-# in place of the number of tokens of the first block
-_EXACT = -1
-
-
 def _codes_shape(labels: Tensor, weight: Tensor, sparsity: Sparsity) -> tuple[int, int]:
     """Blocks and tokens among which a sparse backward chooses; [0, 0] where that was not asked for."""
     if sparsity.mode == "exact":
@@ -127,15 +75,31 @@ def _codes_shape(labels: Tensor, weight: Tensor, sparsity: Sparsity) -> tuple[in
     return -(-weight.shape[0] // width), labels.numel()
 
 
+def plane_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Tensor, tokens: Tokens, shift: bool, backend: str
+) -> exact.Plane:
+    """What an op's arguments say is to be walked."""
+    head = HeadSlices.of(weight, bias, transform)
+    return exact.Plane(hidden.reshape(-1, hidden.shape[-1]), head, TokenRows.of(tokens, shift), load_backend(backend))
+
+
+def like_hidden(hidden: Tensor, tokens: TokenRows, dtype: torch.dtype) -> Tensor:
+    """hidden's shape, 0 where no token will be written."""
+    allocate = torch.empty if tokens.fills else torch.zeros
+    return allocate(hidden.shape, dtype=dtype, device=hidden.device)
+
+
 @torch.no_grad()
 def linear_logprob_fwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    transform: Tensor,
     labels: Tensor,
-    logit_scale: float,
-    logit_softcap: float | None,
-    ignore_index: int,
+    counted: Tensor,
+    positions: Tensor,
+    count: Tensor,
+    listed: Tensor,
     shift: bool,
     workspace_bytes: int | None,
     backend: str,
@@ -145,49 +109,46 @@ def linear_logprob_fwd(
     tolerance: float,
     seed: int,
 ) -> tuple[Tensor, ...]:
-    """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`.
-
-    The backward is exact where `code_counts` starts with -1; else `codes` say what it covers, and `logp_grad` nothing.
-    """
-    check_label_range(labels, weight.shape[0], ignore_index)
-    states = hidden.reshape(-1, hidden.shape[-1])
-    head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
-    padded_positions, count = find_counted(labels, ignore_index, shift)
-    counted = CountedLabels.of(padded_positions, count)
-    tokens = counted.tokens(labels, shift)
-    grad_dtype = logp_grad_dtype(hidden)
-    logp_grad = hidden.new_empty(0, dtype=grad_dtype)
+    """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`."""
+    tokens = Tokens(labels, counted, positions, count, listed)
+    plane = plane_of(hidden, weight, bias, transform, tokens, shift, backend)
+    rows = plane.tokens
+    logp_grad = hidden.new_empty(0, dtype=logp_grad_dtype(hidden))
     if need_logp_grad:
-        allocate = torch.empty if counted.positions is None else torch.zeros
-        logp_grad = allocate(hidden.shape, dtype=grad_dtype, device=hidden.device)
-    chosen = load_backend(backend)
-    tile_shape = plan_tiles(tokens.labels.numel(), states, head, chosen, workspace_bytes)
+        logp_grad = like_hidden(hidden, rows, logp_grad.dtype)
+    shape = plan_tiles(rows.count, plane.hidden, plane.head, plane.backend, workspace_bytes)
     wanted = Sparsity(sparsity, tolerance, seed)
     codes = labels.new_empty(_codes_shape(labels, weight, wanted), dtype=torch.uint8)
-    common = (states, head, tokens, chosen, tile_shape)
+    code_counts = torch.zeros(codes.shape[:1], dtype=torch.int64)
     with torch.autocast(hidden.device.type, enabled=False):
         # with a frozen head the exact way costs two products, both of them here: worth a look before
-        sparse = codes.numel() > 0 and counted.mask is None and possible(tile_shape, weight.shape[0])
-        sparse = sparse and (not need_logp_grad or probe(*common, wanted))
+        sparse = codes.numel() > 0 and rows.mask is None and possible(shape, plane.head.vocab)
+        sparse = sparse and (not need_logp_grad or probe(plane, shape, wanted))
         if sparse:
-            found = sparse_forward(*common, wanted, codes, moments=moments)
+            found = sparse_forward(plane, shape, wanted, codes, moments=moments)
             stats, sparse = found.stats, need_logp_grad or found.pays
         else:
             gradient = logp_grad.view(-1, hidden.shape[-1]) if need_logp_grad else None
-            stats = forward(*common, moments=moments, logp_grad=gradient)
+            stats = exact.forward(plane, shape, moments=moments, logp_grad=gradient)
     lse = stats.lse
     entropy, log_sum_p2 = (stats.entropy, stats.log_sum_p2) if moments else (None, None)
     dropped_mass = kept_share = None
-    code_counts = torch.full(codes.shape[:1], _EXACT)
     if wanted.mode != "exact":
         dropped_mass, kept_share = torch.zeros_like(lse), torch.ones_like(lse)
     if sparse:
         code_counts = torch.tensor(found.kept.counts)
         dropped_mass, kept_share = found.dropped_mass, found.kept_share
-    always = (stats.logp, lse, stats.label_logit == stats.max)
-    values = (*always, entropy, log_sum_p2, dropped_mass, kept_share)
-    outputs = (lse.new_empty(0) if v is None else counted.spread(v, labels.shape) for v in values)
-    return (*outputs, logp_grad, padded_positions, count, codes, code_counts)
+    values = (
+        stats.label_logit - lse,
+        lse,
+        stats.label_logit == stats.max,
+        entropy,
+        log_sum_p2,
+        dropped_mass,
+        kept_share,
+    )
+    outputs = (lse.new_empty(0) if v is None else rows.spread(v, labels.shape) for v in values)
+    return ForwardResult(*outputs, logp_grad, codes, code_counts, torch.tensor(sparse))
 
 
 @torch.no_grad()
@@ -195,22 +156,23 @@ def linear_logprob_bwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    transform: Tensor,
     labels: Tensor,
+    counted: Tensor,
+    positions: Tensor,
+    count: Tensor,
+    listed: Tensor,
     lse: Tensor,
     entropy: Tensor,
     log_sum_p2: Tensor,
     logp_grad: Tensor,
-    padded_positions: Tensor,
-    count: Tensor,
     codes: Tensor,
     code_counts: Tensor,
+    sparse: Tensor,
     grad_logp: Tensor | None,
     grad_lse: Tensor | None,
     grad_entropy: Tensor | None,
     grad_log_sum_p2: Tensor | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    ignore_index: int,
     shift: bool,
     workspace_bytes: int | None,
     backend: str,
@@ -219,10 +181,9 @@ def linear_logprob_bwd(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`."""
-    states = hidden.reshape(-1, hidden.shape[-1])
-    head = Head(weight, bias, LogitTransform(logit_scale, logit_softcap))
-    counted = CountedLabels.of(padded_positions, count)
-    tokens = counted.tokens(labels, shift)
+    tokens = Tokens(labels, counted, positions, count, listed)
+    plane = plane_of(hidden, weight, bias, transform, tokens, shift, backend)
+    rows = plane.tokens
     grads = TokenGrads(
         lse_value=lse,
         logp=grad_logp,
@@ -231,52 +192,43 @@ def linear_logprob_bwd(
         entropy_value=entropy if grad_entropy is not None else None,
         log_sum_p2=grad_log_sum_p2,
         log_sum_p2_value=log_sum_p2 if grad_log_sum_p2 is not None else None,
-    ).map(counted.gather)
-    if counted.mask is not None:
+    ).map(rows.gather)
+    if rows.mask is not None:
         # e^(logit - inf) = 0 for any logit
-        grads = replace(grads, lse_value=grads.lse_value.masked_fill(~counted.mask, torch.inf))
+        grads = replace(grads, lse_value=grads.lse_value.masked_fill(~rows.mask, torch.inf))
 
-    grad_hidden, grad_weight, grad_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
-    hidden_out = bias_sum = None
-    if need_hidden:
-        allocate = torch.empty if counted.positions is None else torch.zeros
-        grad_hidden = allocate(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        hidden_out = grad_hidden.view(-1, hidden.shape[-1])
-    if need_weight:
-        grad_weight = in_huge_pages(torch.empty_like(weight, memory_format=torch.contiguous_format))
-    if need_bias:
-        bias_sum = weight.new_zeros(weight.shape[0], dtype=accumulator_dtype(weight.dtype))
-
-    sparse = code_counts.numel() > 0 and int(code_counts[0]) != _EXACT
+    grad_hidden = like_hidden(hidden, rows, hidden.dtype) if need_hidden else hidden.new_empty(0)
+    hidden_out = grad_hidden.view(-1, hidden.shape[-1]) if need_hidden else None
+    head_out = plane.head.gradient(plane.wide, weight=need_weight, bias=need_bias)
     finished = grads.only_logp and hidden_out is not None and logp_grad.numel() > 0 and not sparse
     if finished and hidden_out is not None and grads.logp is not None:
-        _scale_rows(logp_grad.view(-1, hidden.shape[-1]), grads.logp, tokens, out=hidden_out)
+        _scale_rows(logp_grad.view(-1, hidden.shape[-1]), grads.logp, rows, out=hidden_out)
     if need_weight or need_bias or (need_hidden and not finished):
-        chosen = load_backend(backend)
-        tile_shape = plan_tiles(tokens.labels.numel(), states, head, chosen, workspace_bytes)
-        common = (states, head, tokens, grads, chosen)
-        outs = (None if finished else hidden_out, grad_weight if need_weight else None, bias_sum)
+        shape = plan_tiles(rows.count, plane.hidden, plane.head, plane.backend, workspace_bytes)
+        slices = None
+        if sparse:
+            width = block_width(labels.numel(), weight.shape[0], labels.device.type)
+            shape = shape.of_blocks(width)
+            kept = KeptBlocks(codes, code_counts.tolist(), width)
+            slices = kept_slices(kept, rows.count, plane.head.vocab, shape.rows, lse.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            slices = None
-            if sparse:
-                width = block_width(labels.numel(), weight.shape[0], labels.device.type)
-                kept = KeptBlocks(codes, code_counts.tolist(), width)
-                # a block may be wider than the tiles that the workspace allows
-                rows = max(1, min(tile_shape.rows, tile_shape.rows * tile_shape.columns // width))
-                tile_shape = TileShape(rows, width)
-                slices = kept_slices(kept, tokens.labels.numel(), weight.shape[0], rows, lse.dtype)
-            backward(*common, tile_shape, *outs, slices)
-    if bias_sum is not None:
-        grad_bias = bias_sum.to(weight.dtype)
-    return grad_hidden, grad_weight, grad_bias
+            exact.backward(plane, grads, shape, None if finished else hidden_out, head_out, slices)
+    return grad_hidden, *gradients_of(head_out, weight)
+
+
+def gradients_of(head_out: HeadGradient, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The head's gradients as an op returns them: in the weight's dtype, empty where they were not wanted."""
+    return (
+        weight.new_empty(0) if head_out.weight is None else head_out.weight,
+        weight.new_empty(0) if head_out.bias is None else head_out.bias.to(weight.dtype),
+    )
 
 
 def _scale_rows(logp_grad: Tensor, coefficients: Tensor, tokens: TokenRows, out: Tensor) -> None:
     """`out = coefficient * d logp / d hidden`, rounded once; 1024 rows at a time bound the float32 temporary."""
-    for start in range(0, coefficients.numel(), 1024):
-        stop = min(start + 1024, coefficients.numel())
-        rows = tokens.take(logp_grad, start, stop, logp_grad.dtype)
-        tokens.put(out, start, stop, rows * coefficients[start:stop, None])
+    for part in spans(coefficients.numel(), 1024):
+        rows = tokens.take(logp_grad, part.start, part.stop, logp_grad.dtype)
+        tokens.put(out, part.start, part.stop, rows * coefficients[part, None])
 
 
 for _op in (linear_logprob_fwd, linear_logprob_bwd):
@@ -284,32 +236,65 @@ for _op in (linear_logprob_fwd, linear_logprob_bwd):
 
 
 @torch.library.register_fake("spo_kernels::linear_logprob_fwd", lib=_library)
-def _fwd_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    moments, need_logp_grad, mode, tolerance, seed = options[-5:]
-    wide = accumulator_dtype(hidden.dtype)
-    token = [torch.empty(labels.shape, dtype=wide, device=hidden.device) for _ in range(2)]
-    correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
-    moment_shape = labels.shape if moments else (0,)
-    moment = [torch.empty(moment_shape, dtype=wide, device=hidden.device) for _ in range(2)]
-    chosen_shape = labels.shape if mode != "exact" else (0,)
-    chosen = [torch.empty(chosen_shape, dtype=wide, device=hidden.device) for _ in range(2)]
+def _fwd_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: Tensor,
+    labels: Tensor,
+    counted: Tensor,
+    positions: Tensor,
+    count: Tensor,
+    listed: Tensor,
+    shift: bool,
+    workspace_bytes: int | None,
+    backend: str,
+    moments: bool,
+    need_logp_grad: bool,
+    sparsity: str,
+    tolerance: float,
+    seed: int,
+) -> tuple[Tensor, ...]:
+    wanted = Sparsity(sparsity, tolerance, seed)
+    wide, device = accumulator_dtype(hidden.dtype), hidden.device
+
+    def per_label(asked: bool, dtype: torch.dtype = wide) -> Tensor:
+        return torch.empty(labels.shape if asked else (0,), dtype=dtype, device=device)
+
+    chosen = wanted.mode != "exact"
+    codes = _codes_shape(labels, weight, wanted)
     grad_shape = hidden.shape if need_logp_grad else (0,)
-    logp_grad = torch.empty(grad_shape, dtype=logp_grad_dtype(hidden), device=hidden.device)
-    positions = torch.empty(labels.numel(), dtype=torch.int64, device=hidden.device)
-    count = torch.empty((), dtype=torch.int64, device="cpu")
-    shape = _codes_shape(labels, weight, Sparsity(mode, tolerance, seed))
-    codes = torch.empty(shape, dtype=torch.uint8, device=hidden.device)
-    code_counts = torch.empty(shape[:1], dtype=torch.int64, device="cpu")
-    return (*token, correct, *moment, *chosen, logp_grad, positions, count, codes, code_counts)
+    return ForwardResult(
+        logp=per_label(True),
+        lse=per_label(True),
+        correct=per_label(True, torch.bool),
+        entropy=per_label(moments),
+        log_sum_p2=per_label(moments),
+        dropped_mass=per_label(chosen),
+        kept_share=per_label(chosen),
+        logp_grad=torch.empty(grad_shape, dtype=logp_grad_dtype(hidden), device=device),
+        codes=torch.empty(codes, dtype=torch.uint8, device=device),
+        code_counts=torch.empty(codes[:1], dtype=torch.int64, device="cpu"),
+        sparse=torch.empty((), dtype=torch.bool, device="cpu"),
+    )
 
 
-@torch.library.register_fake("spo_kernels::linear_logprob_bwd", lib=_library)
-def _bwd_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: object
+def gradients_fake(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = rest[-3:]
+    """Shapes of what a backward op returns."""
     return (
         torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
         torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=hidden.device),
         torch.empty(weight.shape[:1] if need_bias else (0,), dtype=weight.dtype, device=hidden.device),
     )
+
+
+@torch.library.register_fake("spo_kernels::linear_logprob_bwd", lib=_library)
+def _bwd_fake(hidden: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    *_, need_hidden, need_weight, need_bias = rest
+    return gradients_fake(hidden, weight, bool(need_hidden), bool(need_weight), bool(need_bias))
+
+
+linear_logprob_fwd_op = torch.ops.spo_kernels.linear_logprob_fwd.default
+linear_logprob_bwd_op = torch.ops.spo_kernels.linear_logprob_bwd.default

@@ -4,15 +4,16 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import MASS_BLOCK, Backend, TokenStats
-from spo_kernels.backends.products import accumulator_dtype
-from spo_kernels.engine.exact import Head, TileShape, TokenRows, VocabularySlice, forward
-from spo_kernels.engine.sparse_blocks import BlockChooser, KeptBlocks, block_width, weights_of
+from spo_kernels.backends.contract import MASS_BLOCK, TokenStats
+from spo_kernels.engine.exact import Plane, VocabularySlice, forward
+from spo_kernels.engine.sparse_blocks import BlockChooser, KeptBlocks, weights_of
+from spo_kernels.engine.tokens import TokenRows
+from spo_kernels.engine.workspace import TileShape, block_width
 from spo_kernels.sparsity import Sparsity
 
 # above this share the exact backward is the faster one: products of gathered rows run at about 0.7 of the rate
@@ -43,44 +44,33 @@ class SparseForward:
         return self.expected <= _WORTH * self.kept_share.numel() * len(self.kept.counts)
 
 
-def possible(tile_shape: TileShape, vocab: int) -> bool:
+def possible(shape: TileShape, vocab: int) -> bool:
     """Whether tiles consist of whole blocks."""
-    return tile_shape.columns >= min(MASS_BLOCK, vocab)
+    return shape.columns >= min(MASS_BLOCK, vocab)
 
 
 def sparse_forward(
-    hidden: Tensor,
-    head: Head,
-    tokens: TokenRows,
-    backend: Backend,
-    tile_shape: TileShape,
-    sparsity: Sparsity,
-    codes: Tensor,
-    *,
-    moments: bool,
+    plane: Plane, shape: TileShape, sparsity: Sparsity, codes: Tensor, *, moments: bool
 ) -> SparseForward:
     """One product. `codes` (`[blocks, >= n]`, uint8) is where the choice is kept for the backward."""
-    n, vocab = tokens.labels.numel(), head.weight.shape[0]
-    width = block_width(codes.shape[1], vocab, hidden.device.type)
-    like = hidden.new_empty(0, dtype=accumulator_dtype(hidden.dtype))
-    chooser = BlockChooser(sparsity, codes, width, n, vocab, like)
-    stats = forward(hidden, head, tokens, backend, tile_shape, moments=moments, logp_grad=None, chooser=chooser)
+    n, vocab = plane.tokens.count, plane.head.vocab
+    width = block_width(codes.shape[1], vocab, plane.hidden.device.type)
+    chooser = BlockChooser(sparsity, codes, width, n, vocab, plane.hidden.new_empty(0, dtype=plane.wide))
+    stats = forward(plane, shape, moments=moments, logp_grad=None, chooser=chooser)
     # the one wait for the device
     *counts, expected = torch.cat([chooser.counts.double(), chooser.expected[None]]).tolist()
     kept = KeptBlocks(codes, [int(count) for count in counts], width)
     return SparseForward(stats, kept, chooser.dropped_mass, chooser.kept_share, expected)
 
 
-def probe(
-    hidden: Tensor, head: Head, tokens: TokenRows, backend: Backend, tile_shape: TileShape, sparsity: Sparsity
-) -> bool:
+def probe(plane: Plane, shape: TileShape, sparsity: Sparsity) -> bool:
     """Whether a few of the tokens say that a sparse backward pays."""
-    n = tokens.labels.numel()
-    few = torch.arange(0, n, int(1 / _PROBED), device=hidden.device)
+    tokens, vocab, device = plane.tokens, plane.head.vocab, plane.hidden.device
+    few = torch.arange(0, tokens.count, int(1 / _PROBED), device=device)
     some = TokenRows(few if tokens.rows is None else tokens.rows[few], tokens.labels[few])
-    blocks = -(-head.weight.shape[0] // block_width(few.numel(), head.weight.shape[0], hidden.device.type))
-    codes = torch.empty((blocks, few.numel()), dtype=torch.uint8, device=hidden.device)
-    return sparse_forward(hidden, head, some, backend, tile_shape, sparsity, codes, moments=False).pays
+    blocks = -(-vocab // block_width(some.count, vocab, device.type))
+    codes = torch.empty((blocks, some.count), dtype=torch.uint8, device=device)
+    return sparse_forward(replace(plane, tokens=some), shape, sparsity, codes, moments=False).pays
 
 
 def kept_slices(
@@ -90,8 +80,8 @@ def kept_slices(
     for block, (members, weights) in enumerate(_members(kept, tokens, dtype)):
         parts = zip(members.split(max_rows), weights.split(max_rows), strict=True)
         start = block * kept.width
-        stop = min(start + kept.width, vocab)
-        yield VocabularySlice(start, stop, [(rows, factors) for rows, factors in parts if rows.numel()])
+        columns = slice(start, min(start + kept.width, vocab))
+        yield VocabularySlice(columns, [(rows, factors) for rows, factors in parts if rows.numel()])
 
 
 def _members(kept: KeptBlocks, tokens: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:

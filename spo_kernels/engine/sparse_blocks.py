@@ -8,11 +8,6 @@ from torch import Tensor
 from spo_kernels.backends.contract import MASS_BLOCK, TokenStats, mass_blocks
 from spo_kernels.sparsity import Sparsity
 
-# Columns that are kept or left out together. CPU: the mass blocks themselves. GPU: a launch's latency is that of
-# about 1024 columns of a few hundred tokens.
-_WIDTH = {"cpu": MASS_BLOCK, "cuda": 8 * MASS_BLOCK}
-# one byte per (token, block) pair; wider blocks where there would be more
-_MAX_CODE_BYTES = 32 << 20
 # pairs that are chosen at a time: temporaries of 4 MiB at most
 _CHOSEN_PAIRS = 1 << 19
 # steps of the search for a token's threshold: log2(blocks) octaves, halved seven times, to a tenth of one or less
@@ -22,14 +17,6 @@ _MARGIN = 1.0 - 2.0**-10
 # probabilities are powers of 2^(1/8), the smallest 2^-20
 _LEVELS_PER_OCTAVE, _MAX_LEVEL = 8, 160
 _MIX = (0x85EBCA6B, 0xC2B2AE35, 0x9E3779B1)
-
-
-def block_width(tokens: int, vocab: int, device: str) -> int:
-    """Columns of a block: a multiple of MASS_BLOCK."""
-    width = _WIDTH.get(device, _WIDTH["cuda"])
-    while tokens * -(-vocab // width) > _MAX_CODE_BYTES and width < vocab:
-        width *= 2
-    return width
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,19 @@ def named_loss(name: str) -> Objective:
     return _DEFAULTS[name]
 
 
+def resolve_objective(loss: str | Objective) -> Objective:
+    """The `loss=` argument of `fused_spo_loss`: a name, or an objective as it is.
+
+    Raises:
+        TypeError, ValueError: It is neither.
+    """
+    if isinstance(loss, str):
+        return named_loss(loss)
+    if not callable(loss) or isinstance(loss, type):
+        raise TypeError(f"loss must be a name or an objective, such as DPO(beta=0.1), got {loss!r}")
+    return loss
+
+
 def build_loss(name: str, **hyperparameters: Any) -> Objective:
     """The objective of that name, e.g. `build_loss("spo", base="dpo", beta=0.1, weight=0.5)`.
 

@@ -4,17 +4,18 @@ The losses' definition is `spo_kernels.losses`; this only recognises the two for
 objectives, subclasses of these and reduction="none" take the ordinary way.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spo_kernels.backends.pair_form import PairForm
-from spo_kernels.backends.registry import has_pair_loss, load_backend
+from spo_kernels.backends.registry import load_backend
 from spo_kernels.losses import DPO, SPO, Objective
-from spo_kernels.losses.pairs import PairInputs
+from spo_kernels.preference.batch import PairBatch
 
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
 _library.define(
@@ -63,16 +64,6 @@ def _pair_loss_fake(logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None, *re
     return logp.new_empty((7, sequences // 2)), torch.empty_like(logp, memory_format=torch.contiguous_format)
 
 
-# rows of the kernel's summary
-_SUMMARY = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
 _op = torch.ops.spo_kernels.pair_loss.default
 
 
@@ -110,41 +101,49 @@ def kernel_form(objective: Objective, has_reference: bool, has_value: bool) -> t
     return (*form, objective.penalty, objective.weight, objective.epsilon, objective.value, mean)
 
 
+def _has_kernel(backend: str) -> bool:
+    return load_backend(backend).pair_loss_available
+
+
+# to torch.compile, which cannot trace the loading of an extension
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class PairKernel:
-    """The kernel for one objective and one batch."""
+    """The kernel for one batch. Its summary is `Outcome.summary`."""
 
     form: tuple[Any, ...]
-    inputs: PairInputs
 
     @classmethod
-    def of(cls, objective: Objective, inputs: PairInputs, backend: str) -> "PairKernel | None":
+    def of(cls, batch: PairBatch) -> PairKernel | None:
         """None where the ordinary way is to be taken."""
-        if not has_pair_loss(backend) or inputs.lengths.numel() == 0:
+        name = batch.execution.backend
+        if batch.pairs == 0 or not _has_kernel(name):
             return None
-        form = kernel_form(objective, inputs.reference is not None, inputs.sft_value is not None)
-        return None if form is None else cls((*form, backend), inputs)
+        inputs = batch.inputs
+        form = kernel_form(batch.objective, inputs.reference is not None, inputs.sft_value is not None)
+        return None if form is None else cls((*form, name))
 
-    def loss(
-        self, logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, factor: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`factor` times the sum of the losses, differentiable, and what needs no tokens: metrics and `pair_logps`."""
-        arguments = (labels, cu_seqlens, self.inputs.reference, self.inputs.sft_value, ignore_index)
-        loss, summary = PairLossFunction.apply(logp, factor, *arguments, *self.form)
-        means = dict(zip(_SUMMARY, summary.mean(1).unbind(), strict=True))
-        return loss, {**means, "pair_logps": summary[5:].flatten()}
+    def loss(self, logp: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """`batch.scale` times the sum of the losses, differentiable, and the summary."""
+        layout, inputs = batch.layout, batch.inputs
+        # the kernel counts what is not ignore_index
+        labels = layout.labels.masked_fill(~batch.tokens.counted, layout.ignore_index)
+        arguments = (labels, layout.cu_seqlens, inputs.reference, inputs.sft_value, layout.ignore_index)
+        loss, summary = PairLossFunction.apply(logp, batch.scale, *arguments, *self.form)
+        return loss, summary
 
     def differentiate(
-        self, logp: Tensor, labels: Tensor, lengths: list[int], pairs: range, factor: float
+        self, logp: Tensor, labels: Tensor, lengths: Tensor, pairs: range, batch: PairBatch
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, sums `[2, pairs]` and per-token derivatives of consecutive pairs, whose tokens all count."""
-        total = self.inputs.lengths.numel() // 2
-        reference, value = self.inputs.reference, self.inputs.sft_value
-        if len(pairs) < total:
-            chosen, rejected = (slice(first + pairs.start, first + pairs.stop) for first in (0, total))
-            reference = None if reference is None else torch.cat([reference[chosen], reference[rejected]])
-            value = None if value is None else value[chosen]
-        bounds = torch.tensor([0, *accumulate(lengths)], device=logp.device)
+        reference, value = batch.inputs.reference, batch.inputs.sft_value
+        if len(pairs) < batch.pairs:
+            part = slice(pairs.start, pairs.stop)
+            reference = None if reference is None else reference.view(2, -1)[:, part].flatten()
+            value = None if value is None else value[part]
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         # labels here are classes, so none is -1
-        summary, slopes = _op(logp, labels, bounds, reference, value, -1, factor, *self.form)
+        summary, slopes = _op(logp, labels, bounds, reference, value, -1, batch.scale, *self.form)
         return summary[0], summary[5:], slopes

@@ -8,12 +8,21 @@ when its coefficients are known. A loss that sees a pair only through `m = log Ï
 `dW = Î£_pairs c_pair (G_chosen - G_rejected)`, one unscaled gradient; other pairs have two.
 Not for an objective that asks for more than log-probabilities of a pair's tokens (`token_outputs`).
 
-two_pass (4): logits for the log-probabilities, and again for the gradients. Anything.
+two_pass (4): logits for the log-probabilities, and again for the gradients. Anything; also a sparse backward, whose
+products are fewer.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spo_kernels.losses.pairs import Coupling
+import torch
+
+from spo_kernels.backends.registry import load_backend
+from spo_kernels.engine.head_slices import HeadSlices
+from spo_kernels.engine.workspace import KeptSpace
+from spo_kernels.losses.pairs import Coupling, coupling_of, token_outputs_of
+from spo_kernels.preference.batch import PairBatch
 
 PATHS = ("packed", "factorised", "two_pass")
 
@@ -29,19 +38,7 @@ class PairProblem:
     coupling: Coupling
     whole_pairs: bool  # the objective looks at all tokens of a pair before any of their gradients is known
     pair_tokens: tuple[int, ...]  # tokens that count in each pair
-    direct: bool  # the weight's gradient has the accumulator's dtype, so sums can be kept in it
-    vocab: int
-    row_bytes: int  # workspace of a token: its tile over the whole vocabulary, its hidden state and gradient
-    columns: int  # of the vocabulary, that are in work together
-    column_bytes: int  # workspace of such a column: its weight row cast, its gradient before the cast
-    cell_bytes: int  # workspace of such a column and one token, beside what is kept of it
-    accumulator_bytes: int  # of one [V, H] accumulator
-    workspace_bytes: int
-
-    def rows(self, accumulators: int) -> int:
-        """Tokens whose whole-vocabulary logits fit the workspace beside that many `[V, H]` accumulators."""
-        left = self.workspace_bytes - self.columns * self.column_bytes - accumulators * self.accumulator_bytes
-        return max(0, left) // (self.row_bytes + self.columns * self.cell_bytes)
+    space: KeptSpace
 
     @property
     def tokens(self) -> int:
@@ -75,19 +72,55 @@ class PathPlan:
     groups: tuple[range, ...] = ()  # packed: pairs that are handled together
     rows: int = 0  # factorised: tokens in a tile
     columns: int = 0  # columns of the weight in work together
-    sum_apart: bool = False  # the weight's gradient is summed in an accumulator of its own
+    sum_apart: bool = False  # the head's gradient is summed in an accumulator of its own
+
+
+TWO_PASS = PathPlan("two_pass", 4)
+
+
+def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
+    """The path of a batch. Three products need a trained head and one loss: losses one by one have many upstreams.
+
+    Raises:
+        ValueError: `forced` names a path that cannot be taken.
+    """
+    policy = batch.policy
+    # an objective runs inside the forward there, where torch.compile cannot see it; and lengths must be known
+    if not policy.trains_head or batch.scale is None or batch.host_lengths is None or batch.pairs == 0:
+        return TWO_PASS
+    names = token_outputs_of(batch.objective)
+    reason = "its objective needs kl, which has a gradient of its own" if "kl" in names else None
+    if policy.hidden.dtype == torch.float16:
+        # a scaled loss is what brings them into it, and it comes after the forward
+        reason = "unscaled gradients may lie below float16's range"
+    if batch.execution.sparsity.mode != "exact":
+        reason = "a sparse backward takes two passes"
+    if reason is not None and forced in ("packed", "factorised"):
+        raise ValueError(f"path = {forced!r} cannot be taken: {reason}")
+    if reason is not None:
+        return TWO_PASS
+    head = HeadSlices.of(policy.weight, policy.bias, policy.transform)
+    backend = load_backend(batch.execution.backend)
+    chosen, rejected = batch.host_lengths[: batch.pairs], batch.host_lengths[batch.pairs :]
+    problem = PairProblem(
+        coupling=coupling_of(batch.objective),
+        whole_pairs=bool(names),
+        pair_tokens=tuple(w + l for w, l in zip(chosen, rejected, strict=True)),  # noqa: E741
+        space=KeptSpace.of(policy.hidden, head, backend, batch.execution.workspace_bytes),
+    )
+    return choose_path(problem, forced)
 
 
 def _packed(problem: PairProblem, min_rows: int) -> PathPlan | None:
-    groups = problem.groups(problem.rows(0))
-    apart = not problem.direct and (groups is None or len(groups) > 1)
+    groups = problem.groups(problem.space.rows(0))
+    apart = not problem.space.direct and (groups is None or len(groups) > 1)
     if apart:
-        groups = problem.groups(problem.rows(1))
+        groups = problem.groups(problem.space.rows(1))
     if problem.coupling == "batch" or groups is None:
         return None
     if len(groups) > 1 and problem.tokens < min_rows * len(groups):
         return None
-    return PathPlan("packed", 3, groups=tuple(groups), columns=problem.columns, sum_apart=apart)
+    return PathPlan("packed", 3, groups=tuple(groups), columns=problem.space.columns, sum_apart=apart)
 
 
 def _factorised(problem: PairProblem, min_rows: int) -> PathPlan | None:
@@ -95,11 +128,11 @@ def _factorised(problem: PairProblem, min_rows: int) -> PathPlan | None:
         return None
     # a single pair's first unscaled gradient is summed where the sum will stay
     in_place = len(problem.pair_tokens) == 1
-    apart = not problem.direct
-    rows = problem.rows(problem.unscaled_gradients - in_place + apart)
+    apart = not problem.space.direct
+    rows = problem.space.rows(problem.unscaled_gradients - in_place + apart)
     if rows < min(min_rows, problem.tokens):
         return None
-    return PathPlan("factorised", 3, rows=rows, columns=problem.columns, sum_apart=apart)
+    return PathPlan("factorised", 3, rows=rows, columns=problem.space.columns, sum_apart=apart)
 
 
 def choose_path(problem: PairProblem, forced: str | None = None) -> PathPlan:
@@ -108,9 +141,8 @@ def choose_path(problem: PairProblem, forced: str | None = None) -> PathPlan:
     Raises:
         ValueError: `forced` names a path that cannot be taken.
     """
-    two_pass = PathPlan("two_pass", 4)
     if forced == "two_pass":
-        return two_pass
+        return TWO_PASS
     min_rows = 1 if forced else MIN_ROWS
     packed, factorised = _packed(problem, min_rows), _factorised(problem, min_rows)
     if forced is not None:
@@ -121,6 +153,6 @@ def choose_path(problem: PairProblem, forced: str | None = None) -> PathPlan:
                 why = "its objective couples pairs of the batch"
             elif problem.whole_pairs and forced == "factorised":
                 why = "its objective needs all tokens of a pair at once"
-            raise ValueError(f"path = {forced!r} cannot be taken: {why} (workspace_bytes = {problem.workspace_bytes})")
+            raise ValueError(f"path = {forced!r} cannot be taken: {why} (workspace_bytes = {problem.space.budget})")
         return plan
-    return packed or factorised or two_pass
+    return packed or factorised or TWO_PASS

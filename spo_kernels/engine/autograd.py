@@ -1,0 +1,159 @@
+"""The primitive as a differentiable function of hidden states, weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels.engine.checks import is_traced
+from spo_kernels.engine.inputs import Execution, ModelInputs
+from spo_kernels.engine.ops import (
+    ForwardResult,
+    linear_logprob_bwd,
+    linear_logprob_bwd_op,
+    linear_logprob_fwd,
+    linear_logprob_fwd_op,
+)
+from spo_kernels.engine.tokens import Tokens
+from spo_kernels.sparsity import EXACT, Sparsity
+
+OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2", "dropped_mass", "kept_share")
+_WITH_GRADIENT = ("lse", "entropy", "log_sum_p2")
+
+
+@dataclass(frozen=True)
+class LogprobOptions:
+    """What the function needs beside tensors."""
+
+    shift: bool
+    workspace_bytes: int | None
+    backend: str
+    sparsity: Sparsity
+    moments: bool  # entropy and log Σ p² are wanted
+    differentiable: tuple[str, ...]  # optional outputs that carry a gradient
+
+    def common(self) -> tuple[Any, ...]:
+        """`ops.OPTIONS`."""
+        return self.shift, self.workspace_bytes, self.backend
+
+
+@dataclass(frozen=True)
+class LogprobCall:
+    """A checked call."""
+
+    model: ModelInputs
+    tokens: Tokens
+    options: LogprobOptions
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelInputs,
+        tokens: Tokens,
+        shift: bool,
+        execution: Execution,
+        outputs: Sequence[str] = (),
+        *,
+        outputs_carry_grad: bool = False,
+    ) -> LogprobCall:
+        """`outputs` are names of `OUTPUTS`.
+
+        Raises:
+            ValueError: They are not.
+        """
+        if isinstance(outputs, str) or any(name not in OUTPUTS for name in outputs):
+            raise ValueError(f"outputs = {outputs!r}: expected a sequence of names from {', '.join(OUTPUTS)}")
+        options = LogprobOptions(
+            shift=shift,
+            workspace_bytes=execution.workspace_bytes,
+            backend=execution.backend,
+            sparsity=execution.sparsity,
+            moments="entropy" in outputs or "log_sum_p2" in outputs,
+            differentiable=tuple(n for n in outputs if n in _WITH_GRADIENT) if outputs_carry_grad else (),
+        )
+        return cls(model, tokens, options)
+
+    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """logp, and all optional outputs (empty where they were not asked for), shaped like labels."""
+        model = self.model
+        tensors = (model.hidden, model.weight, model.bias, model.transform, *self.tokens)
+        logp, *extras = LinearLogprobFunction.apply(*tensors, self.options)
+        return logp, dict(zip(OUTPUTS, extras, strict=True))
+
+
+class LinearLogprobFunction(torch.autograd.Function):
+    """Forward: two products where hidden needs a gradient (it is finished there), else one.
+
+    Backward: two more where the weight needs a gradient (logits again, then dW); a gradient that flows into
+    lse, entropy or log_sum_p2 costs one more for dH.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """Arguments: the tensors of `ModelInputs` and of `Tokens`, and options. Returns logp and all of `OUTPUTS`."""
+        hidden, weight, bias, transform, *tokens, options = arguments
+        recompute = bool(options.differentiable) or any(ctx.needs_input_grad[1:3])
+        sparsity = options.sparsity if any(ctx.needs_input_grad[:3]) else EXACT
+        exact = sparsity.mode == "exact"
+        # an op's boundary costs 10 us, which matters to a small call; traces need it
+        run = linear_logprob_fwd_op if is_traced(hidden) else linear_logprob_fwd
+        found = ForwardResult(
+            *run(
+                hidden,
+                weight,
+                bias,
+                transform,
+                *tokens,
+                *options.common(),
+                options.moments,
+                ctx.needs_input_grad[0] and (exact or not recompute),
+                sparsity.mode,
+                sparsity.tolerance,
+                sparsity.seed,
+            )
+        )
+        # with a frozen head hidden need not outlive the forward: what is kept is its finished gradient
+        kept = hidden if recompute or not exact else found.logp_grad
+        ctx.save_for_backward(
+            kept,
+            weight,
+            bias,
+            transform,
+            *tokens,
+            found.lse,
+            found.entropy,
+            found.log_sum_p2,
+            found.logp_grad,
+            found.codes,
+            found.code_counts,
+            found.sparse,
+        )
+        ctx.options = options
+        outputs = dict(zip(OUTPUTS, found[1 : 1 + len(OUTPUTS)], strict=True))
+        ctx.mark_non_differentiable(*(v for name, v in outputs.items() if name not in options.differentiable))
+        ctx.set_materialize_grads(False)
+        return found.logp, *outputs.values()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, weight and bias."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_logprob does not support double backward: its gradient cannot be differentiated "
+                "(create_graph=True was passed)"
+            )
+        grad_logp, *extras = upstream
+        # torch.compile passes zeros, not None, where nothing flows: they would cost a product
+        named = {k: g for k, g in zip(OUTPUTS, extras, strict=True) if k in ctx.options.differentiable}
+        grads = (grad_logp, *(named.get(name) for name in _WITH_GRADIENT))
+        needs = ctx.needs_input_grad[:3]
+        rest = [None] * (len(ctx.needs_input_grad) - 3)
+        if all(g is None for g in grads):
+            return None, None, None, *rest
+        run = linear_logprob_bwd_op if is_traced(ctx.saved_tensors[0]) else linear_logprob_bwd
+        found = run(*ctx.saved_tensors, *grads, *ctx.options.common(), *needs)
+        return *(g if need else None for g, need in zip(found, needs, strict=True)), *rest

@@ -1,0 +1,113 @@
+"""The KL divergence's forward and backward as `torch.library` ops, and as a differentiable function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels.backends.products import accumulator_dtype
+from spo_kernels.engine import divergence
+from spo_kernels.engine.checks import is_traced
+from spo_kernels.engine.inputs import Execution, ModelInputs
+from spo_kernels.engine.ops import MODEL, OPTIONS, TOKENS, gradients_fake, gradients_of, like_hidden, plane_of
+from spo_kernels.engine.tokens import TokenRows, Tokens
+
+_BOTH = f"{MODEL}, {MODEL.replace('Tensor ', 'Tensor ref_').replace('Tensor? ', 'Tensor? ref_')}, {TOKENS}, {OPTIONS}"
+_library = torch.library.Library("spo_kernels", "FRAGMENT")
+_library.define(f"linear_kl_fwd({_BOTH}) -> (Tensor kl, Tensor ref_lse, Tensor lse)")
+_library.define(
+    f"linear_kl_bwd({_BOTH}, Tensor ref_lse, Tensor lse, Tensor grad, bool need_hidden, bool need_weight,"
+    " bool need_bias) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def _models(*arguments: Any) -> tuple[divergence.Models, TokenRows, Tensor]:
+    """The ops' common arguments as the walk takes them; the tokens, and labels."""
+    policy, reference, found = arguments[:4], arguments[4:8], Tokens(*arguments[8:13])
+    shift, workspace_bytes, backend = arguments[13:]
+    planes = [plane_of(*model, found, shift, backend) for model in (policy, reference)]
+    return divergence.Models(*planes, workspace_bytes), planes[0].tokens, found.labels
+
+
+@torch.no_grad()
+def linear_kl_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergences and both models' log-sum-exps, labels' shape; see the schema and `linear_kl`."""
+    models, tokens, labels = _models(*arguments)
+    with torch.autocast(labels.device.type, enabled=False):
+        found = divergence.forward(models)
+    kl, ref_lse, lse = (tokens.spread(values, labels.shape) for values in found)
+    return kl, ref_lse, lse
+
+
+@torch.no_grad()
+def linear_kl_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, empty where they are not needed."""
+    *common, ref_lse, lse, grad, need_hidden, need_weight, need_bias = arguments
+    models, tokens, labels = _models(*common)
+    hidden, weight = common[:2]
+    grad_hidden = like_hidden(hidden, tokens, hidden.dtype) if need_hidden else hidden.new_empty(0)
+    head_out = models.policy.head.gradient(models.policy.wide, weight=need_weight, bias=need_bias)
+    hidden_out = grad_hidden.view(-1, hidden.shape[-1]) if need_hidden else None
+    with torch.autocast(labels.device.type, enabled=False):
+        divergence.backward(models, *(tokens.gather(v) for v in (ref_lse, lse, grad)), hidden_out, head_out)
+    return grad_hidden, *gradients_of(head_out, weight)
+
+
+for _op in (linear_kl_fwd, linear_kl_bwd):
+    _library.impl(_op.__name__, _op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("spo_kernels::linear_kl_fwd", lib=_library)
+def _fwd_fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    labels, dtype = rest[7], accumulator_dtype(hidden.dtype)
+    kl, ref_lse, lse = (torch.empty(labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
+    return kl, ref_lse, lse
+
+
+@torch.library.register_fake("spo_kernels::linear_kl_bwd", lib=_library)
+def _bwd_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, need_hidden, need_weight, need_bias = rest
+    return gradients_fake(hidden, weight, need_hidden, need_weight, need_bias)
+
+
+_fwd = torch.ops.spo_kernels.linear_kl_fwd.default
+_bwd = torch.ops.spo_kernels.linear_kl_bwd.default
+
+
+def kl_divergence(
+    policy: ModelInputs, reference: ModelInputs, tokens: Tokens, shift: bool, execution: Execution
+) -> Tensor:
+    """`linear_kl` of resolved inputs: `[labels' shape]`, differentiable in the policy's."""
+    sides = (policy, reference.detach())
+    tensors = [value for side in sides for value in (side.hidden, side.weight, side.bias, side.transform)]
+    options = (shift, execution.workspace_bytes, execution.backend)
+    kl: Tensor = LinearKLFunction.apply(*tensors, *tokens, *options)
+    return kl
+
+
+class LinearKLFunction(torch.autograd.Function):
+    """Two products forward; backward recomputes both models' logits."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Arguments: the ops'. Returns the divergences, shaped like labels."""
+        *tensors, shift, workspace_bytes, backend = arguments
+        ctx.options = (shift, workspace_bytes, backend)
+        kl, ref_lse, lse = (_fwd if is_traced(tensors[0]) else linear_kl_fwd)(*arguments)
+        ctx.save_for_backward(*tensors, ref_lse, lse)
+        result: Tensor = kl
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, weight and bias."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_kl does not support double backward (create_graph=True was passed)")
+        *tensors, ref_lse, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        run = _bwd if is_traced(upstream) else linear_kl_bwd
+        found = run(*tensors, *ctx.options, ref_lse, lse, upstream, *needs)
+        rest = [None] * (len(ctx.needs_input_grad) - 3)
+        return *(g if need else None for g, need in zip(found, needs, strict=True)), *rest

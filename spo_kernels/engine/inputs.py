@@ -1,0 +1,153 @@
+"""What a public call was given, checked and cast, each argument once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spo_kernels.backends.products import accumulator_dtype
+from spo_kernels.backends.registry import choose_backend
+from spo_kernels.engine.checks import FLOAT_DTYPES, check_tensor, check_workspace_bytes
+from spo_kernels.head import LMHead, as_head
+from spo_kernels.sparsity import EXACT, Sparsity, as_sparsity
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """A model's last hidden states and head, in the dtype that they are computed in."""
+
+    hidden: Tensor  # [..., H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    # float64 [2] on the CPU: logit_scale, and logit_softcap or 0. A tensor, since a graph is compiled anew for every
+    # value of a float that crosses into an op
+    transform: Tensor
+
+    @classmethod
+    def resolve(cls, hidden: Tensor, head: Tensor | LMHead, labels: Tensor, prefix: str = "") -> ModelInputs:
+        """Check and cast; `prefix` begins the names of a reference's arguments.
+
+        Raises:
+            TypeError, ValueError: The message names the argument.
+        """
+        name = f"{prefix}hidden"
+        check_tensor(name, hidden)
+        head, weight_name = as_head(f"{prefix}head", head)
+        named = {name: hidden, weight_name: head.weight}
+        check_tensor(weight_name, head.weight)
+        if head.bias is not None:
+            named[f"{prefix}head.bias"] = head.bias
+            check_tensor(f"{prefix}head.bias", head.bias)
+        _check_shapes(name, hidden, weight_name, head, f"{prefix}head.bias", labels)
+        for key, value in named.items():
+            if value.device != labels.device:
+                raise ValueError(f"{key} is on {value.device}, but labels is on {labels.device}")
+        _check_dtypes(named)
+        weight, bias = head.weight, head.bias
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return cls(hidden, weight, bias, _transform(head))
+
+    @classmethod
+    def resolve_reference(
+        cls, hidden: Tensor, head: Tensor | LMHead, labels: Tensor, policy_head: Tensor | LMHead
+    ) -> ModelInputs:
+        """The same for a reference, as constants.
+
+        Raises:
+            ValueError: Its head is a weight, where the policy's has a scale or a softcap: one of them would be wrong.
+        """
+        if isinstance(policy_head, LMHead) and isinstance(head, Tensor) and policy_head.transforms:
+            raise ValueError(
+                f"ref_head is a plain weight, but head has logit_scale = {policy_head.logit_scale} and logit_softcap = "
+                f"{policy_head.logit_softcap}: say what the reference has, with ref_head=LMHead(ref_weight, ...)"
+            )
+        return cls.resolve(hidden, head, labels, "ref_").detach()
+
+    def check_same_vocabulary(self, reference: ModelInputs) -> None:
+        """Raise ValueError or TypeError unless distributions of both can be compared."""
+        vocab, ref_vocab = self.weight.shape[0], reference.weight.shape[0]
+        if ref_vocab != vocab:
+            raise ValueError(f"ref_head must have head's vocabulary, V = {vocab} rows, got {ref_vocab}")
+        if self.wide != reference.wide:
+            raise TypeError(
+                f"ref_hidden is {reference.hidden.dtype}, but hidden is {self.hidden.dtype}: float64 needs both"
+            )
+
+    def detach(self) -> ModelInputs:
+        """The same as constants."""
+        bias = None if self.bias is None else self.bias.detach()
+        return ModelInputs(self.hidden.detach(), self.weight.detach(), bias, self.transform)
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether a gradient of the weight or the bias is wanted."""
+        bias = self.bias is not None and self.bias.requires_grad
+        return torch.is_grad_enabled() and (self.weight.requires_grad or bias)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of logits, statistics and sums."""
+        return accumulator_dtype(self.hidden.dtype)
+
+
+def _transform(head: LMHead) -> Tensor:
+    softcap = 0.0 if head.logit_softcap is None else head.logit_softcap
+    if not torch.compiler.is_compiling():
+        return torch.tensor((head.logit_scale, softcap), dtype=torch.float64)
+    # torch.tensor would take a symbolic number for the one that it has while it is traced
+    return torch.stack([torch.full((), value, dtype=torch.float64) for value in (head.logit_scale, softcap)])
+
+
+def _check_shapes(name: str, hidden: Tensor, weight_name: str, head: LMHead, bias_name: str, labels: Tensor) -> None:
+    weight, bias = head.weight, head.bias
+    if hidden.ndim < 1:
+        raise ValueError(f"{name} must have shape [..., H], got a 0-d tensor")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name} must have shape [V, H] with H = {hidden.shape[-1]} ({name}'s last dimension), "
+            f"got {list(weight.shape)}"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"{weight_name} must not be empty, got shape {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{bias_name} must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+    if labels.shape != hidden.shape[:-1]:
+        leading, of_labels = list(hidden.shape[:-1]), list(labels.shape)
+        if name == "hidden":
+            raise ValueError(f"labels must have hidden's leading shape {leading}, got {of_labels}")
+        raise ValueError(f"{name} must have the labels' leading shape {of_labels}, got {leading}")
+
+
+def _check_dtypes(named: dict[str, Tensor]) -> None:
+    """One floating dtype for hidden, weight and bias; under autocast, which casts them, any."""
+    (first, hidden), *_ = named.items()
+    for name, value in named.items():
+        if value.dtype not in FLOAT_DTYPES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+            raise TypeError(f"{name} must be one of {names}, got {value.dtype}")
+        if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(f"{name} is {value.dtype}, but {first} is {hidden.dtype}; cast one of them")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a call is to be computed, beside what."""
+
+    workspace_bytes: int | None
+    backend: str
+    sparsity: Sparsity = EXACT
+
+    @classmethod
+    def resolve(
+        cls, workspace_bytes: int | None, backend: str | None, model: ModelInputs, sparsity: str | Sparsity = "exact"
+    ) -> Execution:
+        """Check the options, and choose the backend for the model's tensors."""
+        check_workspace_bytes(workspace_bytes)
+        name = choose_backend(backend, model.hidden.device, model.hidden.dtype)
+        return cls(workspace_bytes, name, as_sparsity(sparsity))

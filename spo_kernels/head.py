@@ -1,0 +1,133 @@
+"""`LMHead`: everything about a language model's head in one value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Model types whose configuration multiplies by `logits_scaling`; the others (Granite) divide.
+_MULTIPLIES_LOGITS_SCALING = frozenset({"hyperclovax"})
+# what wrappers call the module inside: DDP and DeepSpeed, torch.compile
+_WRAPPED = ("module", "_orig_mod")
+# logits are divided by the cap in float32
+_LEAST_SOFTCAP = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """A head `logits = softcap(logit_scale * (hidden @ weight.T + bias))`, `softcap(x) = c * tanh(x / c)`.
+
+    Every function of this library that takes a head takes one of these or, where there is nothing but a weight, the
+    weight `[V, H]` itself.
+
+    Attributes:
+        weight: `[V, H]`; float32, bfloat16, float16 or float64.
+        bias: `[V]`, same dtype, or None.
+        logit_scale: Multiplies the products (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`, the
+            inverse of a sampling temperature).
+        logit_softcap: c, Gemma's `final_logit_softcapping`; None for none.
+
+    Raises:
+        TypeError, ValueError: A number is none, or not finite. Tensors are checked where the head is used.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = field(default=1.0, kw_only=True)
+    logit_softcap: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():  # the numbers may be symbolic there
+            return
+        if not _is_finite(self.logit_scale):
+            raise ValueError(f"logit_scale must be a finite number, got {self.logit_scale!r}")
+        cap = self.logit_softcap
+        if cap is not None and not (_is_finite(cap) and cap >= _LEAST_SOFTCAP):
+            raise ValueError(f"logit_softcap must be a number of at least {_LEAST_SOFTCAP:g} or None, got {cap!r}")
+
+    @property
+    def transforms(self) -> bool:
+        """Whether logits are more than products and bias."""
+        return self.logit_scale != 1.0 or self.logit_softcap is not None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LMHead:
+        """The head of a transformers causal language model, also inside PEFT, DDP, DeepSpeed or torch.compile.
+
+        Scale and softcap are read from the configuration. Equivalent, for a plain Llama: `LMHead(lm_head.weight)`.
+
+        Raises:
+            TypeError: The model has no configuration, or no linear head.
+            ValueError: The head carries an adapter or a trained copy, or is quantised.
+        """
+        inner = inner_model(model)
+        kind = type(inner).__name__
+        if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
+            raise TypeError(f"model must be a transformers causal language model, got {kind}")
+        head = inner.get_output_embeddings()
+        if head is None:
+            raise TypeError(f"{kind} has no output embeddings, so there is no head to fuse with a loss")
+        _check_module(kind, head)
+        scale, softcap = logit_transform(inner.config)
+        return cls(head.weight, head.bias, logit_scale=scale, logit_softcap=softcap)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def inner_model(model: nn.Module) -> Any:
+    """The causal language model inside the wrappers that training puts around it."""
+    while True:
+        name = next((name for name in _WRAPPED if isinstance(getattr(model, name, None), nn.Module)), None)
+        if name is not None:
+            model = getattr(model, name)
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def logit_transform(config: Any) -> tuple[float, float | None]:
+    """What a transformers configuration says about its logits: scale and softcap, as in `LMHead`."""
+    text = config.get_text_config()
+    scale = _number(text, "logit_scale", 1.0) * _number(text, "lm_head_multiplier", 1.0)
+    scaling = _number(text, "logits_scaling", 1.0)
+    scale = scale * scaling if text.model_type in _MULTIPLIES_LOGITS_SCALING else scale / scaling
+    return scale, _number(text, "final_logit_softcapping", 0.0) or None
+
+
+def _number(config: Any, name: str, default: float) -> float:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) else default
+
+
+def _check_module(kind: str, head: nn.Module) -> None:
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise ValueError(
+            f"{kind}: the head carries an adapter or a trained copy (modules_to_save), which would be left out; "
+            "leave the head out of the adapter's targets, or merge it (merge_and_unload)"
+        )
+    weight = getattr(head, "weight", None)
+    if not isinstance(head, nn.Linear) or weight is None:
+        raise TypeError(f"{kind}: the head is a {type(head).__name__}; a plain nn.Linear is needed")
+    if hasattr(weight, "quant_state") or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise ValueError(f"{kind}: the head's weight is quantised ({weight.dtype}); dequantise it first")
+
+
+def as_head(name: str, head: Tensor | LMHead) -> tuple[LMHead, str]:
+    """The head, and how messages are to call its weight.
+
+    Raises:
+        TypeError: It is neither a tensor nor an `LMHead`.
+    """
+    if isinstance(head, LMHead):
+        return head, f"{name}.weight"
+    if isinstance(head, Tensor):
+        return LMHead(head), name
+    hint = ": use LMHead.of(model)" if isinstance(head, nn.Module) else ""
+    raise TypeError(f"{name} must be a weight [V, H] or an LMHead, got {type(head).__name__}{hint}")

@@ -1,0 +1,189 @@
+"""A batch of preference pairs: what a call was given, resolved once and shared by every way to compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spo_kernels.engine.autograd import OUTPUTS, LogprobCall
+from spo_kernels.engine.checks import check_token_weights, check_vector, is_traced
+from spo_kernels.engine.divergence_ops import kl_divergence
+from spo_kernels.engine.inputs import Execution, ModelInputs
+from spo_kernels.engine.tokens import LabelLayout, Tokens, capturing
+from spo_kernels.head import LMHead
+from spo_kernels.losses.pairs import Objective, PairInputs, token_outputs_of
+from spo_kernels.sparsity import Sparsity
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller said of one model: hidden states and head, or sequence sums; and what its tokens weigh."""
+
+    hidden: Tensor | None
+    head: Tensor | LMHead | None
+    token_weights: Tensor | None = None
+    logps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs, ready to be computed; sequences are chosen first, `[2B]`."""
+
+    objective: Objective
+    layout: LabelLayout
+    policy: ModelInputs
+    tokens: Tokens  # that take part in the policy's products
+    lengths: Tensor  # [2B] how many of them each sequence has
+    host_lengths: list[int] | None  # the same, where the host may know them
+    token_weights: Tensor | None  # labels' shape
+    inputs: PairInputs  # what the objective sees beside the policy's log-probabilities
+    kl: Tensor | None  # labels' shape, for an objective that asks for it
+    execution: Execution
+    token_metrics: bool
+    scale: float | None  # by which the sum of the losses is multiplied; None: they are returned one by one
+
+    @property
+    def pairs(self) -> int:
+        """B."""
+        return self.layout.sequences // 2
+
+    @property
+    def token_outputs(self) -> tuple[str, ...]:
+        """Sums over tokens that the objective asks for, without those that are known already."""
+        return tuple(name for name in token_outputs_of(self.objective) if name != "kl")
+
+    @property
+    def moments(self) -> bool:
+        """Whether entropy or log Σ p² are wanted of any token."""
+        return self.token_metrics or any(name in OUTPUTS for name in self.token_outputs)
+
+    def call(self) -> LogprobCall:
+        """The policy's log-probabilities, and the outputs that objective and metrics want."""
+        wanted = [name for name in self.token_outputs if name in OUTPUTS]
+        outputs = (*wanted, *(("correct", "entropy") if self.token_metrics else ()))
+        return LogprobCall.of(self.policy, self.tokens, self.layout.shift, self.execution, outputs)
+
+
+def resolve_batch(
+    objective: Objective,
+    layout: LabelLayout,
+    policy: Given,
+    reference: Given,
+    pair_inputs: Mapping[str, Tensor] | None,
+    *,
+    reduction: str,
+    token_metrics: bool,
+    sparsity: str | Sparsity,
+    workspace_bytes: int | None,
+    backend: str | None,
+) -> PairBatch:
+    """Check every argument once, and derive what all ways to compute the loss share.
+
+    Waits for a device once at most, for the lengths of the sequences.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
+    """
+    labels, pairs = layout.labels, _count_pairs(layout)
+    assert policy.hidden is not None and policy.head is not None
+    model = ModelInputs.resolve(policy.hidden, policy.head, labels)
+    execution = Execution.resolve(workspace_bytes, backend, model, sparsity)
+    ref_model = _reference_model(policy, reference, labels)
+    names = token_outputs_of(objective)
+    if "kl" in names:
+        if ref_model is None:
+            raise ValueError("the objective needs the KL divergence from the reference: pass ref_hidden and ref_head")
+        model.check_same_vocabulary(ref_model)
+
+    counted = layout.counted()
+    lengths = layout.count(counted)
+    weights = _constant("token_weights", policy.token_weights, labels)
+    ref_weights = _constant("ref_token_weights", reference.token_weights, labels)
+    # an objective that asks for sums over tokens asks for all of them; else those of weight 0 enter no product
+    computed = counted if names or weights is None else counted & (weights != 0)
+    taken = lengths if computed is counted else layout.count(computed)
+    host = None if is_traced(labels) or capturing(labels) else taken.tolist()
+    vocab = min(m.weight.shape[0] for m in (model, ref_model) if m is not None)
+    tokens = Tokens.find(layout, computed, vocab, None if host is None else sum(host))
+
+    sums = None
+    if reference.logps is not None:
+        check_vector("ref_logps", reference.logps, 2 * pairs, labels.device)
+        sums = reference.logps.detach().to(model.wide)
+    elif ref_model is not None:
+        theirs, ref_weights = tokens, weights if ref_weights is None else ref_weights
+        if ref_weights is not weights and ref_weights is not None and not names:
+            theirs = Tokens.find(layout, counted & (ref_weights != 0), vocab)
+        ref_execution = Execution.resolve(workspace_bytes, backend, ref_model)
+        with torch.no_grad():
+            logp, _ = LogprobCall.of(ref_model, theirs, layout.shift, ref_execution).run()
+            sums = layout.sum(logp, ref_weights).to(model.wide)
+    kl = None
+    if "kl" in names and ref_model is not None:
+        kl = kl_divergence(model, ref_model, tokens, layout.shift, execution)
+    named = _pair_inputs(pair_inputs, pairs, labels.device, model.wide)
+    return PairBatch(
+        objective=objective,
+        layout=layout,
+        policy=model,
+        tokens=tokens,
+        lengths=taken,
+        host_lengths=host,
+        token_weights=weights,
+        inputs=PairInputs(sums, lengths, named.get("spo_value"), named),
+        kl=kl,
+        execution=execution,
+        token_metrics=token_metrics,
+        scale={"mean": 1.0 / max(pairs, 1), "sum": 1.0}.get(reduction),
+    )
+
+
+def _count_pairs(layout: LabelLayout) -> int:
+    """B, from shapes alone."""
+    layout.check_sequences("2B, T")
+    if layout.sequences % 2:
+        name = "labels" if layout.cu_seqlens is None else "cu_seqlens"
+        raise ValueError(
+            f"{name} must hold an even number of sequences, B chosen ones, then B rejected ones; got {layout.sequences}"
+        )
+    return layout.sequences // 2
+
+
+def _reference_model(policy: Given, reference: Given, labels: Tensor) -> ModelInputs | None:
+    """The reference's hidden states and head, or None where they were not given."""
+    hidden, head = reference.hidden, reference.head
+    if reference.logps is not None and not (hidden is head is None):
+        raise ValueError("pass either ref_logps, or ref_hidden with ref_head, not both")
+    if reference.token_weights is not None and hidden is None:
+        raise ValueError("ref_token_weights needs ref_hidden and ref_head: ref_logps are already summed")
+    if hidden is None and head is None:
+        return None
+    if hidden is None or head is None:
+        missing = "ref_head" if head is None else "ref_hidden"
+        raise ValueError(f"ref_hidden and ref_head go together; {missing} is missing")
+    assert policy.head is not None
+    return ModelInputs.resolve_reference(hidden, head, labels, policy.head)
+
+
+def _constant(name: str, weights: Tensor | None, labels: Tensor) -> Tensor | None:
+    """The caller's token weights, checked."""
+    if weights is None:
+        return None
+    check_token_weights(name, weights, labels)
+    return weights.detach()
+
+
+def _pair_inputs(
+    named: Mapping[str, Tensor] | None, pairs: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The caller's per-pair inputs as constants of the dtype of the sums."""
+    if named is None:
+        return {}
+    if not isinstance(named, Mapping):
+        raise TypeError(f"pair_inputs must map names to tensors, got {type(named).__name__}")
+    for name, value in named.items():
+        check_vector(f"pair_inputs[{name!r}]", value, pairs, device)
+    return {name: value.detach().to(dtype) for name, value in named.items()}

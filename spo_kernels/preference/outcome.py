@@ -1,0 +1,62 @@
+"""What computing a batch gives, and the metrics that are made of it: the same for every way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spo_kernels.losses.pairs import Objective, PairLogps, implicit_rewards
+
+# TRL's names; each is a mean over pairs
+PAIR_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """Over the policy's tokens: entropies of all, and how many of the chosen responses' have the largest logit."""
+
+    entropy: Tensor
+    correct_chosen: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A batch's loss and what its metrics are made of; all but `loss` without gradient."""
+
+    loss: Tensor  # 0-d, or [B] where they are not reduced
+    summary: Tensor  # [7, B], see PAIR_METRICS
+    token_sums: TokenSums | None = None
+    sparsity: dict[str, Tensor] = field(default_factory=dict)
+
+    def metrics(self, lengths: Tensor, *, pair_logps: bool) -> dict[str, Tensor]:
+        """Everything to report; `lengths` (`[2B]`) are the tokens that took part."""
+        means = self.summary.float().mean(1)
+        metrics = dict(zip(PAIR_METRICS, means.unbind(), strict=True)) | self.sparsity
+        if pair_logps:
+            metrics["pair_logps"] = self.summary[5:].flatten()
+        if self.token_sums is not None:
+            # TRL's: entropy over all counted tokens, accuracy over those of the chosen responses
+            chosen = lengths[: self.summary.shape[1]].sum().clamp_min(1)
+            metrics["entropy"] = self.token_sums.entropy.float() / lengths.sum().clamp_min(1)
+            metrics["mean_token_accuracy"] = self.token_sums.correct_chosen / chosen
+        return metrics
+
+
+@torch.no_grad()
+def summarise(objective: Objective, pairs: PairLogps, losses: Tensor) -> Tensor:
+    """`Outcome.summary`."""
+    chosen, rejected = implicit_rewards(objective, pairs)
+    accuracy = (chosen > rejected).to(chosen.dtype)
+    return torch.stack(
+        [losses.to(chosen.dtype), chosen, rejected, chosen - rejected, accuracy, pairs.chosen, pairs.rejected]
+    )

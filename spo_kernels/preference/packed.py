@@ -1,0 +1,53 @@
+"""Whole pairs keep their logits until their coefficients are known: three products for any loss separable by pair."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spo_kernels.backends.contract import TokenStats
+from spo_kernels.engine.gradients import HeadGradient
+from spo_kernels.engine.tokens import TokenRows
+from spo_kernels.preference.batch import PairBatch
+from spo_kernels.preference.outcome import Outcome
+from spo_kernels.preference.plan import PathPlan
+from spo_kernels.preference.three_products import PairWork, run_way
+
+
+def run(batch: PairBatch, plan: PathPlan) -> Outcome:
+    """The batch's loss, differentiable once, and what its metrics are made of."""
+    return run_way(batch, plan, _gradients)
+
+
+def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Group by group: logits, the pairs' coefficients, and gradients from the same tile."""
+    total = work.accumulator(head_out)
+    groups = [(pairs, *_select(work, pairs)) for pairs in work.plan.groups]
+    tiles = work.tiles(max((tokens.count for _, tokens, _ in groups), default=0))
+    found: list[tuple[Tensor, Tensor]] = []
+    for number, (pairs, tokens, weights) in enumerate(groups):
+
+        def coefficients(
+            stats: TokenStats, pairs: range = pairs, tokens: TokenRows = tokens, weights: Tensor | None = weights
+        ) -> Tensor:
+            losses, sums, slopes = work.differentiate_tokens(stats, tokens, weights, pairs)
+            found.append((losses, sums.view(2, -1)))
+            return slopes
+
+        stats = tiles.run(tokens, coefficients, total, grad_hidden, accumulate=number > 0)
+        work.count_metrics(stats, chosen=sum(work.counts[pairs.start : pairs.stop]))
+    head_out.copy_(total)
+    if len(found) == 1:
+        return found[0][0], found[0][1].flatten()
+    return torch.cat([losses for losses, _ in found]), torch.cat([sums for _, sums in found], dim=1).flatten()
+
+
+def _select(work: PairWork, pairs: range) -> tuple[TokenRows, Tensor | None]:
+    """The tokens of consecutive pairs, chosen first, and their weights."""
+    if len(pairs) == work.pairs:
+        return work.tokens, work.weights
+    parts = [slice(work.bounds[first + pairs.start], work.bounds[first + pairs.stop]) for first in (0, work.pairs)]
+    weights = None if work.weights is None else torch.cat([work.weights[part] for part in parts])
+    halves = [work.tokens.part(part.start, part.stop) for part in parts]
+    rows, labels = (torch.cat([getattr(half, name) for half in halves]) for name in ("rows", "labels"))
+    return TokenRows(rows, labels), weights
