@@ -80,7 +80,7 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def inner_model(model: nn.Module) -> Any:
+def inner_model(model: Any) -> Any:
     """The causal language model inside the wrappers that training puts around it."""
     while True:
         name = next((name for name in _WRAPPED if isinstance(getattr(model, name, None), nn.Module)), None)

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from spo_kernels.head import LMHead
+
 DIFFERENTIABLE = ("logp", "lse", "entropy", "log_sum_p2")
 
 # Products a metered operator can make; the value is the position of its left operand.
@@ -35,6 +37,10 @@ class Batch:
     weight: Tensor
     labels: Tensor
     bias: Tensor | None = None
+
+    def head(self, *, logit_scale: float = 1.0, logit_softcap: float | None = None) -> LMHead:
+        """Weight and bias as an `LMHead`."""
+        return LMHead(self.weight, self.bias, logit_scale=logit_scale, logit_softcap=logit_softcap)
 
     def to(self, dtype: torch.dtype) -> Batch:
         """The same batch with hidden, weight and bias in `dtype`."""
@@ -129,12 +135,9 @@ def _scatter(values: Tensor, keep: Tensor, shape: Sequence[int]) -> Tensor:
 
 def eager_logprob(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor | LMHead,
     labels: Tensor,
     *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
     ignore_index: int = -100,
     shift: bool = False,
     outputs: Sequence[str] = (),
@@ -142,10 +145,11 @@ def eager_logprob(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """`linear_logprob` as anyone would write it, differentiable, with the `[n, V]` logits in `dtype`."""
     hidden, keep = _align(hidden, labels, ignore_index, shift)
-    products = hidden[keep].to(dtype) @ weight.to(dtype).T
-    if bias is not None:
-        products = products + bias.to(dtype)
-    found = _statistics(_cap(products, logit_scale, logit_softcap), labels.flatten()[keep], outputs)
+    head = head if isinstance(head, LMHead) else LMHead(head)
+    products = hidden[keep].to(dtype) @ head.weight.to(dtype).T
+    if head.bias is not None:
+        products = products + head.bias.to(dtype)
+    found = _statistics(_cap(products, head.logit_scale, head.logit_softcap), labels.flatten()[keep], outputs)
     full = {name: _scatter(value, keep, labels.shape) for name, value in found.items()}
     logp = full.pop("logp")
     return (logp, full) if outputs else logp
@@ -157,6 +161,8 @@ def evaluate(
     upstream: Mapping[str, Tensor],
     *,
     trained: Sequence[str] = ("hidden", "weight", "bias"),
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Run `function` forward and backward: its outputs by name, and `hidden.grad`, `weight.grad`, `bias.grad`.
@@ -167,7 +173,8 @@ def evaluate(
     leaves = {
         name: tensor.detach().requires_grad_(name in trained) for name, tensor in inputs.items() if tensor is not None
     }
-    result = function(labels=batch.labels, **leaves, **options)
+    head = LMHead(leaves["weight"], leaves.get("bias"), logit_scale=logit_scale, logit_softcap=logit_softcap)
+    result = function(leaves["hidden"], head, batch.labels, **options)
     logp, extras = result if isinstance(result, tuple) else (result, {})
     found = {"logp": logp, **extras}
     wanted = [name for name in upstream if name in found]
@@ -320,7 +327,7 @@ def check_linear_logprob(
 def least_workspace(function: Callable[..., Any], batch: Batch, **options: Any) -> int:
     """The smallest `workspace_bytes` that `function` accepts for the batch, as its refusal of a single byte states."""
     try:
-        function(**vars(batch), workspace_bytes=1, **options)
+        function(batch.hidden, batch.head(), batch.labels, workspace_bytes=1, **options)
     except ValueError as error:
         found = re.search(r"workspace_bytes = 1 is too small.* need (\d+) bytes", str(error))
         if found is None:

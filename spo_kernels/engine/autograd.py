@@ -100,7 +100,7 @@ class LinearLogprobFunction(torch.autograd.Function):
         sparsity = options.sparsity if any(ctx.needs_input_grad[:3]) else EXACT
         exact = sparsity.mode == "exact"
         # an op's boundary costs 10 us, which matters to a small call; traces need it
-        run = linear_logprob_fwd_op if is_traced(hidden) else linear_logprob_fwd
+        run: Any = linear_logprob_fwd_op if is_traced(hidden) else linear_logprob_fwd
         found = ForwardResult(
             *run(
                 hidden,

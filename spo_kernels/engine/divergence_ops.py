@@ -25,10 +25,12 @@ _library.define(
 
 def _models(*arguments: Any) -> tuple[divergence.Models, TokenRows, Tensor]:
     """The ops' common arguments as the walk takes them; the tokens, and labels."""
-    policy, reference, found = arguments[:4], arguments[4:8], Tokens(*arguments[8:13])
-    shift, workspace_bytes, backend = arguments[13:]
-    planes = [plane_of(*model, found, shift, backend) for model in (policy, reference)]
-    return divergence.Models(*planes, workspace_bytes), planes[0].tokens, found.labels
+    found, (shift, workspace_bytes, backend) = Tokens(*arguments[8:13]), arguments[13:]
+    policy, reference = (
+        plane_of(hidden, weight, bias, transform, found, shift, backend)
+        for hidden, weight, bias, transform in (arguments[:4], arguments[4:8])
+    )
+    return divergence.Models(policy, reference, workspace_bytes), policy.tokens, found.labels
 
 
 @torch.no_grad()
@@ -51,7 +53,8 @@ def linear_kl_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     head_out = models.policy.head.gradient(models.policy.wide, weight=need_weight, bias=need_bias)
     hidden_out = grad_hidden.view(-1, hidden.shape[-1]) if need_hidden else None
     with torch.autocast(labels.device.type, enabled=False):
-        divergence.backward(models, *(tokens.gather(v) for v in (ref_lse, lse, grad)), hidden_out, head_out)
+        ref_lse, lse, grad = (tokens.gather(values) for values in (ref_lse, lse, grad))
+        divergence.backward(models, ref_lse, lse, grad, hidden_out, head_out)
     return grad_hidden, *gradients_of(head_out, weight)
 
 

@@ -199,9 +199,11 @@ def backward(
             upstream = grads.map(lambda values, part=part: values[part])  # type: ignore[misc]
             plane.backend.tile_grad(tile, upstream if factors is None else upstream.scale_upstream(factors))
             weight_sum.add(tile.written, states, listed)
-            if hidden_sum is not None and isinstance(part, slice):
+            if hidden_sum is None:
+                continue
+            if isinstance(part, slice):
                 products.matmul(tile.written, weight, out=hidden_sum[part], accumulate=not first)
-            elif hidden_sum is not None:
+            else:
                 products.matmul(tile.written, weight, out=hidden_sum, accumulate=True, out_rows=part)
         weight_sum.finish(unit)
     if hidden_out is not None and hidden_sum is not None:

@@ -56,6 +56,11 @@ class HeadSlices:
         """The labels' rows of the weight, `[n, H]`."""
         return self.weight[labels].to(dtype)
 
+    def of_classes(self, classes: Tensor, dtype: torch.dtype) -> HeadSlices:
+        """A head that has these rows alone, cast."""
+        bias = None if self.bias is None else self.bias[classes].to(dtype)
+        return HeadSlices(self.label_rows(classes, dtype), bias, self.transform)
+
     def gradient(self, wide: torch.dtype, *, weight: bool, bias: bool) -> HeadGradient:
         """Where the gradients of weight and bias, if they are wanted, are to be collected. Not written yet."""
         return HeadGradient.empty(self.weight, wide, weight=weight, bias=bias)

@@ -24,7 +24,7 @@ from spo_kernels.engine.workspace import block_width, plan_tiles, spans
 from spo_kernels.sparsity import Sparsity
 
 MODEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor transform"
-TOKENS = "Tensor labels, Tensor counted, Tensor positions, Tensor count, Tensor listed"
+TOKENS = "Tensor labels, Tensor counted, Tensor positions, Tensor total, Tensor listed"
 OPTIONS = "bool shift, int? workspace_bytes, str backend"
 
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
@@ -98,7 +98,7 @@ def linear_logprob_fwd(
     labels: Tensor,
     counted: Tensor,
     positions: Tensor,
-    count: Tensor,
+    total: Tensor,
     listed: Tensor,
     shift: bool,
     workspace_bytes: int | None,
@@ -110,7 +110,7 @@ def linear_logprob_fwd(
     seed: int,
 ) -> tuple[Tensor, ...]:
     """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`."""
-    tokens = Tokens(labels, counted, positions, count, listed)
+    tokens = Tokens(labels, counted, positions, total, listed)
     plane = plane_of(hidden, weight, bias, transform, tokens, shift, backend)
     rows = plane.tokens
     logp_grad = hidden.new_empty(0, dtype=logp_grad_dtype(hidden))
@@ -148,7 +148,7 @@ def linear_logprob_fwd(
         kept_share,
     )
     outputs = (lse.new_empty(0) if v is None else rows.spread(v, labels.shape) for v in values)
-    return ForwardResult(*outputs, logp_grad, codes, code_counts, torch.tensor(sparse))
+    return ForwardResult._make((*outputs, logp_grad, codes, code_counts, torch.tensor(sparse)))
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def linear_logprob_bwd(
     labels: Tensor,
     counted: Tensor,
     positions: Tensor,
-    count: Tensor,
+    total: Tensor,
     listed: Tensor,
     lse: Tensor,
     entropy: Tensor,
@@ -181,7 +181,7 @@ def linear_logprob_bwd(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`."""
-    tokens = Tokens(labels, counted, positions, count, listed)
+    tokens = Tokens(labels, counted, positions, total, listed)
     plane = plane_of(hidden, weight, bias, transform, tokens, shift, backend)
     rows = plane.tokens
     grads = TokenGrads(
@@ -244,7 +244,7 @@ def _fwd_fake(
     labels: Tensor,
     counted: Tensor,
     positions: Tensor,
-    count: Tensor,
+    total: Tensor,
     listed: Tensor,
     shift: bool,
     workspace_bytes: int | None,

@@ -37,6 +37,21 @@ class LabelLayout:
         """How many sequences there are."""
         return self.labels.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
+    def check_pairs(self) -> int:
+        """The number of pairs B of B chosen sequences and then B rejected ones.
+
+        Raises:
+            ValueError: There is an odd number of sequences, or labels are no sequences.
+        """
+        self.check_sequences("2B, T")
+        if self.sequences % 2:
+            name = "labels" if self.cu_seqlens is None else "cu_seqlens"
+            raise ValueError(
+                f"{name} must hold an even number of sequences, B chosen ones, then B rejected ones; "
+                f"got {self.sequences}"
+            )
+        return self.sequences // 2
+
     def counted(self) -> Tensor:
         """`[labels' shape]` bool: labels that have a log-probability. With `shift` a sequence's first has none."""
         counted = self.labels != self.ignore_index
@@ -57,19 +72,24 @@ class LabelLayout:
         return ends[self.cu_seqlens.long()].diff()
 
     def sum(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Sums of `values` (or of `values * weights`), shaped like labels, over each sequence: `[S]`, deterministic.
+        """Sums of `values` (or of `values * weights`), shaped like labels, over each sequence: `[S]`."""
+        return sum_sequences(values, self.cu_seqlens, weights)
 
-        Summed in float64: in float32, 512 log-probabilities in a row lose up to 0.004 nat.
-        """
-        if self.cu_seqlens is not None:
-            return sum_segments(values, self.cu_seqlens.diff().long(), weights)
-        if weights is not None:
-            return (values.double() * weights).sum(-1).to(values.dtype)
-        return values.sum(-1, dtype=torch.float64).to(values.dtype)
+
+def sum_sequences(values: Tensor, cu_seqlens: Tensor | None, weights: Tensor | None = None) -> Tensor:
+    """Sums (with `weights`, of `values * weights`) over the last dimension, or over the segments of `cu_seqlens`.
+
+    Summed in float64: in float32, 512 log-probabilities in a row lose up to 0.004 nat. Deterministic.
+    """
+    if cu_seqlens is not None:
+        return sum_segments(values, cu_seqlens.diff().long(), weights)
+    if weights is not None:
+        return (values.double() * weights).sum(-1).to(values.dtype)
+    return values.sum(-1, dtype=torch.float64).to(values.dtype)
 
 
 def sum_segments(values: Tensor, lengths: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sums over consecutive segments of the given lengths, in float64 like `LabelLayout.sum`."""
+    """Sums over consecutive segments of the given lengths, in float64 like `sum_sequences`."""
     wide = values.double() if weights is None else values.double() * weights
     return torch.segment_reduce(wide, "sum", lengths=lengths, initial=0.0, unsafe=True).to(values.dtype)
 
@@ -84,7 +104,7 @@ class Tokens(NamedTuple):
     labels: Tensor  # as given, classes in [0, V) where they count
     counted: Tensor  # labels' shape, bool
     positions: Tensor  # [labels.numel()] int64: flat places of those that count, then zeros
-    count: Tensor  # 0-d int64 on the CPU, so that a backward need not wait for the device to learn it again
+    total: Tensor  # how many: 0-d int64 on the CPU, so that a backward need not wait for the device to learn it again
     listed: Tensor
 
     @classmethod
@@ -107,7 +127,7 @@ def capturing(tensor: Tensor) -> bool:
 def find_tokens(
     labels: Tensor, counted: Tensor, vocab: int, ignore_index: int, count: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Tokens.positions`, `.count` and `.listed`. Waits for a device once, where `count` is not given."""
+    """`Tokens.positions`, `.total` and `.listed`. Waits for a device once, where `count` is not given."""
     check_label_range(labels, vocab, ignore_index)
     flat = counted.flatten()
     if capturing(counted):
@@ -127,7 +147,7 @@ def find_tokens(
 _library = torch.library.Library("spo_kernels", "DEF")
 _library.define(
     "find_tokens(Tensor labels, Tensor counted, SymInt vocab, int ignore_index, int? count)"
-    " -> (Tensor positions, Tensor count, Tensor listed)"
+    " -> (Tensor positions, Tensor total, Tensor listed)"
 )
 _library.impl("find_tokens", find_tokens, "CompositeExplicitAutograd")
 find_tokens_op = torch.ops.spo_kernels.find_tokens.default
@@ -157,7 +177,7 @@ class TokenRows:
     @classmethod
     def of(cls, tokens: Tokens, shift: bool) -> TokenRows:
         """The tokens that predict the labels that count."""
-        flat, count = tokens.labels.flatten(), int(tokens.count)
+        flat, count = tokens.labels.flatten(), int(tokens.total)
         if not tokens.listed:
             # a permutation, so that each row is written once: the labels that wrap around do not count
             rows = torch.arange(count, device=flat.device).roll(1) if shift else None

@@ -131,6 +131,20 @@ class KeptSpace:
         return max(0, left) // (self.row_bytes + self.columns * self.cell_bytes)
 
 
+def plan_moment_tiles(
+    tokens: int, classes: int, like: Tensor, head: HeadSlices, backend: Backend, workspace_bytes: int | None
+) -> TileShape:
+    """Tiles beside which a column holds a row of the head and one of a moment, and a row two of hidden states.
+
+    All in the dtype of `like`; see `extras/nthr.py`.
+    """
+    states = 2 * head.width * like.dtype.itemsize
+    budget = budget_of(workspace_bytes, like.device.type)
+    columns = max(1, min(classes, budget // 4 // states))
+    row = columns * backend.cell_bytes(like) + states + backend.products.row_bytes
+    return TileShape(max(1, min(tokens, (budget - columns * states) // row)), columns)
+
+
 def _whole_blocks(columns: int, vocab: int) -> int:
     """Columns rounded down to whole mass blocks, where there are several and not all."""
     return columns - columns % MASS_BLOCK if MASS_BLOCK < columns < vocab else columns

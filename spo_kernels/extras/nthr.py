@@ -8,25 +8,31 @@ the group) and last hidden states h_t, a token's score is
 the inner product of the gradients of two log-probabilities with respect to the rows V* of the head.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import Backend, LogitTransform, Tile, TokenGrads
-from spo_kernels.backends.products import accumulator_dtype
+from spo_kernels.backends.contract import Backend, Tile, TokenGrads
 from spo_kernels.backends.registry import load_backend
-from spo_kernels.engine.checks import check_head_inputs, check_label_range, check_tensor
-from spo_kernels.engine.exact import Head, TokenRows, workspace_budget
-from spo_kernels.logprob import prepare_call
+from spo_kernels.engine.autograd import LogprobCall
+from spo_kernels.engine.checks import check_tensor
+from spo_kernels.engine.head_slices import HeadSlices
+from spo_kernels.engine.inputs import Execution, ModelInputs
+from spo_kernels.engine.renamed import refuses_old_names
+from spo_kernels.engine.tokens import LabelLayout, TokenRows, Tokens
+from spo_kernels.engine.workspace import plan_moment_tiles, spans
+from spo_kernels.head import LMHead
 from spo_kernels.losses.pairs import check_not_negative
-from spo_kernels.sequences import check_cu_seqlens, count_tokens, counted_labels, sum_sequences
 
 
+@refuses_old_names
 def nthr_multipliers(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor | LMHead,
     labels: Tensor,
     correct: Tensor,
     *,
@@ -42,7 +48,7 @@ def nthr_multipliers(
     `τ = β · min_i (mean score of correct response i's tokens)`.
 
     Args:
-        hidden, weight, labels, correct, cu_seqlens, ignore_index, shift, options: As in `nthr_scores`.
+        hidden, head, labels, correct, cu_seqlens, ignore_index, shift, options: As in `nthr_scores`.
         beta: β >= 0; the paper's is 1.
         eta: η >= 0; None for `2 |0.5 - p|` with p the share of correct responses (the paper's training runs; its
             analysis takes 0).
@@ -57,32 +63,30 @@ def nthr_multipliers(
     if eta is not None:
         check_not_negative("eta", eta)
     scores = nthr_scores(
-        hidden, weight, labels, correct, cu_seqlens=cu_seqlens, ignore_index=ignore_index, shift=shift, **options
+        hidden, head, labels, correct, cu_seqlens=cu_seqlens, ignore_index=ignore_index, shift=shift, **options
     )
-    labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
-    lengths = count_tokens(labels, cu_seqlens, ignore_index)
+    layout = LabelLayout(labels, ignore_index, shift, cu_seqlens)
+    lengths = layout.count(layout.counted())
     spoken = correct & (lengths > 0)
     if not bool(spoken.any()) or bool(correct.all()):
         return torch.ones_like(scores)
     if eta is None:
         eta = 2.0 * abs(0.5 - correct.double().mean().item())
-    threshold = beta * (sum_sequences(scores, cu_seqlens) / lengths.clamp_min(1))[spoken].min()
+    threshold = beta * (layout.sum(scores) / lengths.clamp_min(1))[spoken].min()
     resembling = ~_of_tokens(correct, labels, cu_seqlens) & (scores > threshold)
     return torch.ones_like(scores).masked_fill(resembling, eta)
 
 
+@refuses_old_names
 @torch.no_grad()
 def nthr_scores(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor | LMHead,
     labels: Tensor,
     correct: Tensor,
     *,
     lse: Tensor | None = None,
-    bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
     ignore_index: int = -100,
     shift: bool = False,
     workspace_bytes: int | None = None,
@@ -92,22 +96,22 @@ def nthr_scores(
 
     Equivalent PyTorch, padded::
 
-        p = f(hidden @ weight.T + bias).softmax(-1)
+        p = f(hidden @ head.weight.T + head.bias).softmax(-1)
         g = (one_hot(labels, V) - p)[..., labels.unique()]
         m = torch.einsum("stv,sth->vh", g[correct], hidden[correct])
         scores = ((g @ m) * hidden).sum(-1)
 
-    With `logit_scale` or `logit_softcap`, g also has the factor d logit / d product. Cost: two products of size
+    With a scale or a softcap, g also has the factor d logit / d product. Cost: two products of size
     `[N, H] x [H, |V*|]`, two more for the correct tokens, and one with the whole head where `lse` is not given.
 
     Args:
         hidden: `[G, T, H]` padded, or `[N, H]` packed with `cu_seqlens`: the policy that sampled.
-        weight, bias: `[V, H]` and `[V]`.
+        head: `[V, H]` weight, or an `LMHead`.
         labels: `[G, T]` or `[N]` int64; `ignore_index` for prompt and padding.
         correct: `[G]` bool.
         lse: `linear_logprob(..., outputs=("lse",))` of the same call, labels' shape, where it is at hand.
         cu_seqlens: `[G + 1]` bounds of packed responses.
-        logit_scale, logit_softcap, ignore_index, shift, workspace_bytes, backend: As in `linear_logprob`.
+        ignore_index, shift, workspace_bytes, backend: As in `linear_logprob`.
 
     Returns:
         Scores, labels' shape, float32 (float64 for float64 inputs), 0 where a label does not count.
@@ -115,38 +119,26 @@ def nthr_scores(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
     """
-    _check(hidden, weight, bias, labels, correct, lse, cu_seqlens)
-    labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
-    call = prepare_call(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        ignore_index=ignore_index,
-        shift=shift,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-    )
-    check_label_range(labels, weight.shape[0], ignore_index)
+    layout = LabelLayout(labels, ignore_index, shift, cu_seqlens)
+    layout.check_sequences("G, T")
+    model = ModelInputs.resolve(hidden, head, labels)
+    execution = Execution.resolve(workspace_bytes, backend, model)
+    _check(layout, correct, lse)
+    found = Tokens.find(layout, layout.counted(), model.weight.shape[0])
     if lse is None:
-        lse = call.run()[1]["lse"]
-    positions = (labels.flatten() != ignore_index).nonzero()[:, 0]
-    used, local = labels.flatten()[positions].unique(return_inverse=True)
+        lse = LogprobCall.of(model, found, shift, execution).run()[1]["lse"]
+    rows = TokenRows.of(found, shift)
+    used, local = rows.labels.unique(return_inverse=True)
     tokens = _Tokens(
-        hidden=call.hidden.reshape(-1, hidden.shape[-1]),
-        rows=positions - 1 if shift else positions,
-        labels=local,
-        lse=lse.flatten()[positions].to(accumulator_dtype(call.hidden.dtype)),
+        hidden=model.hidden.reshape(-1, hidden.shape[-1]),
+        rows=TokenRows(rows.rows, local),
+        lse=rows.gather(lse).to(model.wide),
     )
-    head = Head(call.weight, call.bias, LogitTransform(logit_scale, logit_softcap))
-    correct_tokens = _of_tokens(correct, labels, cu_seqlens).flatten()[positions]
+    correct_tokens = rows.gather(_of_tokens(correct, labels, cu_seqlens))
+    slices = HeadSlices.of(model.weight, model.bias, model.transform)
     with torch.autocast(hidden.device.type, enabled=False):
-        found = _scores(tokens, head, used, correct_tokens, load_backend(call.options.backend), workspace_bytes)
-    scores = found.new_zeros(labels.numel())
-    scores[positions] = found
-    return scores.view(labels.shape)
+        scores = _scores(tokens, slices, used, correct_tokens, load_backend(execution.backend), workspace_bytes)
+    return rows.spread(scores, labels.shape)
 
 
 @dataclass(frozen=True)
@@ -154,61 +146,48 @@ class _Tokens:
     """The n tokens that count."""
 
     hidden: Tensor  # [.., H]
-    rows: Tensor  # [n], the rows of hidden that predict them
-    labels: Tensor  # [n], indices into V*
+    rows: TokenRows  # with indices into V* for labels
     lse: Tensor  # [n], over the whole vocabulary
 
-    def select(self, mask: Tensor) -> "_Tokens":
+    def select(self, mask: Tensor) -> _Tokens:
         """Those where the mask is True."""
-        return _Tokens(self.hidden, self.rows[mask], self.labels[mask], self.lse[mask])
+        chosen = mask.nonzero()[:, 0]
+        rows = chosen if self.rows.rows is None else self.rows.rows[chosen]
+        return _Tokens(self.hidden, TokenRows(rows, self.rows.labels[chosen]), self.lse[chosen])
 
 
 def _scores(
-    tokens: _Tokens, head: Head, used: Tensor, correct: Tensor, backend: Backend, workspace_bytes: int | None
+    tokens: _Tokens, head: HeadSlices, used: Tensor, correct: Tensor, backend: Backend, workspace_bytes: int | None
 ) -> Tensor:
     """Scores `[n]`; they are sums over the columns V*, which are taken slice by slice."""
-    rows, columns = _tile_shape(tokens, used.numel(), backend, workspace_bytes)
+    shape = plan_moment_tiles(tokens.rows.count, used.numel(), tokens.lse, head, backend, workspace_bytes)
     scores = torch.zeros_like(tokens.lse)
     chosen = tokens.select(correct)
-    for start in range(0, used.numel(), columns):
-        classes = used[start : start + columns]
-        bias = None if head.bias is None else head.bias[classes].to(scores.dtype)
-        part = Head(head.weight[classes].to(scores.dtype), bias, head.transform)
-        tile = scores.new_empty(rows, classes.numel())
+    for columns in spans(used.numel(), shape.columns):
+        part = head.of_classes(used[columns], scores.dtype)
+        tile = scores.new_empty(shape.rows, part.vocab)
         moments = torch.zeros_like(part.weight)
-        for first in range(0, chosen.labels.numel(), rows):
-            states, g = _residuals(chosen, part, first, start, tile, backend)
+        for rows in spans(chosen.rows.count, shape.rows):
+            states, g = _residuals(chosen, part, rows, columns.start, tile, backend)
             backend.products.matmul(g.t(), states, out=moments, accumulate=True)
-        for first in range(0, tokens.labels.numel(), rows):
-            states, g = _residuals(tokens, part, first, start, tile, backend)
+        for rows in spans(tokens.rows.count, shape.rows):
+            states, g = _residuals(tokens, part, rows, columns.start, tile, backend)
             pulled = torch.empty_like(states)
             backend.products.matmul(g, moments, out=pulled)
-            scores[first : first + rows] += pulled.mul_(states).sum(-1)
+            scores[rows] += pulled.mul_(states).sum(-1)
     return scores
 
 
 def _residuals(
-    tokens: _Tokens, head: Head, first: int, start: int, tile: Tensor, backend: Backend
+    tokens: _Tokens, head: HeadSlices, rows: slice, start: int, tile: Tensor, backend: Backend
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states, and g in the tile, of the tokens from `first` on, for the head's rows from `start` on."""
-    stop = min(first + tile.shape[0], tokens.labels.numel())
-    rows = TokenRows(tokens.rows, tokens.labels)
-    states = rows.take(tokens.hidden, first, stop, tile.dtype)
-    g, lse = tile[: stop - first], tokens.lse[first:stop]
+    """Hidden states, and g in the tile, of some tokens, for a slice of V* that begins at `start`."""
+    states = tokens.rows.take(tokens.hidden, rows.start, rows.stop, tile.dtype)
+    g, lse = tile[: rows.stop - rows.start], tokens.lse[rows]
     backend.products.matmul(states, head.weight.t(), out=g)
     grads = TokenGrads(lse_value=lse, logp=torch.ones_like(lse))
-    backend.tile_grad(Tile(g, tokens.labels[first:stop] - start, head.transform, head.bias), grads)
+    backend.tile_grad(Tile(g, tokens.rows.labels[rows] - start, head.transform, head.bias), grads)
     return states, g
-
-
-def _tile_shape(tokens: _Tokens, classes: int, backend: Backend, workspace_bytes: int | None) -> tuple[int, int]:
-    """Rows and columns of a tile. A column takes a row of the head and one of M, a row two of hidden states."""
-    width, wide = tokens.hidden.shape[1], tokens.lse.dtype.itemsize
-    budget = workspace_budget(workspace_bytes, tokens.hidden.device.type)
-    columns = max(1, min(classes, budget // 4 // (2 * width * wide)))
-    cell = backend.cell_bytes(tokens.lse)
-    row = columns * cell + 2 * width * wide + backend.products.row_bytes
-    return max(1, min(tokens.labels.numel(), (budget - columns * 2 * width * wide) // row)), columns
 
 
 def _of_tokens(values: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -218,24 +197,9 @@ def _of_tokens(values: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Ten
     return values.repeat_interleave(cu_seqlens.diff().long())
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    correct: Tensor,
-    lse: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    check_tensor("hidden", hidden)
-    check_tensor("labels", labels)
+def _check(layout: LabelLayout, correct: Tensor, lse: Tensor | None) -> None:
+    labels, group = layout.labels, layout.sequences
     check_tensor("correct", correct)
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, hidden)
-    elif hidden.ndim != 3:
-        raise ValueError(f"hidden must be [G, T, H], or [N, H] with cu_seqlens; got {list(hidden.shape)}")
-    check_head_inputs(hidden, weight, bias, labels)
-    group = hidden.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if correct.shape != (group,) or correct.dtype != torch.bool or correct.device != labels.device:
         came = f"{correct.dtype} {list(correct.shape)} on {correct.device}"
         raise ValueError(f"correct must be bool, one for each of the {group} responses, on {labels.device}; got {came}")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from spo_kernels.engine.checks import check_tensor
+from spo_kernels.engine.tokens import sum_sequences
 from spo_kernels.losses.pairs import check_choice, check_positive
-from spo_kernels.sequences import sum_sequences
 
 
 def group_advantages(rewards: Tensor, *, scale: bool = True, epsilon: float = 1e-4) -> Tensor:

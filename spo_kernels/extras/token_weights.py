@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo_kernels.engine.checks import check_tensor
+from spo_kernels.engine.tokens import LabelLayout
 from spo_kernels.losses.pairs import check_not_negative
-from spo_kernels.sequences import check_cu_seqlens, count_tokens, counted_labels
 
 
 def ld_dpo_weights(
@@ -129,21 +128,12 @@ class _PairTokens:
 
     @classmethod
     def of(cls, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool) -> "_PairTokens":
-        check_tensor("labels", labels)
-        if labels.ndim != (2 if cu_seqlens is None else 1):
-            raise ValueError(f"labels must be [2B, T], or [N] with cu_seqlens; got {list(labels.shape)}")
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64, got {labels.dtype}")
-        sequences = labels.shape[0]
-        if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, labels[:, None])
-            sequences = cu_seqlens.numel() - 1
-        if sequences % 2:
-            raise ValueError(f"labels must hold B chosen sequences, then B rejected ones; got {sequences} sequences")
-        labels = counted_labels(labels, cu_seqlens, ignore_index, shift)
-        lengths = count_tokens(labels, cu_seqlens, ignore_index)
-        owners = torch.arange(sequences, device=labels.device).repeat_interleave(lengths)
-        return cls((labels != ignore_index).flatten(), owners, lengths)
+        layout = LabelLayout(labels, ignore_index, shift, cu_seqlens)
+        layout.check_pairs()
+        counted = layout.counted()
+        lengths = layout.count(counted)
+        owners = torch.arange(layout.sequences, device=labels.device).repeat_interleave(lengths)
+        return cls(counted.flatten(), owners, lengths)
 
     @property
     def shorter(self) -> Tensor:

@@ -43,7 +43,8 @@ class PairBatch:
     kl: Tensor | None  # labels' shape, for an objective that asks for it
     execution: Execution
     token_metrics: bool
-    scale: float | None  # by which the sum of the losses is multiplied; None: they are returned one by one
+    reduced: bool  # to one loss; else they are returned one by one
+    scale: float  # by which the sum of the losses is multiplied
 
     @property
     def pairs(self) -> int:
@@ -87,7 +88,7 @@ def resolve_batch(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
     """
-    labels, pairs = layout.labels, _count_pairs(layout)
+    labels, pairs = layout.labels, layout.check_pairs()
     assert policy.hidden is not None and policy.head is not None
     model = ModelInputs.resolve(policy.hidden, policy.head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model, sparsity)
@@ -137,19 +138,9 @@ def resolve_batch(
         kl=kl,
         execution=execution,
         token_metrics=token_metrics,
-        scale={"mean": 1.0 / max(pairs, 1), "sum": 1.0}.get(reduction),
+        reduced=reduction != "none",
+        scale=1.0 / max(pairs, 1) if reduction == "mean" else 1.0,
     )
-
-
-def _count_pairs(layout: LabelLayout) -> int:
-    """B, from shapes alone."""
-    layout.check_sequences("2B, T")
-    if layout.sequences % 2:
-        name = "labels" if layout.cu_seqlens is None else "cu_seqlens"
-        raise ValueError(
-            f"{name} must hold an even number of sequences, B chosen ones, then B rejected ones; got {layout.sequences}"
-        )
-    return layout.sequences // 2
 
 
 def _reference_model(policy: Given, reference: Given, labels: Tensor) -> ModelInputs | None:

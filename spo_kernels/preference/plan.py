@@ -86,7 +86,7 @@ def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
     """
     policy = batch.policy
     # an objective runs inside the forward there, where torch.compile cannot see it; and lengths must be known
-    if not policy.trains_head or batch.scale is None or batch.host_lengths is None or batch.pairs == 0:
+    if not policy.trains_head or not batch.reduced or batch.host_lengths is None or batch.pairs == 0:
         return TWO_PASS
     names = token_outputs_of(batch.objective)
     reason = "its objective needs kl, which has a gradient of its own" if "kl" in names else None

@@ -25,8 +25,8 @@ def run(batch: PairBatch, plan: PathPlan) -> Outcome:
     if batch.token_metrics:
         correct = layout.sum(extras["correct"].float())
         token_sums = TokenSums(extras["entropy"].detach().sum(), correct[: batch.pairs].sum())
-    kernel = PairKernel.of(batch) if batch.scale is not None and batch.token_weights is None else None
-    if kernel is not None and batch.scale is not None:
+    kernel = PairKernel.of(batch) if batch.reduced and batch.token_weights is None else None
+    if kernel is not None:
         loss, summary = kernel.loss(logp, batch)
         return Outcome(loss, summary, token_sums, sparsity)
     inputs, values = batch.inputs, {"logp": logp.detach(), **extras}
@@ -37,7 +37,7 @@ def run(batch: PairBatch, plan: PathPlan) -> Outcome:
         inputs = replace(inputs, named={**inputs.named, **by_side(found)})
     pairs = inputs.pairs(layout.sum(logp, batch.token_weights))
     losses = pair_losses(batch.objective, pairs)
-    loss = losses if batch.scale is None else losses.sum() * batch.scale
+    loss = losses.sum() * batch.scale if batch.reduced else losses
     return Outcome(loss, summarise(batch.objective, pairs, losses), token_sums, sparsity)
 
 

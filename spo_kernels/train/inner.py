@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from spo_kernels.losses import Objective
-from spo_kernels.sequences import count_tokens
 from spo_kernels.train.batches import IGNORE_INDEX
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.policy import Policy
@@ -69,7 +68,7 @@ class InnerSteps:
             nll = -policy.chosen_logps(batch["input_ids"], labels)
         if self.normalization == "sum":
             return nll
-        return nll / count_tokens(labels[: len(nll)], None, IGNORE_INDEX).clamp_min(1)
+        return nll / (labels[: len(nll)] != IGNORE_INDEX).sum(-1).clamp_min(1)
 
     @torch.no_grad()
     def _step(self, trained: list[nn.Parameter], gradients: tuple[Tensor | None, ...], accelerator: Any) -> None:

@@ -51,8 +51,6 @@ class Split:
             name: torch.tensor([e.inputs[name] for e in chosen], dtype=torch.float32, device=device)
             for name in chosen[0].inputs
         }
-        if "spo_value" in inputs:
-            batch["spo_value"] = inputs.pop("spo_value")
         return batch | {"pair_inputs": inputs} if inputs else batch
 
     def by_length(self, indices: Iterable[int]) -> list[int]:
@@ -167,7 +165,8 @@ class Trainer:
         if self.inner is not None:
             policy = self.accelerator.unwrap_model(self.policy)
             # evaluation: processes may have different numbers of batches, so each steps on its own
-            batch["spo_value"] = self.inner.values(policy, batch, self.accelerator, shared=training)
+            value = self.inner.values(policy, batch, self.accelerator, shared=training)
+            batch["pair_inputs"] = {**batch.get("pair_inputs", {}), "spo_value": value}
         return batch
 
     def _add_pairs(self, window: Window, split: Split, indices: list[int], pair_logps: Tensor | None) -> None:

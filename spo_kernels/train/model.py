@@ -6,43 +6,16 @@ the configuration, and a check on a few tokens holds the result to the model's o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spo_kernels import linear_logprob
+from spo_kernels import LMHead, linear_logprob
+from spo_kernels.head import inner_model
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
-
-# Model types whose config multiplies by `logits_scaling`; the others (Granite) divide.
-MULTIPLIES_LOGITS_SCALING = frozenset({"hyperclovax"})
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """logits = softcap(scale * (hidden @ weight.T + bias)); softcap None for none."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @staticmethod
-    def of(config: Any) -> LogitTransform:
-        """What a transformers configuration says about its logits."""
-        text = config.get_text_config()
-        scale = 1.0
-        for name in ("logit_scale", "lm_head_multiplier"):
-            scale *= _number(text, name, 1.0)
-        scaling = _number(text, "logits_scaling", 1.0)
-        scale = scale * scaling if text.model_type in MULTIPLIES_LOGITS_SCALING else scale / scaling
-        return LogitTransform(scale, _number(text, "final_logit_softcapping", 0.0) or None)
-
-
-def _number(config: Any, name: str, default: float) -> float:
-    value = getattr(config, name, None)
-    return float(value) if isinstance(value, int | float) else default
 
 
 def load_tokenizer(name: str, config: TrainConfig) -> Any:
@@ -107,60 +80,38 @@ def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
 class HeadlessModel(nn.Module):
     """A causal language model seen as hidden states and a head that others multiply with.
 
-    Attributes: `model` (as loaded, or wrapped by peft), `transform`.
+    Attributes: `model` (as loaded, or wrapped by peft).
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        outer: Any = model
-        inner = outer.get_base_model() if hasattr(model, "get_base_model") else outer
-        self.transform = LogitTransform.of(inner.config)
-        backbone, head = inner.get_decoder(), inner.get_output_embeddings()
-        kind = type(inner).__name__
-        if head is None:
-            raise TrainError(f"{kind} has no output embeddings, so there is no head to fuse with the loss")
+        inner = inner_model(model)
+        backbone, kind = inner.get_decoder(), type(inner).__name__
         if backbone is None or backbone is inner:
             raise TrainError(f"{kind} does not tell its backbone from its head, so hidden states can't be had")
-        _check_head(kind, head)
-        # In tuples, so that torch does not register them a second time beside `model`.
-        self._parts: tuple[Any, nn.Linear] = (backbone, head)
+        # In a tuple, so that torch does not register it a second time beside `model`.
+        self._backbone: tuple[Any] = (backbone,)
+        try:
+            _ = self.head
+        except (TypeError, ValueError) as error:
+            raise TrainError(str(error)) from error
 
     @property
-    def head(self) -> nn.Linear:
-        return self._parts[1]
+    def head(self) -> LMHead:
+        """As it is now: training engines replace parameters."""
+        return LMHead.of(self.model)
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Last hidden states [rows, T, H], after the final norm; no attention mask, see `collate`."""
-        return self._parts[0](input_ids=input_ids, use_cache=False).last_hidden_state
+        return self._backbone[0](input_ids=input_ids, use_cache=False).last_hidden_state
 
     def freeze_unused(self) -> None:
         """Parts that text never reaches, such as a vision tower, get no gradient: DDP would wait for it."""
-        used = {id(p) for part in self._parts for p in part.parameters()}
+        used = {id(p) for p in (*self._backbone[0].parameters(), self.head.weight, self.head.bias)}
         for parameter in self.model.parameters():
             if id(parameter) not in used:
                 parameter.requires_grad_(False)
-
-    def head_options(self) -> dict[str, Any]:
-        """The head as keyword arguments of the fused functions."""
-        return {
-            "bias": self.head.bias,
-            "logit_scale": self.transform.scale,
-            "logit_softcap": self.transform.softcap,
-        }
-
-
-def _check_head(kind: str, head: nn.Module) -> None:
-    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
-        raise TrainError(
-            f"{kind}: the head carries a LoRA adapter or a trained copy (modules_to_save); "
-            "train the adapters elsewhere: leave the head out of --lora-targets"
-        )
-    weight = getattr(head, "weight", None)
-    if not isinstance(head, nn.Linear) or weight is None or hasattr(weight, "quant_state"):
-        raise TrainError(f"{kind}: the head is a {type(head).__name__}, perhaps quantised; a plain nn.Linear is needed")
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise TrainError(f"{kind}: the head's weight is {weight.dtype}; a quantised head is not supported")
 
 
 @torch.no_grad()
@@ -177,7 +128,7 @@ def check_against_own_logits(headless: HeadlessModel, tokens: Tensor, backend: s
     hidden = headless.hidden(tokens)
     labels = tokens.roll(1, dims=1)
     try:
-        ours = linear_logprob(hidden, headless.head.weight, labels, backend=backend, **headless.head_options())
+        ours = linear_logprob(hidden, headless.head, labels, backend=backend)
     # A backend, or SPO_BACKEND, that can't serve this device and dtype; the message says why.
     except (ValueError, RuntimeError) as error:
         raise TrainError(f"the fused loss can't run: {error}") from error

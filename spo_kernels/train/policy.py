@@ -30,15 +30,14 @@ class Reference:
 
     @torch.no_grad()
     def inputs(self, input_ids: Tensor) -> dict[str, Any]:
-        """ref_hidden, ref_weight and ref_bias for fused_spo_loss, without dropout."""
+        """ref_hidden and ref_head for fused_spo_loss, without dropout."""
         model: Any = self.headless.model
         training = model.training
         model.eval()
         with model.disable_adapter() if self.adapters_off else nullcontext():
             hidden = self.headless.hidden(input_ids)
         model.train(training)
-        head = self.headless.head
-        return {"ref_hidden": hidden, "ref_weight": head.weight, "ref_bias": head.bias}
+        return {"ref_hidden": hidden, "ref_head": self.headless.head}
 
 
 def pair_token_weights(labels: Tensor, ld_alpha: float | None) -> Tensor | None:
@@ -68,7 +67,6 @@ class Policy(nn.Module):
         # Not a submodule: it must not be trained, saved, or switched to training mode with the policy.
         self._reference = (reference,)
         self._options = {
-            **headless.head_options(),
             **kernel_options,
             "shift": True,
             "ignore_index": IGNORE_INDEX,
@@ -79,7 +77,6 @@ class Policy(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         ref_logps: Tensor | None = None,
-        spo_value: Tensor | None = None,
         pair_inputs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """input_ids and labels [rows, T] from `collate`; ref_logps [2B] unless the reference is online."""
@@ -89,11 +86,10 @@ class Policy(nn.Module):
         online = {} if reference is None or ref_logps is not None else reference.inputs(input_ids)
         loss, metrics = fused_spo_loss(
             self.headless.hidden(input_ids),
-            self.headless.head.weight,
+            self.headless.head,
             labels,
             loss=self.objective,
             ref_logps=ref_logps,
-            spo_value=spo_value,
             pair_inputs=pair_inputs,
             token_weights=pair_token_weights(labels, self._ld_alpha),
             reduction="sum",
@@ -130,7 +126,7 @@ class Policy(nn.Module):
         input_ids, labels = input_ids[:rows, :length], labels[:rows, :length]
         return sequence_logps(
             self.headless.hidden(input_ids),
-            self.headless.head.weight,
+            self.headless.head,
             labels,
             token_weights=None if weights is None else weights[:rows, :length],
             **self._options,
@@ -141,7 +137,7 @@ class Policy(nn.Module):
         sparse = sparsity.mode != "exact"
         logp, extra = linear_logprob(
             self.headless.hidden(input_ids),
-            self.headless.head.weight,
+            self.headless.head,
             labels,
             outputs=("correct", "kept_share", "dropped_mass") if sparse else ("correct",),
             sparsity=sparsity,

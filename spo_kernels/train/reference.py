@@ -47,7 +47,7 @@ def reference_logps(
         model=model_hash,
         data=data_hash(examples),
         precision=accelerator.mixed_precision,
-        transform=str(headless.transform),
+        transform=f"{headless.head.logit_scale} {headless.head.logit_softcap}",
         backend=kernel_options.get("backend"),
         ld_alpha=ld_alpha,
     )
@@ -84,11 +84,10 @@ def score(
         with accelerator.autocast():
             logps = sequence_logps(
                 headless.hidden(input_ids),
-                headless.head.weight,
+                headless.head,
                 labels,
                 shift=True,
                 token_weights=pair_token_weights(labels, ld_alpha),
-                **headless.head_options(),
                 **kernel_options,
             )
         sums[batch] = logps.view(responses, len(batch)).T
