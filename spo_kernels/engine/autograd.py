@@ -79,9 +79,7 @@ class LogprobCall:
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         """logp, and all optional outputs (empty where they were not asked for), shaped like labels."""
-        model = self.model
-        tensors = (model.hidden, model.weight, model.bias, model.transform, *self.tokens)
-        logp, *extras = LinearLogprobFunction.apply(*tensors, self.options)
+        logp, *extras = LinearLogprobFunction.apply(*self.model.tensors(), *self.tokens, self.options)
         return logp, dict(zip(OUTPUTS, extras, strict=True))
 
 
@@ -94,7 +92,7 @@ class LinearLogprobFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        """Arguments: the tensors of `ModelInputs` and of `Tokens`, and options. Returns logp and all of `OUTPUTS`."""
+        """Arguments: `ModelInputs.tensors()`, `Tokens` and options. Returns logp and all of `OUTPUTS`."""
         hidden, weight, bias, transform, *tokens, options = arguments
         recompute = bool(options.differentiable) or any(ctx.needs_input_grad[1:3])
         sparsity = options.sparsity if any(ctx.needs_input_grad[:3]) else EXACT

@@ -1,5 +1,6 @@
 """Checks of what the caller passed: every message names the argument, what was expected and what came."""
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -57,6 +58,12 @@ def _unreadable(value: Tensor) -> str | None:
     return None
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Where autocast is on, it is not inside."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
 def check_vector(name: str, value: Tensor, length: int, device: torch.device) -> None:
     """`value` must be a floating `[length]` on hidden's device."""
     check_tensor(name, value)
@@ -94,15 +101,16 @@ def check_labels(labels: Tensor, shift: bool) -> None:
         raise ValueError("labels must have a last dimension to shift along, got a 0-d tensor")
 
 
-def check_label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Every label is `ignore_index` or lies in [0, vocab)."""
+def check_label_range(labels: Tensor, vocab: int, ignore_index: int | None) -> None:
+    """Every label is `ignore_index` or lies in [0, vocab); None where no label is to be ignored."""
     if labels.numel() == 0:
         return
-    lowest, highest = labels.masked_fill(labels == ignore_index, 0).aminmax()
+    counting = labels if ignore_index is None else labels.masked_fill(labels == ignore_index, 0)
+    lowest, highest = counting.aminmax()
     if labels.is_cuda:
         torch._assert_async((lowest >= 0) & (highest < vocab), f"a label is outside [0, {vocab})")
     elif lowest.item() < 0 or highest.item() >= vocab:
-        place, value = _first("labels", labels, ((labels < 0) | (labels >= vocab)) & (labels != ignore_index))
+        place, value = _first("labels", labels, (counting < 0) | (counting >= vocab))
         raise IndexError(f"{place} = {value} is outside [0, {vocab})")
 
 

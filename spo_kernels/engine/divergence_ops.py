@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.engine import divergence
-from spo_kernels.engine.checks import is_traced
+from spo_kernels.engine.checks import is_traced, without_autocast
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.ops import MODEL, OPTIONS, TOKENS, gradients_fake, gradients_of, like_hidden, plane_of
 from spo_kernels.engine.tokens import TokenRows, Tokens
@@ -37,7 +37,7 @@ def _models(*arguments: Any) -> tuple[divergence.Models, TokenRows, Tensor]:
 def linear_kl_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Divergences and both models' log-sum-exps, labels' shape; see the schema and `linear_kl`."""
     models, tokens, labels = _models(*arguments)
-    with torch.autocast(labels.device.type, enabled=False):
+    with without_autocast(labels.device):
         found = divergence.forward(models)
     kl, ref_lse, lse = (tokens.spread(values, labels.shape) for values in found)
     return kl, ref_lse, lse
@@ -52,7 +52,7 @@ def linear_kl_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad_hidden = like_hidden(hidden, tokens, hidden.dtype) if need_hidden else hidden.new_empty(0)
     head_out = models.policy.head.gradient(models.policy.wide, weight=need_weight, bias=need_bias)
     hidden_out = grad_hidden.view(-1, hidden.shape[-1]) if need_hidden else None
-    with torch.autocast(labels.device.type, enabled=False):
+    with without_autocast(labels.device):
         ref_lse, lse, grad = (tokens.gather(values) for values in (ref_lse, lse, grad))
         divergence.backward(models, ref_lse, lse, grad, hidden_out, head_out)
     return grad_hidden, *gradients_of(head_out, weight)
@@ -83,8 +83,7 @@ def kl_divergence(
     policy: ModelInputs, reference: ModelInputs, tokens: Tokens, shift: bool, execution: Execution
 ) -> Tensor:
     """`linear_kl` of resolved inputs: `[labels' shape]`, differentiable in the policy's."""
-    sides = (policy, reference.detach())
-    tensors = [value for side in sides for value in (side.hidden, side.weight, side.bias, side.transform)]
+    tensors = (*policy.tensors(), *reference.detach().tensors())
     options = (shift, execution.workspace_bytes, execution.backend)
     kl: Tensor = LinearKLFunction.apply(*tensors, *tokens, *options)
     return kl

@@ -96,7 +96,7 @@ def _statistics(
     for column in spans(head.vocab, shape.columns):
         products, _ = buffers.tile(len(labels), column.stop - column.start)
         backend.products.matmul(states, head.rows(column, states.dtype).t(), out=products)
-        tile = Tile(products, labels - column.start, head.transform, head.bias_rows(column, plane.wide))
+        tile = Tile(products, relative(labels, column), head.transform, head.bias_rows(column, plane.wide))
         masses = None if chooser is None else chooser.masses(len(labels), column.start, column.stop)
         backend.tile_stats(tile, stats, block_lse=masses)
 
@@ -112,7 +112,7 @@ def _weighted_rows(
         weight = head.rows(column, states.dtype)
         products, out = buffers.tile(len(labels), column.stop - column.start)
         backend.products.matmul(states, weight.t(), out=products)
-        tile = Tile(products, labels - column.start, head.transform, head.bias_rows(column, plane.wide), out)
+        tile = Tile(products, relative(labels, column), head.transform, head.bias_rows(column, plane.wide), out)
         backend.tile_stats(tile, stats, rescale=rescale)
         if column.start > 0:
             backend.scale_rows(total, rescale)
@@ -126,6 +126,11 @@ def _finish_logp_grad_(total: Tensor, head: HeadSlices, labels: Tensor, stats: T
     coefficient = label_slope(stats, head.transform)
     for piece in spans(total.shape[0], shape.columns):
         total[piece].addcmul_(coefficient[piece, None], head.label_rows(labels[piece], total.dtype))
+
+
+def relative(labels: Tensor, columns: slice) -> Tensor:
+    """Labels counted from the first of some columns."""
+    return labels - columns.start if columns.start else labels
 
 
 def label_slope(stats: TokenStats, transform: LogitTransform) -> Tensor:
@@ -192,7 +197,7 @@ def backward(
         weight_sum.begin(columns, weight, piece.single_tile)
         for part, factors in piece.parts:
             states, listed = tokens.operand(hidden, part, products)
-            labels = tokens.labels[part] - columns.start
+            labels = relative(tokens.labels[part], columns)
             found, out = buffers.tile(len(labels), columns.stop - columns.start)
             products.matmul(states, weight.t(), out=found, a_rows=listed)
             tile = Tile(found, labels, head.transform, bias, out)

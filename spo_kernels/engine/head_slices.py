@@ -25,7 +25,7 @@ class HeadSlices:
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, transform: Tensor) -> HeadSlices:
-        """From the tensors of `ModelInputs`."""
+        """From the tensors that an op takes; see `ModelInputs.tensors`."""
         scale, softcap = transform.tolist()
         return cls(weight, bias, LogitTransform(scale, softcap or None))
 
@@ -46,11 +46,14 @@ class HeadSlices:
 
     def rows(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Rows of the weight that are a slice of the vocabulary, in the dtype of the products."""
-        return self.weight[part].to(dtype)
+        return self._whole(self.weight, part).to(dtype)
 
     def bias_rows(self, part: slice, dtype: torch.dtype) -> Tensor | None:
         """The same of the bias."""
-        return None if self.bias is None else self.bias[part].to(dtype).contiguous()
+        return None if self.bias is None else self._whole(self.bias, part).to(dtype).contiguous()
+
+    def _whole(self, values: Tensor, part: slice) -> Tensor:
+        return values if part.stop - part.start == self.vocab else values[part]
 
     def label_rows(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """The labels' rows of the weight, `[n, H]`."""

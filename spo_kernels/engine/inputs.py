@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from spo_kernels.backends.contract import LogitTransform
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.backends.registry import choose_backend
 from spo_kernels.engine.checks import FLOAT_DTYPES, check_tensor, check_workspace_bytes
+from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.head import LMHead, as_head
 from spo_kernels.sparsity import EXACT, Sparsity, as_sparsity
 
@@ -21,9 +23,8 @@ class ModelInputs:
     hidden: Tensor  # [..., H]
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
-    # float64 [2] on the CPU: logit_scale, and logit_softcap or 0. A tensor, since a graph is compiled anew for every
-    # value of a float that crosses into an op
-    transform: Tensor
+    logit_scale: float
+    logit_softcap: float | None
 
     @classmethod
     def resolve(cls, hidden: Tensor, head: Tensor | LMHead, labels: Tensor, prefix: str = "") -> ModelInputs:
@@ -51,7 +52,7 @@ class ModelInputs:
             dtype = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        return cls(hidden, weight, bias, _transform(head))
+        return cls(hidden, weight, bias, head.logit_scale, head.logit_softcap)
 
     @classmethod
     def resolve_reference(
@@ -82,7 +83,24 @@ class ModelInputs:
     def detach(self) -> ModelInputs:
         """The same as constants."""
         bias = None if self.bias is None else self.bias.detach()
-        return ModelInputs(self.hidden.detach(), self.weight.detach(), bias, self.transform)
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """As ops take them: hidden, weight, bias, and scale and softcap (0 for none) as float64 `[2]` on the CPU.
+
+        These are a tensor, since a graph is compiled anew for every value of a float that crosses into an op.
+        """
+        numbers = (self.logit_scale, 0.0 if self.logit_softcap is None else self.logit_softcap)
+        if torch.compiler.is_compiling():
+            # torch.tensor would take a symbolic number for the one that it has while it is traced
+            transform = torch.stack([torch.full((), number, dtype=torch.float64) for number in numbers])
+        else:
+            transform = torch.tensor(numbers, dtype=torch.float64)
+        return self.hidden, self.weight, self.bias, transform
+
+    def slices(self) -> HeadSlices:
+        """The head as the engine sees it."""
+        return HeadSlices(self.weight, self.bias, LogitTransform(float(self.logit_scale), self.logit_softcap))
 
     @property
     def trains_head(self) -> bool:
@@ -94,14 +112,6 @@ class ModelInputs:
     def wide(self) -> torch.dtype:
         """The dtype of logits, statistics and sums."""
         return accumulator_dtype(self.hidden.dtype)
-
-
-def _transform(head: LMHead) -> Tensor:
-    softcap = 0.0 if head.logit_softcap is None else head.logit_softcap
-    if not torch.compiler.is_compiling():
-        return torch.tensor((head.logit_scale, softcap), dtype=torch.float64)
-    # torch.tensor would take a symbolic number for the one that it has while it is traced
-    return torch.stack([torch.full((), value, dtype=torch.float64) for value in (head.logit_scale, softcap)])
 
 
 def _check_shapes(name: str, hidden: Tensor, weight_name: str, head: LMHead, bias_name: str, labels: Tensor) -> None:

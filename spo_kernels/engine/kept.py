@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spo_kernels.backends.contract import Backend, Tile, TokenStats, add_at_labels_
 from spo_kernels.backends.products import accumulator_dtype
-from spo_kernels.engine.exact import label_slope
+from spo_kernels.engine.exact import label_slope, relative
 from spo_kernels.engine.gradients import HeadGradient, SliceGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.memory import in_huge_pages
@@ -60,14 +60,17 @@ class KeptTiles:
         kept = self._kept[: n * head.vocab].view(n, head.vocab)
         stats, maxima = self._keep(tokens, states, kept)
         upstream = coefficients(stats)
-        share = upstream / -stats.sum
+        share = (upstream / stats.sum).neg_()
         at_label = upstream * label_slope(stats, head.transform)
         total = None if hidden_out is None else states.new_empty(states.shape, dtype=self._wide)
-        weight_sum = SliceGradient(head_out, products, self._wide)
+        weight_sum, whole = SliceGradient(head_out, products, self._wide), len(self._slices) == 1
         for columns, maximum in zip(self._slices, maxima, strict=True):
-            part = kept[:, columns]
-            self._backend.scale_rows(part, share * (maximum - stats.max).exp())
-            add_at_labels_(part, tokens.labels - columns.start, at_label)
+            part = kept if whole else kept[:, columns]
+            self._backend.scale_rows(part, share if whole else share * (maximum - stats.max).exp())
+            if whole:  # every label lies in it, on an entry that is 0
+                part[torch.arange(n, device=part.device), tokens.labels] = at_label.to(part.dtype)
+            else:
+                add_at_labels_(part, tokens.labels - columns.start, at_label)
             if total is not None:
                 weight = head.rows(columns, states.dtype)
                 products.matmul(part, weight, out=total, accumulate=columns.start > 0)
@@ -83,11 +86,11 @@ class KeptTiles:
         stats = TokenStats.start(states.shape[0], states.new_empty(0, dtype=self._wide), self._moments)
         maxima, rescale, head = [], torch.empty_like(stats.max), self._head
         for columns in self._slices:
-            part = found = kept[:, columns]
+            part = found = kept[:, columns] if len(self._slices) > 1 else kept
             if self._products is not None:
                 found = self._products[: part.numel()].view(part.shape)
             self._backend.products.matmul(states, head.rows(columns, states.dtype).t(), out=found)
-            labels = tokens.labels - columns.start
+            labels = relative(tokens.labels, columns)
             tile = Tile(found, labels, head.transform, head.bias_rows(columns, self._wide), part)
             self._backend.tile_stats(tile, stats, rescale=rescale)
             maxima.append(stats.max if len(self._slices) == 1 else stats.max.clone())

@@ -15,6 +15,7 @@ from spo_kernels.backends.contract import TokenGrads
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine import exact
+from spo_kernels.engine.checks import without_autocast
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.sparse import kept_slices, possible, probe, sparse_forward
@@ -120,7 +121,7 @@ def linear_logprob_fwd(
     wanted = Sparsity(sparsity, tolerance, seed)
     codes = labels.new_empty(_codes_shape(labels, weight, wanted), dtype=torch.uint8)
     code_counts = torch.zeros(codes.shape[:1], dtype=torch.int64)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         # with a frozen head the exact way costs two products, both of them here: worth a look before
         sparse = codes.numel() > 0 and rows.mask is None and possible(shape, plane.head.vocab)
         sparse = sparse and (not need_logp_grad or probe(plane, shape, wanted))
@@ -211,7 +212,7 @@ def linear_logprob_bwd(
             shape = shape.of_blocks(width)
             kept = KeptBlocks(codes, code_counts.tolist(), width)
             slices = kept_slices(kept, rows.count, plane.head.vocab, shape.rows, lse.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             exact.backward(plane, grads, shape, None if finished else hidden_out, head_out, slices)
     return grad_hidden, *gradients_of(head_out, weight)
 

@@ -128,10 +128,13 @@ def find_tokens(
     labels: Tensor, counted: Tensor, vocab: int, ignore_index: int, count: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Tokens.positions`, `.total` and `.listed`. Waits for a device once, where `count` is not given."""
-    check_label_range(labels, vocab, ignore_index)
     flat = counted.flatten()
+    every = count == flat.numel()
+    check_label_range(labels, vocab, None if every else ignore_index)
     if capturing(counted):
         return torch.zeros_like(flat, dtype=torch.int64), torch.tensor(flat.numel()), torch.tensor(False)
+    if every:
+        return torch.arange(flat.numel(), device=flat.device), torch.tensor(flat.numel()), torch.tensor(True)
     if count is None or not counted.is_cuda:
         found = flat.nonzero()[:, 0]
         count = found.numel()
@@ -205,7 +208,10 @@ class TokenRows:
 
     def take(self, hidden: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Hidden states of tokens start..stop in the dtype of the products."""
-        chosen = hidden[start:stop] if self.rows is None else hidden[self.rows[start:stop]]
+        if self.rows is None:
+            chosen = hidden if stop - start == len(hidden) else hidden[start:stop]
+        else:
+            chosen = hidden[self.rows if stop - start == self.count else self.rows[start:stop]]
         return self._masked(chosen, start, stop).to(dtype)
 
     def operand(self, hidden: Tensor, part: slice | Tensor, products: Products) -> tuple[Tensor, Tensor | None]:

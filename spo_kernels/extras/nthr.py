@@ -19,7 +19,7 @@ from torch import Tensor
 from spo_kernels.backends.contract import Backend, Tile, TokenGrads
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine.autograd import LogprobCall
-from spo_kernels.engine.checks import check_tensor
+from spo_kernels.engine.checks import check_tensor, without_autocast
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.renamed import refuses_old_names
@@ -135,9 +135,8 @@ def nthr_scores(
         lse=rows.gather(lse).to(model.wide),
     )
     correct_tokens = rows.gather(_of_tokens(correct, labels, cu_seqlens))
-    slices = HeadSlices.of(model.weight, model.bias, model.transform)
-    with torch.autocast(hidden.device.type, enabled=False):
-        scores = _scores(tokens, slices, used, correct_tokens, load_backend(execution.backend), workspace_bytes)
+    with without_autocast(hidden.device):
+        scores = _scores(tokens, model.slices(), used, correct_tokens, load_backend(execution.backend), workspace_bytes)
     return rows.spread(scores, labels.shape)
 
 

@@ -1,7 +1,10 @@
 """What an objective sees of a batch of preference pairs."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -73,19 +76,31 @@ class PairInputs:
 
     def pairs(self, sums: Tensor, start: int = 0, stop: int | None = None) -> PairLogps:
         """Pairs start..stop, whose log-probabilities `sums` are chosen first."""
-        total = self.lengths.numel() // 2
-        stop = total if stop is None else stop
-        chosen, rejected = slice(start, stop), slice(total + start, total + stop)
-        return PairLogps(
-            chosen=sums[: stop - start],
-            rejected=sums[stop - start :],
-            ref_chosen=None if self.reference is None else self.reference[chosen],
-            ref_rejected=None if self.reference is None else self.reference[rejected],
-            chosen_lengths=self.lengths[chosen],
-            rejected_lengths=self.lengths[rejected],
-            sft_value=None if self.sft_value is None else self.sft_value[chosen],
-            inputs={name: values[chosen] for name, values in self.named.items()},
-        )
+        chosen, rejected = sums.chunk(2)
+        reference, lengths, sft_value, named = self._halves
+        if (start, stop) not in ((0, None), (0, len(lengths[0]))):
+            part = slice(start, stop)
+            reference = None if reference is None else (reference[0][part], reference[1][part])
+            lengths = (lengths[0][part], lengths[1][part])
+            sft_value = None if sft_value is None else sft_value[part]
+            named = {name: values[part] for name, values in named.items()}
+        ref_chosen, ref_rejected = (None, None) if reference is None else reference
+        return PairLogps(chosen, rejected, ref_chosen, ref_rejected, *lengths, sft_value, named)
+
+    @cached_property
+    def _halves(self) -> _Halves:
+        """Reference and lengths of chosen and rejected, the value, and the named inputs."""
+        reference = None if self.reference is None else _chunk(self.reference)
+        return reference, _chunk(self.lengths), self.sft_value, self.named
+
+
+_Pair = tuple[Tensor, Tensor]
+_Halves = tuple[_Pair | None, _Pair, Tensor | None, Mapping[str, Tensor]]
+
+
+def _chunk(both: Tensor) -> _Pair:
+    chosen, rejected = both.view(2, -1).unbind()
+    return chosen, rejected
 
 
 class Objective(Protocol):

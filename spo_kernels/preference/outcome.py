@@ -56,7 +56,6 @@ class Outcome:
 def summarise(objective: Objective, pairs: PairLogps, losses: Tensor) -> Tensor:
     """`Outcome.summary`."""
     chosen, rejected = implicit_rewards(objective, pairs)
-    accuracy = (chosen > rejected).to(chosen.dtype)
-    return torch.stack(
-        [losses.to(chosen.dtype), chosen, rejected, chosen - rejected, accuracy, pairs.chosen, pairs.rejected]
-    )
+    margins = chosen - rejected
+    accuracy = (margins > 0).to(chosen.dtype)
+    return torch.stack([losses.to(chosen.dtype), chosen, rejected, margins, accuracy, pairs.chosen, pairs.rejected])

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 
 from spo_kernels.backends.registry import load_backend
-from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.workspace import KeptSpace
 from spo_kernels.losses.pairs import Coupling, coupling_of, token_outputs_of
 from spo_kernels.preference.batch import PairBatch
@@ -99,14 +98,13 @@ def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
         raise ValueError(f"path = {forced!r} cannot be taken: {reason}")
     if reason is not None:
         return TWO_PASS
-    head = HeadSlices.of(policy.weight, policy.bias, policy.transform)
     backend = load_backend(batch.execution.backend)
     chosen, rejected = batch.host_lengths[: batch.pairs], batch.host_lengths[batch.pairs :]
     problem = PairProblem(
         coupling=coupling_of(batch.objective),
         whole_pairs=bool(names),
         pair_tokens=tuple(w + l for w, l in zip(chosen, rejected, strict=True)),  # noqa: E741
-        space=KeptSpace.of(policy.hidden, head, backend, batch.execution.workspace_bytes),
+        space=KeptSpace.of(policy.hidden, policy.slices(), backend, batch.execution.workspace_bytes),
     )
     return choose_path(problem, forced)
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from spo_kernels.backends.contract import Backend, TokenStats
 from spo_kernels.backends.registry import load_backend
+from spo_kernels.engine.checks import without_autocast
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.kept import KeptTiles
-from spo_kernels.engine.tokens import TokenRows, sum_segments
+from spo_kernels.engine.tokens import TokenRows, sum_segments, sum_sequences
 from spo_kernels.losses.pairs import by_side, pair_losses
 from spo_kernels.preference.batch import PairBatch
 from spo_kernels.preference.kernel import PairKernel
@@ -36,10 +37,9 @@ class PairWork:
     @classmethod
     def of(cls, batch: PairBatch, plan: PathPlan) -> PairWork:
         """Of a batch whose plan is one of three products."""
-        policy = batch.policy
-        hidden = policy.hidden.detach().reshape(-1, policy.hidden.shape[-1])
-        head = HeadSlices.of(policy.weight.detach(), policy.bias, policy.transform)
-        return cls(batch, plan, hidden, head, load_backend(batch.execution.backend))
+        hidden = batch.policy.hidden
+        backend = load_backend(batch.execution.backend)
+        return cls(batch, plan, hidden.reshape(-1, hidden.shape[-1]), batch.policy.slices(), backend)
 
     def __post_init__(self) -> None:
         assert self.batch.host_lengths is not None
@@ -50,7 +50,7 @@ class PairWork:
         weights = self.batch.token_weights
         self.weights = None if weights is None else self.tokens.gather(weights)  # [n], what tokens weigh in the sums
         self.kernel = PairKernel.of(self.batch) if weights is None else None
-        self.entropy = self.correct_chosen = torch.zeros((), device=self.hidden.device)
+        self.token_sums: TokenSums | None = None
 
     def tiles(self, rows: int) -> KeptTiles:
         """A tile of `rows` tokens."""
@@ -73,9 +73,10 @@ class PairWork:
             if named:
                 seen = replace(seen, inputs={**seen.inputs, **named})
             losses = pair_losses(self.batch.objective, seen)
-            total = losses.sum() * self.batch.scale
-            slopes = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)
-        return losses.detach(), slopes[0]
+            if not losses.requires_grad:
+                return losses, torch.zeros_like(leaf)
+            (slopes,) = torch.autograd.grad(losses, leaf, torch.full_like(losses, self.batch.scale))
+        return losses.detach(), slopes
 
     def differentiate_tokens(
         self, stats: TokenStats, tokens: TokenRows, weights: Tensor | None, pairs: range
@@ -84,11 +85,20 @@ class PairWork:
         logp, lengths = stats.logp, self.lengths(pairs)
         if self.kernel is not None:
             return self.kernel.differentiate(logp, tokens.labels, lengths, pairs, self.batch)
-        sums = sum_segments(logp, lengths, weights)
-        names = self.batch.token_outputs
-        named = by_side({name: sum_segments(getattr(stats, name), lengths) for name in names}) if names else None
+        equal = self.equal_length(pairs)
+
+        def sums_of(values: Tensor, weights: Tensor | None = None) -> Tensor:
+            if equal is None:
+                return sum_segments(values, lengths, weights)
+            return sum_sequences(values.view(-1, equal), None, None if weights is None else weights.view(-1, equal))
+
+        sums, names = sums_of(logp, weights), self.batch.token_outputs
+        named = by_side({name: sums_of(getattr(stats, name)) for name in names}) if names else None
         losses, slopes = self.differentiate(sums, pairs, named)
-        slopes = slopes.repeat_interleave(lengths, output_size=logp.numel())
+        if equal is None:
+            slopes = slopes.repeat_interleave(lengths, output_size=logp.numel())
+        else:
+            slopes = slopes[:, None].expand(-1, equal).reshape(-1)
         # weights may be wider than the gradients
         return losses, sums, slopes if weights is None else (slopes * weights).to(slopes.dtype)
 
@@ -99,11 +109,20 @@ class PairWork:
         both = self.batch.lengths.view(2, -1)
         return both[:, pairs.start : pairs.stop].flatten()
 
+    def equal_length(self, pairs: range) -> int | None:
+        """The length of all sequences of consecutive pairs, where they have the same; ragged ones cost more steps."""
+        counts = [self.counts[first + pair] for first in (0, self.pairs) for pair in pairs]
+        return counts[0] if counts and counts[0] and min(counts) == max(counts) else None
+
     def count_metrics(self, stats: TokenStats, chosen: int) -> None:
         """Add a tile's tokens to the token metrics; the first `chosen` of them belong to chosen responses."""
         if self.batch.token_metrics:
-            self.entropy = self.entropy + stats.entropy.sum()
-            self.correct_chosen = self.correct_chosen + (stats.label_logit == stats.max)[:chosen].sum()
+            entropy, correct = stats.entropy.sum(), (stats.label_logit == stats.max)[:chosen].sum()
+            before = self.token_sums
+            self.token_sums = TokenSums(
+                entropy if before is None else before.entropy + entropy,
+                correct if before is None else before.correct_chosen + correct,
+            )
 
 
 # writes gradients of hidden ([rows, H], zero where no token counts) and of the head; gives losses [B] and sums [2B]
@@ -115,8 +134,7 @@ def run_way(batch: PairBatch, plan: PathPlan, way: Way) -> Outcome:
     work = PairWork.of(batch, plan)
     policy = batch.policy
     loss, losses, sums = ThreeProductFunction.apply(policy.hidden, policy.weight, policy.bias, work, way)
-    token_sums = TokenSums(work.entropy, work.correct_chosen) if batch.token_metrics else None
-    return Outcome(loss, summarise(batch.objective, batch.inputs.pairs(sums), losses), token_sums)
+    return Outcome(loss, summarise(batch.objective, batch.inputs.pairs(sums), losses), work.token_sums)
 
 
 class ThreeProductFunction(torch.autograd.Function):
@@ -132,7 +150,7 @@ class ThreeProductFunction(torch.autograd.Function):
         allocate = torch.empty_like if work.tokens.fills else torch.zeros_like
         grad_hidden = allocate(work.hidden, memory_format=torch.contiguous_format) if need_hidden else None
         head_out = work.head.gradient(work.batch.policy.wide, weight=need_weight, bias=need_bias)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             losses, sums = way(work, head_out, grad_hidden)
         ctx.gradients = (
             None if grad_hidden is None else grad_hidden.view(hidden.shape),
