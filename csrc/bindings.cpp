@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cpu/product.h"
 #include "cpu/tiles.h"
@@ -21,45 +22,48 @@ T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// (address, row stride, whether it holds bfloat16, not float)
-using TileTuple = std::array<std::int64_t, 3>;
+// What follows comes in a few tuples, without names: pybind11 takes 0.3 us to find each named argument, and a small
+// call is over in 2.
 
-spo::Tile tile_at(const TileTuple& tile, int64_t rows, int64_t columns, std::uintptr_t bias, std::uintptr_t labels,
-                  float scale, float softcap) {
-  return {at<float>(static_cast<std::uintptr_t>(tile[0])),
-          tile[1],
-          rows,
-          columns,
-          at<int64_t>(labels),
-          {at<float>(bias), scale, softcap}};
+// (products, their row stride, out, its row stride, its scalar, rows, columns, labels)
+using TileTuple = std::array<std::int64_t, 8>;
+// (bias or 0, scale, softcap or 0)
+using TransformTuple = std::tuple<std::uintptr_t, float, float>;
+// The addresses of TokenStats in their order, then block_lse's row stride
+using StatsTuple = std::array<std::int64_t, 8>;
+// The addresses of TokenGrads in their order
+using GradsTuple = std::array<std::int64_t, 7>;
+// (address, row stride, scalar, rows, columns)
+using MatrixTuple = std::array<std::int64_t, 5>;
+
+template <typename T>
+T* at(std::int64_t address) {
+  return at<T>(static_cast<std::uintptr_t>(address));
 }
 
-spo::TileOut out_at(const TileTuple& out) {
-  return {at<void>(static_cast<std::uintptr_t>(out[0])), out[1], out[2] != 0};
+spo::Tile tile_of(const TileTuple& from, const TransformTuple& transform) {
+  const auto [bias, scale, softcap] = transform;
+  return {at<float>(from[0]), from[1], from[5], from[6], at<int64_t>(from[7]), {at<float>(bias), scale, softcap}};
 }
 
-void tile_stats(const TileTuple& tile, const TileTuple& out, int64_t rows, int64_t columns, std::uintptr_t bias,
-                std::uintptr_t labels, float scale, float softcap, std::uintptr_t max, std::uintptr_t sum,
-                std::uintptr_t label_logit, std::uintptr_t shifted_sum, std::uintptr_t square_sum,
-                std::uintptr_t rescale, std::uintptr_t block_lse, int64_t block_lse_stride, int threads) {
-  spo::tile_stats(tile_at(tile, rows, columns, bias, labels, scale, softcap), out_at(out),
-                  {at<float>(max), at<float>(sum), at<float>(label_logit), at<float>(shifted_sum),
-                   at<float>(square_sum), at<float>(rescale), at<float>(block_lse), block_lse_stride},
+spo::TileOut out_of(const TileTuple& from) { return {at<void>(from[2]), from[3], static_cast<spo::Scalar>(from[4])}; }
+
+void tile_stats(const TileTuple& tile, const TransformTuple& transform, const StatsTuple& stats, int threads) {
+  spo::tile_stats(tile_of(tile, transform), out_of(tile),
+                  {at<float>(stats[0]), at<float>(stats[1]), at<float>(stats[2]), at<float>(stats[3]),
+                   at<float>(stats[4]), at<float>(stats[5]), at<float>(stats[6]), stats[7]},
                   threads);
 }
 
-void tile_grad(const TileTuple& tile, const TileTuple& out, int64_t rows, int64_t columns, std::uintptr_t bias,
-               std::uintptr_t labels, float scale, float softcap, std::uintptr_t lse, std::uintptr_t grad_logp,
-               std::uintptr_t grad_lse, std::uintptr_t grad_entropy, std::uintptr_t entropy,
-               std::uintptr_t grad_log_sum_p2, std::uintptr_t log_sum_p2, int threads) {
-  spo::tile_grad(tile_at(tile, rows, columns, bias, labels, scale, softcap), out_at(out),
-                 {at<float>(lse), at<float>(grad_logp), at<float>(grad_lse), at<float>(grad_entropy),
-                  at<float>(entropy), at<float>(grad_log_sum_p2), at<float>(log_sum_p2)},
+void tile_grad(const TileTuple& tile, const TransformTuple& transform, const GradsTuple& grads, int threads) {
+  spo::tile_grad(tile_of(tile, transform), out_of(tile),
+                 {at<float>(grads[0]), at<float>(grads[1]), at<float>(grads[2]), at<float>(grads[3]),
+                  at<float>(grads[4]), at<float>(grads[5]), at<float>(grads[6])},
                  threads);
 }
 
-void scale_rows(const TileTuple& x, int64_t rows, int64_t columns, std::uintptr_t factors, int threads) {
-  spo::scale_rows(out_at(x), rows, columns, at<float>(factors), threads);
+void scale_rows(const MatrixTuple& x, std::uintptr_t factors, int threads) {
+  spo::scale_rows({at<void>(x[0]), x[1], static_cast<spo::Scalar>(x[2])}, x[3], x[4], at<float>(factors), threads);
 }
 
 py::list product_names() {
@@ -86,13 +90,19 @@ spo::Operand operand(const OperandTuple& from, const char* list_name, int64_t ro
           row_list(list_name, static_cast<std::uintptr_t>(from[4]), rows, from[5])};
 }
 
-void product(const std::string& name, const OperandTuple& a, const OperandTuple& b,
-             const std::array<std::int64_t, 5>& out, int64_t m, int64_t n, int64_t k, bool accumulate, int threads) {
+// (address, row stride, scalar, address of the row list or 0, rows of the matrix)
+using ResultTuple = std::array<std::int64_t, 5>;
+// (m, n, k)
+using ShapeTuple = std::array<std::int64_t, 3>;
+
+void product(const std::string& name, const OperandTuple& a, const OperandTuple& b, const ResultTuple& out,
+             const ShapeTuple& shape, bool accumulate, int threads) {
+  const auto [m, n, k] = shape;
   const auto* chosen = spo::usable_products();
   while (chosen->run != nullptr && name != chosen->name) ++chosen;
   if (chosen->run == nullptr) throw std::invalid_argument("product '" + name + "' cannot run on this machine");
   const spo::Operand left = operand(a, "a_rows", m), right = operand(b, "b_rows", k);
-  const spo::Result result{at<void>(static_cast<std::uintptr_t>(out[0])), out[1], static_cast<spo::Scalar>(out[2]),
+  const spo::Result result{at<void>(out[0]), out[1], static_cast<spo::Scalar>(out[2]),
                            row_list("out_rows", static_cast<std::uintptr_t>(out[3]), m, out[4])};
   const bool rounds = name == "avx512_bf16" && result.scalar == spo::Scalar::kBFloat16;
   if (result.scalar != spo::Scalar::kFloat && (!rounds || accumulate || k > spo::kRoundedDepth))
@@ -126,23 +136,24 @@ constexpr bool kOpenMP = false;
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "CPU tile kernels of spo_kernels";
+  using Released = py::call_guard<py::gil_scoped_release>;
+  module.doc() = "CPU tile kernels and products of spo_kernels. Scalars: 0 float, 1 bfloat16, 2 half.";
   module.attr("openmp") = kOpenMP;
   module.attr("mass_block") = spo::kMassBlock;
   module.attr("rounded_depth") = spo::kRoundedDepth;
   module.def("vector_width", &vector_width, "The widest vectors that the kernels use on this machine.");
   module.def("made_by_amd", &made_by_amd, "Whether AMD made this machine's processor.");
   module.def("product_names", &product_names, "The products that this build has and this machine can run.");
-  module.def("product", &product, "name"_a, py::kw_only(), "a"_a, "b"_a, "out"_a, "m"_a, "n"_a, "k"_a, "accumulate"_a,
-             "threads"_a,
-             "out (+)= a b. An operand is (address, row stride, column stride, scalar: 0 float, 1 bfloat16, 2 half, "
-             "row list's address or 0, rows), the result (address, row stride, row list's address or 0, rows).");
-  module.def("tile_stats", &tile_stats, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "out"_a,
-             "rows"_a, "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "max"_a, "sum"_a, "label_logit"_a,
-             "shifted_sum"_a, "square_sum"_a, "rescale"_a, "block_lse"_a, "block_lse_stride"_a, "threads"_a);
-  module.def("tile_grad", &tile_grad, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "tile"_a, "out"_a,
-             "rows"_a, "columns"_a, "bias"_a, "labels"_a, "scale"_a, "softcap"_a, "lse"_a, "grad_logp"_a, "grad_lse"_a,
-             "grad_entropy"_a, "entropy"_a, "grad_log_sum_p2"_a, "log_sum_p2"_a, "threads"_a);
-  module.def("scale_rows", &scale_rows, py::call_guard<py::gil_scoped_release>(), "x"_a, py::kw_only(), "rows"_a,
-             "columns"_a, "factors"_a, "threads"_a);
+  module.def("product", &product,
+             "product(name, a, b, out, shape, accumulate, threads): out (+)= a b, with shape (m, n, k). An operand is "
+             "(address, row stride, column stride, scalar, row list's address or 0, rows), the result (address, row "
+             "stride, scalar, row list's address or 0, rows).");
+  module.def("tile_stats", &tile_stats, Released(),
+             "tile_stats(tile, transform, stats, threads). A tile is (products, their row stride, out, its row stride, "
+             "its scalar, rows, columns, labels), a transform (bias or 0, scale, softcap or 0), stats the addresses of "
+             "TokenStats and block_lse's row stride.");
+  module.def("tile_grad", &tile_grad, Released(),
+             "tile_grad(tile, transform, grads, threads); grads are the addresses of TokenGrads.");
+  module.def("scale_rows", &scale_rows, Released(),
+             "scale_rows(matrix, factors, threads); a matrix is (address, row stride, scalar, rows, columns).");
 }

@@ -5,6 +5,9 @@
 
 namespace spo {
 
+// What a matrix holds, by the numbers of Scalar in spo_kernels/backends/contract.py.
+enum class Scalar : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
+
 // logit = softcap(scale * (product + bias)), softcap(x) = c tanh(x / c); softcap == 0 means none.
 struct LogitTransform {
   const float* bias;  // [columns]

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from spo_kernels import fused_spo_loss, linear_logprob
-from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends.contract import LogitTransform, Tile, TokenGrads, TokenStats, mass_blocks
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.losses import DPO, SPO
 
@@ -38,7 +38,7 @@ def run_loss(backend: str, device: str) -> None:
 
 
 def run_tiles(backend: str, device: str) -> None:
-    tiles = load_backend(backend).tiles
+    tiles = load_backend(backend)
     transform = LogitTransform(0.7, 30.0)
     rows = 5
     for columns in (1, 33, 512, 1031, 8192, 8197):
@@ -49,13 +49,14 @@ def run_tiles(backend: str, device: str) -> None:
             out = torch.zeros(rows, columns, dtype=dtype, device=device)
             stats = TokenStats.start(rows, products, True)
             masses = torch.zeros(rows, mass_blocks(columns), device=device)
-            tiles.tile_stats(products, bias, labels, transform, stats, None, block_lse=masses)
-            tiles.tile_stats(products.clone(), bias, labels, transform, stats, factors.clone(), out)
+            tiles.tile_stats(Tile(products, labels, transform, bias), stats, block_lse=masses)
+            given = Tile(products.clone(), labels, transform, bias, out)
+            tiles.tile_stats(given, stats, rescale=factors.clone())
             lse = stats.max + stats.sum.log()
             flows = dict.fromkeys(
                 ("logp", "lse", "entropy", "entropy_value", "log_sum_p2", "log_sum_p2_value"), factors
             )
-            tiles.tile_grad(products.clone(), bias, labels, transform, TokenGrads(lse, **flows), out)
+            tiles.tile_grad(Tile(products.clone(), labels, transform, bias, out), TokenGrads(lse, **flows))
         tiles.scale_rows(products, factors)
         assert products.isfinite().all() and out.isfinite().all()
 

@@ -23,7 +23,7 @@ from gpu_inputs import (
 from test_ops import Recorder
 
 from spo_kernels import fused_spo_loss, linear_logprob
-from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats
+from spo_kernels.backends.contract import LogitTransform, Tile, TokenGrads, TokenStats
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.testing import Batch, eager_logprob, random_batch
 
@@ -236,7 +236,7 @@ def test_peak_memory(trained, backend):
 @each_kernel_backend
 def test_more_than_two_to_the_31_elements(backend):
     """The last rows of a tile of 2.2e9 float32, and of its bfloat16 operand."""
-    tiles = load_backend(backend).tiles
+    tiles = load_backend(backend)
     rows, columns = 270_000, 8192
     needed = rows * columns * 6 + 2048 * MIB
     free = torch.cuda.mem_get_info()[0]
@@ -249,13 +249,14 @@ def test_more_than_two_to_the_31_elements(backend):
     labels = torch.full((rows,), 7, device=DEVICE)
     stats = TokenStats.start(rows, tile[:0, 0], False)
     rescale = torch.empty(rows, device=DEVICE)
-    tiles.tile_stats(tile, None, labels, LogitTransform(), stats, rescale, out)
+    tiles.tile_stats(Tile(tile, labels, LogitTransform(), out=out), stats, rescale=rescale)
     lse = stats.max + stats.sum.log()
     torch.testing.assert_close(lse[-4:], tail.logsumexp(1))
     expected = (tail - tail.amax(1, keepdim=True)).exp()
     expected[:, 7] = 0.0
     torch.testing.assert_close(out[-4:].float(), expected, rtol=1e-2, atol=1e-6)
-    tiles.tile_grad(tile, None, labels, LogitTransform(), TokenGrads(lse, logp=torch.ones(rows, device=DEVICE)))
+    grads = TokenGrads(lse, logp=torch.ones(rows, device=DEVICE))
+    tiles.tile_grad(Tile(tile, labels, LogitTransform()), grads)
     expected = -tail.softmax(1)
     expected[:, 7] += 1.0
     torch.testing.assert_close(tile[-4:], expected, rtol=1e-4, atol=1e-6)

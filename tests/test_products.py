@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from spo_kernels.backends import cpp_extension
+from spo_kernels.backends.contract import SCALARS
 from spo_kernels.backends.cpp_products import NativeProducts
 from spo_kernels.backends.products import VendorProducts
 
 NATIVE, WHY_NOT = cpp_extension.load()
 NAMES = NATIVE.product_names() if NATIVE else []
-SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SHAPES = [(1, 1, 1), (5, 63, 2), (6, 64, 512), (7, 65, 513), (13, 130, 1025), (130, 17, 1), (97, 1, 700), (1, 200, 31)]
 SHAPES += [(3, 70, 2049), (0, 5, 3), (5, 0, 3), (5, 3, 0)]
 
@@ -25,14 +25,12 @@ def multiply(name, a, b, out, accumulate=False, threads=2, a_rows=None, b_rows=N
 
     NATIVE.product(
         name,
-        a=operand(a, a_rows),
-        b=operand(b, b_rows),
-        out=(out.data_ptr(), out.stride(0), SCALARS[out.dtype], *address(out, out_rows)),
-        m=a.shape[0] if a_rows is None else a_rows.numel(),
-        n=b.shape[1],
-        k=a.shape[1],
-        accumulate=accumulate,
-        threads=threads,
+        operand(a, a_rows),
+        operand(b, b_rows),
+        (out.data_ptr(), out.stride(0), SCALARS[out.dtype], *address(out, out_rows)),
+        (a.shape[0] if a_rows is None else a_rows.numel(), b.shape[1], a.shape[1]),
+        accumulate,
+        threads,
     )
 
 

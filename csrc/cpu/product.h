@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-namespace spo {
+#include "../tile.h"
 
-enum class Scalar : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
+namespace spo {
 
 // An operand of any strides, counted in elements. With `rows`, its row i is the matrix's row rows[i].
 struct Operand {

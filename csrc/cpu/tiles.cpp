@@ -114,6 +114,8 @@ SPO_INLINE void stats_row(const Tile& tile, Out* out, const TokenStats& stats, i
   }
 }
 
+SPO_INLINE bool is_bfloat16(const TileOut& out) { return out.scalar == Scalar::kBFloat16; }
+
 template <typename Out>
 SPO_INLINE Out* out_row(const TileOut& out, int64_t row) {
   return static_cast<Out*>(out.data) + row * out.stride;
@@ -124,10 +126,10 @@ SPO_CLONES void stats_rows(const Tile& tile, const TileOut& out, const TokenStat
                            float* scratch) {
   const bool moments = stats.shifted_sum != nullptr, rescale = stats.rescale != nullptr;
   for (int64_t row = begin; row < end; ++row) {
-    float* floats = rescale && !out.is_bfloat16 ? out_row<float>(out, row) : nullptr;
-    if (rescale && out.is_bfloat16 && moments) {
+    float* floats = rescale && !is_bfloat16(out) ? out_row<float>(out, row) : nullptr;
+    if (rescale && is_bfloat16(out) && moments) {
       stats_row<true>(tile, out_row<BFloat16>(out, row), stats, row, scratch);
-    } else if (rescale && out.is_bfloat16) {
+    } else if (rescale && is_bfloat16(out)) {
       stats_row<false>(tile, out_row<BFloat16>(out, row), stats, row, scratch);
     } else if (moments) {
       stats_row<true>(tile, floats, stats, row, scratch);
@@ -172,9 +174,9 @@ SPO_INLINE void grad_row(const Tile& tile, Out* out, const TokenGrads& grads, in
 SPO_CLONES void grad_rows(const Tile& tile, const TileOut& out, const TokenGrads& grads, int64_t begin, int64_t end) {
   const bool moments = grads.grad_entropy != nullptr || grads.grad_log_sum_p2 != nullptr;
   for (int64_t row = begin; row < end; ++row) {
-    if (out.is_bfloat16 && moments) {
+    if (is_bfloat16(out) && moments) {
       grad_row<true>(tile, out_row<BFloat16>(out, row), grads, row);
-    } else if (out.is_bfloat16) {
+    } else if (is_bfloat16(out)) {
       grad_row<false>(tile, out_row<BFloat16>(out, row), grads, row);
     } else if (moments) {
       grad_row<true>(tile, out_row<float>(out, row), grads, row);
@@ -199,7 +201,7 @@ SPO_CLONES void scaled_rows(const TileOut& x, int64_t rows, int64_t columns, con
                             int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     if (factors[row] == 1.0f) continue;
-    if (x.is_bfloat16) {
+    if (is_bfloat16(x)) {
       scaled_row(static_cast<BFloat16*>(x.data), x.stride, rows, columns, row, factors[row]);
     } else {
       scaled_row(static_cast<float*>(x.data), x.stride, rows, columns, row, factors[row]);
@@ -210,6 +212,11 @@ SPO_CLONES void scaled_rows(const TileOut& x, int64_t rows, int64_t columns, con
 template <typename Rows>
 void parallel_rows(int64_t rows, [[maybe_unused]] int threads, const Rows& run) {
   constexpr int64_t kBlock = 16;
+  if (rows <= kBlock) {
+    // one thread's work anyway, and starting a team takes 1 us and more
+    if (rows > 0) run(0, rows);
+    return;
+  }
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t begin = 0; begin < rows; begin += kBlock) run(begin, std::min(begin + kBlock, rows));
 }

@@ -20,11 +20,11 @@ struct Tile {
   LogitTransform transform;
 };
 
-// A [rows, columns] matrix that is written, of float or of bfloat16: the tile itself, or one apart from it.
+// A [rows, columns] matrix that is written, of float or bfloat16: the tile itself, or one apart from it.
 struct TileOut {
   void* data;
   int64_t stride;
-  bool is_bfloat16;
+  Scalar scalar;
 };
 
 // Reads the tile once. Only where `rescale` asks for it, `out` receives exp(logit - max) * slope.

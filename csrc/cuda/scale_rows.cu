@@ -43,7 +43,7 @@ void scale_rows(const Matrix& x, int64_t rows, int64_t columns, const float* fac
   switch (x.scalar) {
     case Scalar::kFloat:
       return scale<float>(x, rows, columns, factors, queue);
-    case Scalar::kBfloat16:
+    case Scalar::kBFloat16:
       return scale<__nv_bfloat16>(x, rows, columns, factors, queue);
     case Scalar::kHalf:
       return scale<__half>(x, rows, columns, factors, queue);

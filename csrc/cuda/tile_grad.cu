@@ -66,7 +66,7 @@ void run(const CudaTile& tile, const TokenGrads& grads, const Queue& queue) {
 void tile_grad(const CudaTile& tile, const TokenGrads& grads, const Queue& queue) {
   if (tile.products.scalar == Scalar::kHalf) {
     run<__half, __half>(tile, grads, queue);
-  } else if (tile.products.scalar == Scalar::kBfloat16) {
+  } else if (tile.products.scalar == Scalar::kBFloat16) {
     run<__nv_bfloat16, __nv_bfloat16>(tile, grads, queue);
   } else if (tile.out.scalar == Scalar::kFloat) {
     run<float, float>(tile, grads, queue);

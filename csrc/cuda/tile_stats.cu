@@ -187,7 +187,7 @@ void run_like(const CudaTile& tile, const TokenStats& stats, const Queue& queue)
 void tile_stats(const CudaTile& tile, const TokenStats& stats, const Queue& queue) {
   if (tile.products.scalar == Scalar::kHalf) {
     run_like<__half>(tile, stats, queue);
-  } else if (tile.products.scalar == Scalar::kBfloat16) {
+  } else if (tile.products.scalar == Scalar::kBFloat16) {
     run_like<__nv_bfloat16>(tile, stats, queue);
   } else if (stats.rescale == nullptr || tile.out.scalar == Scalar::kFloat) {
     run_like<float>(tile, stats, queue);

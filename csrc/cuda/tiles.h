@@ -18,8 +18,6 @@ struct Queue {
   void* stream;
 };
 
-enum class Scalar : int { kFloat = 0, kBfloat16 = 1, kHalf = 2 };
-
 // A [rows, columns] matrix whose rows have no gaps between columns; `stride` is in elements.
 struct Matrix {
   void* data;

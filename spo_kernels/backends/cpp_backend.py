@@ -6,57 +6,73 @@ import torch
 from torch import Tensor
 
 from spo_kernels.backends import cpp_extension
-from spo_kernels.backends.contract import Backend, Tile, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends.contract import SCALARS, Backend, Scalar, Tile, TokenGrads, TokenStats, mass_blocks
 from spo_kernels.backends.cpp_products import NativeProducts
 from spo_kernels.backends.registration import BackendStatus, Registration
 
 
-def _pointer(tensor: Tensor | None, length: int, dtype: torch.dtype = torch.float32) -> int:
-    """The address of a contiguous CPU vector of `length` elements; 0 for None."""
-    if tensor is None:
-        return 0
-    if tensor.dtype != dtype or tensor.shape != (length,) or not tensor.is_contiguous() or tensor.is_cuda:
-        raise ValueError(
-            f"expected a contiguous CPU {dtype} vector of {length} elements, "
-            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        )
-    return tensor.data_ptr()
+def _addresses(length: int, dtype: torch.dtype, *vectors: Tensor | None) -> list[int]:
+    """The addresses of contiguous CPU vectors of `length` elements; 0 for None."""
+    found = []
+    for vector in vectors:
+        if vector is None:
+            found.append(0)
+            continue
+        # `dtype`, `numel` and the flags are the cheapest questions that a tensor answers, 50 ns each
+        if vector.dtype != dtype or vector.numel() != length or not (vector.is_cpu and vector.is_contiguous()):
+            raise ValueError(
+                f"expected a contiguous CPU {dtype} vector of {length} elements, "
+                f"got {vector.dtype} {list(vector.shape)} on {vector.device}"
+            )
+        found.append(vector.data_ptr())
+    return found
 
 
-def _matrix(tensor: Tensor) -> tuple[int, int, bool]:
-    return tensor.data_ptr(), tensor.stride(0), tensor.dtype == torch.bfloat16
-
-
-def _check_matrix(name: str, matrix: Tensor, shape: torch.Size, *dtypes: torch.dtype) -> None:
-    if matrix.dtype not in dtypes or matrix.ndim != 2 or matrix.is_cuda or matrix.shape != shape:
+def _row_stride(name: str, matrix: Tensor, shape: torch.Size, dtypes: tuple[torch.dtype, ...]) -> int:
+    """The row stride of a CPU matrix of that shape and one of those dtypes, whose rows have no gaps."""
+    if matrix.dtype not in dtypes or matrix.shape != shape or matrix.ndim != 2 or not matrix.is_cpu:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
             f"{name}: expected a CPU {names} matrix {list(shape)}, "
             f"got {matrix.dtype} {list(matrix.shape)} on {matrix.device}"
         )
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+    row_stride, column_stride = matrix.stride()
+    if column_stride != 1 and shape[1] > 1:
         raise ValueError(f"{name}: expected contiguous rows, got strides {matrix.stride()}")
+    return row_stride
 
 
-def _check_tile(tile: Tile) -> None:
-    _check_matrix("products", tile.products, tile.products.shape, torch.float32)
-    if tile.out is not None:
-        _check_matrix("out", tile.out, tile.products.shape, torch.float32, torch.bfloat16)
-
-
-def _mass_pointer(block_lse: Tensor | None, rows: int, columns: int, rescale: Tensor | None) -> tuple[int, int]:
+def _masses(block_lse: Tensor | None, rows: int, columns: int, rescale: Tensor | None) -> tuple[int, int]:
     """Address and row stride of the block masses; zeros for None."""
     if block_lse is None:
         return 0, 0
-    shape = (rows, mass_blocks(columns))
     if rescale is not None:
         raise ValueError("block_lse cannot be had together with rescale")
-    if block_lse.dtype != torch.float32 or block_lse.shape != shape or block_lse.stride(1) != 1 or block_lse.is_cuda:
-        raise ValueError(
-            f"block_lse: expected a CPU float32 {list(shape)} matrix with contiguous rows, "
-            f"got {block_lse.dtype} {list(block_lse.shape)} on {block_lse.device}"
-        )
-    return block_lse.data_ptr(), block_lse.stride(0)
+    shape = torch.Size((rows, mass_blocks(columns)))
+    stride = _row_stride("block_lse", block_lse, shape, (torch.float32,))
+    return block_lse.data_ptr(), stride
+
+
+def _numbers(tile: Tile) -> tuple[tuple[int, ...], tuple[int, float, float]]:
+    """A tile and its transform as the extension takes them."""
+    products, out, transform = tile.products, tile.out, tile.transform
+    shape = products.shape
+    stride = out_stride = _row_stride("products", products, shape, (torch.float32,))
+    address = out_address = products.data_ptr()
+    scalar: int = _FLOAT32
+    if out is not None:
+        out_stride = _row_stride("out", out, shape, _WRITTEN)
+        out_address, scalar = out.data_ptr(), SCALARS[out.dtype]
+    rows, columns = shape
+    (labels,) = _addresses(rows, torch.int64, tile.labels)
+    bias = 0 if tile.bias is None else _addresses(columns, torch.float32, tile.bias)[0]
+    numbers = (address, stride, out_address, out_stride, scalar, rows, columns, labels)
+    return numbers, (bias, transform.scale, transform.softcap or 0.0)
+
+
+_FLOAT32 = Scalar.FLOAT32
+# what a pass can write
+_WRITTEN = (torch.float32, torch.bfloat16)
 
 
 class CppBackend(Backend):
@@ -72,62 +88,43 @@ class CppBackend(Backend):
         self, tile: Tile, stats: TokenStats, *, rescale: Tensor | None = None, block_lse: Tensor | None = None
     ) -> None:
         """See `Backend`."""
-        _check_tile(tile)
-        rows, columns = tile.products.shape
-        masses, masses_stride = _mass_pointer(block_lse, rows, columns, rescale)
-        self._native.tile_stats(
-            tile=_matrix(tile.products),
-            out=_matrix(tile.written),
-            rows=rows,
-            columns=columns,
-            bias=_pointer(tile.bias, columns),
-            labels=_pointer(tile.labels, rows, torch.int64),
-            scale=tile.transform.scale,
-            softcap=tile.transform.softcap or 0.0,
-            max=_pointer(stats.max, rows),
-            sum=_pointer(stats.sum, rows),
-            label_logit=_pointer(stats.label_logit, rows),
-            shifted_sum=_pointer(stats.shifted_sum, rows),
-            square_sum=_pointer(stats.square_sum, rows),
-            rescale=_pointer(rescale, rows),
-            block_lse=masses,
-            block_lse_stride=masses_stride,
-            threads=torch.get_num_threads(),
+        numbers, transform = _numbers(tile)
+        addresses = _addresses(
+            numbers[5],
+            torch.float32,
+            stats.max,
+            stats.sum,
+            stats.label_logit,
+            stats.shifted_sum,
+            stats.square_sum,
+            rescale,
         )
+        addresses += _masses(block_lse, numbers[5], numbers[6], rescale)
+        self._native.tile_stats(numbers, transform, addresses, torch.get_num_threads())
 
     def tile_grad(self, tile: Tile, grads: TokenGrads) -> None:
         """See `Backend`."""
-        _check_tile(tile)
-        rows, columns = tile.products.shape
-        self._native.tile_grad(
-            tile=_matrix(tile.products),
-            out=_matrix(tile.written),
-            rows=rows,
-            columns=columns,
-            bias=_pointer(tile.bias, columns),
-            labels=_pointer(tile.labels, rows, torch.int64),
-            scale=tile.transform.scale,
-            softcap=tile.transform.softcap or 0.0,
-            lse=_pointer(grads.lse_value, rows),
-            grad_logp=_pointer(grads.logp, rows),
-            grad_lse=_pointer(grads.lse, rows),
-            grad_entropy=_pointer(grads.entropy, rows),
-            entropy=_pointer(grads.entropy_value, rows),
-            grad_log_sum_p2=_pointer(grads.log_sum_p2, rows),
-            log_sum_p2=_pointer(grads.log_sum_p2_value, rows),
-            threads=torch.get_num_threads(),
+        numbers, transform = _numbers(tile)
+        addresses = _addresses(
+            numbers[5],
+            torch.float32,
+            grads.lse_value,
+            grads.logp,
+            grads.lse,
+            grads.entropy,
+            grads.entropy_value,
+            grads.log_sum_p2,
+            grads.log_sum_p2_value,
         )
+        self._native.tile_grad(numbers, transform, addresses, torch.get_num_threads())
 
     def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:
         """See `Backend`."""
-        _check_matrix("matrix", matrix, matrix.shape, torch.float32, torch.bfloat16)
-        self._native.scale_rows(
-            _matrix(matrix),
-            rows=matrix.shape[0],
-            columns=matrix.shape[1],
-            factors=_pointer(factors, matrix.shape[0]),
-            threads=torch.get_num_threads(),
-        )
+        stride = _row_stride("matrix", matrix, matrix.shape, _WRITTEN)
+        rows, columns = matrix.shape
+        (found,) = _addresses(rows, torch.float32, factors)
+        numbers = (matrix.data_ptr(), stride, SCALARS[matrix.dtype], rows, columns)
+        self._native.scale_rows(numbers, found, torch.get_num_threads())
 
 
 def _status() -> BackendStatus:

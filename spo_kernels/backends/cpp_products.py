@@ -69,37 +69,46 @@ class NativeProducts(VendorProducts):
             return
         if not (a_rows is b_rows is out_rows is None):
             check_row_lists(out, a_rows=a_rows, b_rows=b_rows, out_rows=out_rows)
-        m, k, n = _rows(a, a_rows), a.shape[1], b.shape[1]
+        a_shape, b_shape, out_shape = a.shape, b.shape, out.shape
+        m, terms, out_rows_given = a_shape[0], b_shape[0], out_shape[0]
+        if a_rows is not None:
+            m = a_rows.shape[0]
+        if b_rows is not None:
+            terms = b_rows.shape[0]
+        if out_rows is not None:
+            out_rows_given = out_rows.shape[0]
+        k, n = a_shape[1], b_shape[1]
+        row_stride, column_stride = out.stride()
         if (
-            (_rows(b, b_rows), _rows(out, out_rows), out.shape[1]) != (k, m, n)
+            terms != k
+            or out_rows_given != m
+            or out_shape[1] != n
+            or column_stride != 1
             or (out.dtype != torch.float32 and (accumulate or out.dtype != b.dtype or not self.can_round(b, k)))
-            or out.stride(1) != 1
         ):
             raise ValueError(
                 f"out must be a float32 [{m}, {n}] matrix with unit column stride for operands "
-                f"[{m}, {k}] and [{_rows(b, b_rows)}, {n}], got {out.dtype} [{_rows(out, out_rows)}, {out.shape[1]}]"
+                f"[{m}, {k}] and [{terms}, {n}], got {out.dtype} [{out_rows_given}, {out_shape[1]}]"
             )
         self._native.product(
             name,
-            a=_operand(a, a_rows),
-            b=_operand(b, b_rows),
-            out=(out.data_ptr(), out.stride(0), SCALARS[out.dtype], *_row_list(out, out_rows)),
-            m=m,
-            n=n,
-            k=k,
-            accumulate=accumulate,
-            threads=torch.get_num_threads(),
+            _operand(a, a_shape[0], a_rows),
+            _operand(b, b_shape[0], b_rows),
+            (
+                out.data_ptr(),
+                row_stride,
+                SCALARS[out.dtype],
+                0 if out_rows is None else out_rows.data_ptr(),
+                out_shape[0],
+            ),
+            (m, n, k),
+            accumulate,
+            torch.get_num_threads(),
         )
 
 
-def _operand(matrix: Tensor, rows: Tensor | None) -> tuple[int, ...]:
-    return (matrix.data_ptr(), *matrix.stride(), SCALARS[matrix.dtype], *_row_list(matrix, rows))
-
-
-def _rows(matrix: Tensor, rows: Tensor | None) -> int:
-    return matrix.shape[0] if rows is None else rows.shape[0]
-
-
-def _row_list(matrix: Tensor, rows: Tensor | None) -> tuple[int, int]:
-    """A row list for the extension, which checks its range: address (0: none), and how many rows the matrix has."""
-    return (0 if rows is None else rows.data_ptr(), matrix.shape[0])
+def _operand(matrix: Tensor, rows: int, listed: Tensor | None) -> tuple[int, ...]:
+    """A matrix for the extension, and the list of its rows (0: none), whose values the extension checks."""
+    row_stride, column_stride = matrix.stride()
+    list_address = 0 if listed is None else listed.data_ptr()
+    return matrix.data_ptr(), row_stride, column_stride, SCALARS[matrix.dtype], list_address, rows
