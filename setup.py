@@ -1,9 +1,9 @@
 """Builds the C++ extension where a compiler is found and the CUDA extension where nvcc is; the package runs without."""
 
-import importlib.util
-import os
+import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -12,17 +12,15 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 
 
-def load_build_module():
-    """`spo_kernels/backends/build.py` by path: importing the package would need torch in the build environment."""
-    spec = importlib.util.spec_from_file_location("_spo_build", ROOT / "spo_kernels" / "backends" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def load_module(name: str) -> ModuleType:
+    """A module of `spo_kernels.backends`, without running the package's `__init__`, which would need torch."""
+    package = ModuleType("spo_kernels")
+    package.__path__ = [str(ROOT / "spo_kernels")]
+    sys.modules.setdefault("spo_kernels", package)
+    return importlib.import_module(f"spo_kernels.backends.{name}")
 
 
-build = load_build_module()
+build, environment = load_module("build"), load_module("environment")
 CUDA = "spo_kernels._C_cuda"
 
 
@@ -45,7 +43,7 @@ def extensions() -> list[Extension]:
         language="c++",
         optional=True,
     )
-    skipped = "SPO_SKIP_CUDA_BUILD is set" if os.environ.get("SPO_SKIP_CUDA_BUILD", "0") not in ("", "0") else None
+    skipped = "SPO_SKIP_CUDA_BUILD is set" if environment.cuda_build_skipped() else None
     skipped = skipped or (None if build.nvcc() else build.NO_NVCC)
     if skipped is not None:
         print(f"spo_kernels: {skipped}; installing without a prebuilt cuda backend", file=sys.stderr)
@@ -67,7 +65,7 @@ class BuildExtensions(build_ext):
         for needed in (library.parent, folder):
             needed.mkdir(parents=True, exist_ok=True)
         try:
-            recipe = build.cuda_recipe(os.environ.get("SPO_CUDA_ARCHS") or build.known_architectures())
+            recipe = build.cuda_recipe(environment.cuda_architectures() or build.known_architectures())
             build.run_ninja(recipe, folder, library)
         except build.BuildError as error:
             raise CompileError(str(error)) from error

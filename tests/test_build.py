@@ -73,6 +73,53 @@ def test_the_key_covers_architectures_and_compiler(fake_nvcc, tmp_path):
     assert build.cuda_recipe("80").key() != keys[0]
 
 
+def test_processes_that_need_the_same_extension_build_it_once(tmp_path):
+    """The second waits for the first, and loads what that has made."""
+    script = tmp_path / "build_it.py"
+    script.write_text(_BUILD.format(root=str(tmp_path)))
+    environment = {**os.environ, "SPO_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script)]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate(timeout=100)[0].strip() for process in running] == ["42"] * 3
+    assert (tmp_path / "built").read_text().splitlines() == ["built"]
+
+
+# without a compiler: the module is a text, and the "linker" copies it and leaves a line
+_BUILD = """
+from pathlib import Path
+from spo_kernels.backends import build
+
+root = Path({root!r})
+(root / "answer.txt").write_text("answer = 42")
+copy = "sleep 0.5 && cp $in $out"
+link = f"{{copy}} && echo built >> {{root}}/built"
+recipe = build.Recipe("answer", root, ("answer.txt",), (), {{".txt": copy}}, link, ())
+build._import_from = lambda library, name: print(library.read_text().split()[-1])
+build.load_or_build(recipe)
+"""
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("SPO_CACHE_DIR", str(blocked))
+    (tmp_path / "source.txt").write_text("")
+    recipe = build.Recipe("nothing", tmp_path, ("source.txt",), (), {".txt": "true"}, "true", ())
+    with pytest.raises(build.BuildError, match=f"cannot write to the cache folder {blocked}"):
+        build.load_or_build(recipe)
+
+
+def test_setup_needs_no_torch():
+    """`pip install` builds in an environment that has none, nor filelock."""
+    probe = (
+        "import sys, runpy; sys.modules.update(torch=None, filelock=None); sys.argv = ['setup.py', '--name'];"
+        "scope = runpy.run_path('setup.py'); assert scope['build'].SOURCES; assert not scope['environment'].autotune()"
+    )
+    environment = {**os.environ, "SPO_SKIP_CUDA_BUILD": "1"}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- what is missing, by name
 
 

@@ -1,6 +1,7 @@
 """Builds the C++ and the CUDA extension on first use with ninja, under a lock, into a cache folder.
 
-`setup.py` takes recipes from here, so that there is one list of sources and flags of each.
+`setup.py` takes recipes from here, so that there is one list of sources and flags of each. It runs where neither
+torch nor filelock is installed.
 """
 
 import hashlib
@@ -15,6 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+
+from spo_kernels.backends import environment
 
 SOURCES = (
     "csrc/bindings.cpp",
@@ -68,7 +71,7 @@ def source_root() -> Path:
 
 def compiler() -> str | None:
     """The C++ compiler to use: CXX, else the usual names on PATH."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+    for name in (environment.cxx(), "c++", "g++", "clang++"):
         if name and shutil.which(name.split()[0]):
             return name
     return None
@@ -161,9 +164,9 @@ NO_NVCC = "there is no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
 
 def nvcc() -> str | None:
     """The CUDA compiler: CUDA_HOME's, else the one on PATH, else the usual folder's."""
-    home = os.environ.get("CUDA_HOME")
+    home = environment.cuda_home()
     folders = [f"{home}/bin"] if home else []
-    folders += [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    folders += [environment.search_path(), "/usr/local/cuda/bin"]
     return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
@@ -257,9 +260,7 @@ def load_or_build(recipe: Recipe) -> ModuleType:
     Raises:
         BuildError: No ninja, a cache folder that cannot be written, or the compiler failed.
     """
-    import fcntl
-
-    from spo_kernels.backends import environment
+    from filelock import FileLock
 
     folder = environment.cache_dir() / recipe.key()
     library = folder / f"{recipe.module}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -267,11 +268,10 @@ def load_or_build(recipe: Recipe) -> ModuleType:
         return _import_from(library, recipe.module)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "lock").touch()
+        lock = FileLock(folder / "lock").acquire()
     except OSError as error:
         raise BuildError(f"cannot write to the cache folder {folder}: {error}") from error
-    with open(folder / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock:
         if not library.is_file():
             run_ninja(recipe, folder, folder / "unfinished.so")
             # other processes look only for the final name, so they never see a half-written library
@@ -285,7 +285,7 @@ def run_ninja(recipe: Recipe, folder: Path, library: Path) -> str:
     Raises:
         BuildError: No ninja, or a compiler failed.
     """
-    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), environment.search_path()]))
     if ninja is None:
         raise BuildError("ninja is not installed (pip install ninja)")
     objects = {name: Path(name).name + ".o" for name in recipe.sources}
