@@ -9,6 +9,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/pair_loss.h"
 #include "cpu/product.h"
 #include "cpu/tiles.h"
 
@@ -64,6 +65,17 @@ void tile_grad(const TileTuple& tile, const TransformTuple& transform, const Gra
 
 void scale_rows(const MatrixTuple& x, std::uintptr_t factors, int threads) {
   spo::scale_rows({at<void>(x[0]), x[1], static_cast<spo::Scalar>(x[2])}, x[3], x[4], at<float>(factors), threads);
+}
+
+void pair_loss(std::uintptr_t logp, std::uintptr_t labels, std::uintptr_t bounds, bool wide_bounds, int64_t pairs,
+               int64_t tokens, int64_t width, int64_t ignore_index, std::uintptr_t reference, std::uintptr_t value,
+               float beta, bool use_reference, int penalty, float weight, float epsilon, bool mean, float factor,
+               std::uintptr_t summary, std::uintptr_t coefficients) {
+  spo::pair_loss(
+      {at<float>(logp), at<int64_t>(labels), at<void>(bounds), wide_bounds, pairs, tokens, width, ignore_index},
+      {at<float>(reference), at<float>(value), beta, use_reference, static_cast<spo::Penalty>(penalty), weight, epsilon,
+       mean, factor},
+      at<float>(summary), at<float>(coefficients));
 }
 
 py::list product_names() {
@@ -156,4 +168,7 @@ PYBIND11_MODULE(_C, module) {
              "tile_grad(tile, transform, grads, threads); grads are the addresses of TokenGrads.");
   module.def("scale_rows", &scale_rows, Released(),
              "scale_rows(matrix, factors, threads); a matrix is (address, row stride, scalar, rows, columns).");
+  module.def("pair_loss", &pair_loss, Released(), py::kw_only(), "logp"_a, "labels"_a, "bounds"_a, "wide_bounds"_a,
+             "pairs"_a, "tokens"_a, "width"_a, "ignore_index"_a, "reference"_a, "value"_a, "beta"_a, "use_reference"_a,
+             "penalty"_a, "weight"_a, "epsilon"_a, "mean"_a, "factor"_a, "summary"_a, "coefficients"_a);
 }

@@ -12,33 +12,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-struct Segment {
-  int64_t start;
-  int64_t stop;
-};
-
-__device__ __forceinline__ int64_t bound(const PairTokens& tokens, int64_t sequence) {
-  if (tokens.wide_bounds) return static_cast<const int64_t*>(tokens.bounds)[sequence];
-  return static_cast<const int32_t*>(tokens.bounds)[sequence];
-}
-
-__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : (x > high ? high : x);
-}
-
-// Clamped to the tokens that there are: the bounds' values were not looked at before the launch.
-__device__ __forceinline__ Segment segment_of(const PairTokens& tokens, int64_t sequence) {
-  if (tokens.bounds == nullptr) return {sequence * tokens.width, (sequence + 1) * tokens.width};
-  const int64_t start = clamp(bound(tokens, sequence), 0, tokens.tokens);
-  return {start, clamp(bound(tokens, sequence + 1), start, tokens.tokens)};
-}
-
-// One sequence's log-probs in double (in float, 512 in a row would lose up to 0.004 nat) and the labels that count.
-struct Total {
-  double sum;
-  int64_t count;
-};
-
 __device__ __forceinline__ Total thread_total(const PairTokens& tokens, const Segment& segment) {
   Total total{};
   for (int64_t i = segment.start + threadIdx.x; i < segment.stop; i += kThreads) {
@@ -80,27 +53,10 @@ __global__ void __launch_bounds__(kThreads)
   Total totals[2] = {thread_total(tokens, chosen), thread_total(tokens, rejected)};
   block_totals(totals);
 
-  PairSums sums{};
-  sums.chosen = static_cast<float>(totals[0].sum);
-  sums.rejected = static_cast<float>(totals[1].sum);
-  sums.chosen_length = totals[0].count;
-  if (form.reference != nullptr) {
-    sums.ref_chosen = form.reference[pair];
-    sums.ref_rejected = form.reference[pair + pairs];
-  }
+  const PairSums sums = pair_sums(tokens, form, totals[0], totals[1], pair);
   const float value = form.value != nullptr ? form.value[pair] : 0.0f;
   const PairTerms terms = pair_terms(form, sums, value);
-  if (threadIdx.x == 0) {
-    const float rows[] = {terms.loss,
-                          terms.reward_chosen,
-                          terms.reward_rejected,
-                          terms.reward_chosen - terms.reward_rejected,
-                          terms.reward_chosen > terms.reward_rejected ? 1.0f : 0.0f,
-                          sums.chosen,
-                          sums.rejected};
-#pragma unroll
-    for (int i = 0; i < 7; ++i) summary[i * pairs + pair] = rows[i];
-  }
+  if (threadIdx.x == 0) write_summary(terms, sums, summary, pairs, pair);
   store_coefficients(tokens, chosen, form.factor * terms.slope_chosen, coefficients);
   store_coefficients(tokens, rejected, form.factor * terms.slope_rejected, coefficients);
 }

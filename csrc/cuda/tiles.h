@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <string>
 
+#include "../pair_terms.h"
 #include "../tile.h"
 
 namespace spo {
@@ -47,33 +48,6 @@ void tile_grad(const CudaTile& tile, const TokenGrads& grads, const Queue& queue
 
 // x[r, :] *= factors[r], where the factor is not 1.
 void scale_rows(const Matrix& x, int64_t rows, int64_t columns, const float* factors, const Queue& queue);
-
-// Token log-probs of 2 * pairs sequences, chosen ones first: rows of `width` tokens, or with `bounds` packed ones.
-struct PairTokens {
-  const float* logp;
-  const int64_t* labels;
-  const void* bounds;  // optional, [2 * pairs + 1], of int32 or int64; clamped to the tokens that there are
-  bool wide_bounds;    // int64
-  int64_t pairs;
-  int64_t tokens;
-  int64_t width;
-  int64_t ignore_index;
-};
-
-// What a pair's loss is made of; see PairForm of spo_kernels/backends/pair_form.py.
-enum class Penalty : int { kNone = 0, kNll = 1, kHinge = 2 };
-
-struct PairForm {
-  const float* reference;  // optional, [2 * pairs] sequence sums
-  const float* value;      // optional, [pairs]: v of the hinge; else the reference's own NLL
-  float beta;
-  bool use_reference;
-  Penalty penalty;
-  float weight;
-  float epsilon;
-  bool mean;
-  float factor;
-};
 
 // `summary` [7, pairs]: loss, rewards of chosen and rejected, their difference and order, log-probs of both;
 // `coefficients`, one per token: factor * d loss / d logp.

@@ -21,6 +21,7 @@ from spo_kernels.backends import environment
 
 SOURCES = (
     "csrc/bindings.cpp",
+    "csrc/cpu/pair_loss.cpp",
     "csrc/cpu/product.cpp",
     "csrc/cpu/product_avx2.cpp",
     "csrc/cpu/product_avx512.cpp",
@@ -29,10 +30,12 @@ SOURCES = (
 )
 HEADERS = (
     "csrc/cpu/math.h",
+    "csrc/cpu/pair_loss.h",
     "csrc/cpu/product.h",
     "csrc/cpu/product_avx512.h",
     "csrc/cpu/product_blocks.h",
     "csrc/cpu/tiles.h",
+    "csrc/pair_terms.h",
     "csrc/scalar.h",
     "csrc/tile.h",
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 from spo_kernels.backends import cpp_extension
 from spo_kernels.backends.contract import SCALARS, Backend, Scalar, Tile, TokenGrads, TokenStats, mass_blocks
 from spo_kernels.backends.cpp_products import NativeProducts
+from spo_kernels.backends.pair_form import PairCall, PairForm
 from spo_kernels.backends.registration import BackendStatus, Registration
 
 
@@ -79,6 +80,7 @@ class CppBackend(Backend):
     """See `Backend` for the meaning of each argument; rows may be strided, columns not."""
 
     name = "cpp"
+    pair_loss_available = True
 
     def __init__(self, native: Any) -> None:
         self._native = native
@@ -125,6 +127,27 @@ class CppBackend(Backend):
         (found,) = _addresses(rows, torch.float32, factors)
         numbers = (matrix.data_ptr(), stride, SCALARS[matrix.dtype], rows, columns)
         self._native.scale_rows(numbers, found, torch.get_num_threads())
+
+    def pair_loss(
+        self,
+        logp: Tensor,
+        labels: Tensor,
+        form: PairForm,
+        *,
+        cu_seqlens: Tensor | None,
+        reference: Tensor | None,
+        value: Tensor | None,
+        ignore_index: int,
+        factor: float,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend`."""
+        if not logp.is_cpu:
+            raise ValueError(f"the cpp backend takes tensors on the CPU, got one on {logp.device}")
+        call = PairCall.of(
+            logp, labels, form, cu_seqlens=cu_seqlens, reference=reference, value=value, ignore_index=ignore_index
+        )
+        self._native.pair_loss(**call.arguments, factor=factor)
+        return call.summary, call.coefficients
 
 
 def _status() -> BackendStatus:

@@ -9,11 +9,9 @@ from torch import Tensor
 from spo_kernels.backends import cuda_extension
 from spo_kernels.backends.contract import SCALARS, Backend, Tile, TokenGrads, TokenStats
 from spo_kernels.backends.gpu_checks import check_masses, check_out, check_rows, check_tile
-from spo_kernels.backends.pair_form import PairForm, pair_outputs
+from spo_kernels.backends.pair_form import PairCall, PairForm
 from spo_kernels.backends.products import VendorProducts
 from spo_kernels.backends.registration import BackendStatus, Registration
-
-_PENALTIES = {"none": 0, "nll": 1, "hinge": 2}
 
 Matrix = tuple[int, int, int]
 Queue = tuple[int, int]
@@ -34,17 +32,6 @@ def _checked_target(tile: Tile) -> Tensor:
     if wanted != given and (given != torch.float32 or wanted not in SCALARS):
         raise ValueError(f"out: a {given} tile cannot be written as {wanted}")
     return tile.written
-
-
-def _check_pairs(
-    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
-) -> None:
-    if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != like.device):
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"{name}: expected {names} {list(shape)} on {like.device}, "
-            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        )
 
 
 class CudaBackend(Backend):
@@ -145,38 +132,12 @@ class CudaBackend(Backend):
         factor: float,
     ) -> tuple[Tensor, Tensor]:
         """See `Backend`."""
-        logp, labels = logp.contiguous(), labels.contiguous()
-        pairs, summary, coefficients = pair_outputs(logp, cu_seqlens)
-        bounds, sums, values = (None if x is None else x.contiguous() for x in (cu_seqlens, reference, value))
-        _check_pairs("logp", logp, logp.shape, (torch.float32,), logp)
-        _check_pairs("labels", labels, logp.shape, (torch.int64,), logp)
-        _check_pairs("cu_seqlens", bounds, (2 * pairs + 1,), (torch.int32, torch.int64), logp)
-        _check_pairs("reference", sums, (2 * pairs,), (torch.float32,), logp)
-        _check_pairs("value", values, (pairs,), (torch.float32,), logp)
+        call = PairCall.of(
+            logp, labels, form, cu_seqlens=cu_seqlens, reference=reference, value=value, ignore_index=ignore_index
+        )
         with self._guard(logp):
-            self._native.pair_loss(
-                logp=logp.data_ptr(),
-                labels=labels.data_ptr(),
-                bounds=_address(bounds),
-                wide_bounds=bounds is not None and bounds.dtype == torch.int64,
-                pairs=pairs,
-                tokens=logp.numel(),
-                width=logp.shape[-1] if bounds is None else 0,
-                ignore_index=ignore_index,
-                reference=_address(sums),
-                value=_address(values) if form.value == "input" else 0,
-                beta=form.beta,
-                use_reference=form.use_reference,
-                penalty=_PENALTIES[form.penalty],
-                weight=form.weight,
-                epsilon=form.epsilon,
-                mean=form.mean,
-                factor=factor,
-                summary=summary.data_ptr(),
-                coefficients=coefficients.data_ptr(),
-                queue=self._queue(logp),
-            )
-        return summary, coefficients
+            self._native.pair_loss(**call.arguments, factor=factor, queue=self._queue(logp))
+        return call.summary, call.coefficients
 
 
 def _status() -> BackendStatus:

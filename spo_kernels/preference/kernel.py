@@ -1,4 +1,4 @@
-"""DPO and SPO(DPO) in one kernel launch, where a GPU backend runs: for short sequences launches cost most.
+"""DPO and SPO(DPO) in one kernel, where the backend has it: for short sequences launches and small steps cost most.
 
 The losses' definition is `spo_kernels.losses`; this only recognises the two forms that the kernel knows. Other
 objectives, subclasses of these and reduction="none" take the ordinary way.
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from spo_kernels.backends.pair_form import PairForm
-from spo_kernels.backends.registry import load_backend
+from spo_kernels.backends.registry import has_pair_loss, load_backend
+from spo_kernels.engine.checks import is_traced
 from spo_kernels.losses import DPO, SPO, Objective
 from spo_kernels.preference.batch import PairBatch
 
@@ -74,7 +75,8 @@ class PairLossFunction(torch.autograd.Function):
     def forward(ctx: Any, logp: Tensor, factor: float, *rest: Any) -> tuple[Tensor, Tensor]:
         """Returns the loss and the kernel's summary, the latter without gradient."""
         labels, cu_seqlens, reference, value, ignore_index, *form = rest
-        summary, coefficients = _op(logp, labels, cu_seqlens, reference, value, ignore_index, factor, *form)
+        run = _op if is_traced(logp) else pair_loss
+        summary, coefficients = run(logp, labels, cu_seqlens, reference, value, ignore_index, factor, *form)
         ctx.save_for_backward(coefficients)
         ctx.arguments = 2 + len(rest)
         ctx.mark_non_differentiable(summary)
@@ -101,14 +103,6 @@ def kernel_form(objective: Objective, has_reference: bool, has_value: bool) -> t
     return (*form, objective.penalty, objective.weight, objective.epsilon, objective.value, mean)
 
 
-def _has_kernel(backend: str) -> bool:
-    return load_backend(backend).pair_loss_available
-
-
-# to torch.compile, which cannot trace the loading of an extension
-_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 @dataclass(frozen=True)
 class PairKernel:
     """The kernel for one batch. Its summary is `Outcome.summary`."""
@@ -119,7 +113,7 @@ class PairKernel:
     def of(cls, batch: PairBatch) -> PairKernel | None:
         """None where the ordinary way is to be taken."""
         name = batch.execution.backend
-        if batch.pairs == 0 or not _has_kernel(name):
+        if batch.pairs == 0 or not has_pair_loss(name):
             return None
         inputs = batch.inputs
         form = kernel_form(batch.objective, inputs.reference is not None, inputs.sft_value is not None)
@@ -135,15 +129,22 @@ class PairKernel:
         return loss, summary
 
     def differentiate(
-        self, logp: Tensor, labels: Tensor, lengths: Tensor, pairs: range, batch: PairBatch
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, sums `[2, pairs]` and per-token derivatives of consecutive pairs, whose tokens all count."""
+        self, logp: Tensor, labels: Tensor, lengths: Tensor | int, pairs: range, batch: PairBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The summary and the per-token derivatives of consecutive pairs, whose tokens all count.
+
+        `lengths` of the sequences, or the one that all have.
+        """
         reference, value = batch.inputs.reference, batch.inputs.sft_value
         if len(pairs) < batch.pairs:
             part = slice(pairs.start, pairs.stop)
             reference = None if reference is None else reference.view(2, -1)[:, part].flatten()
             value = None if value is None else value[part]
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        bounds = None
+        if isinstance(lengths, int):
+            logp, labels = logp.view(-1, lengths), labels.view(-1, lengths)
+        else:
+            bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         # labels here are classes, so none is -1
-        summary, slopes = _op(logp, labels, bounds, reference, value, -1, batch.scale, *self.form)
-        return summary[0], summary[5:], slopes
+        summary, slopes = pair_loss(logp, labels, bounds, reference, value, -1, batch.scale, *self.form)
+        return summary, slopes.view(-1)

@@ -50,6 +50,7 @@ class PairWork:
         weights = self.batch.token_weights
         self.weights = None if weights is None else self.tokens.gather(weights)  # [n], what tokens weigh in the sums
         self.kernel = PairKernel.of(self.batch) if weights is None else None
+        self.summaries: list[Tensor] = []  # the kernel's, of the pairs so far
         self.token_sums: TokenSums | None = None
 
     def tiles(self, rows: int) -> KeptTiles:
@@ -82,10 +83,13 @@ class PairWork:
         self, stats: TokenStats, tokens: TokenRows, weights: Tensor | None, pairs: range
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and sums of consecutive pairs, and the whole loss's derivatives by their tokens, chosen first."""
-        logp, lengths = stats.logp, self.lengths(pairs)
+        logp, equal = stats.logp, self.equal_length(pairs)
+        lengths = self.lengths(pairs)
         if self.kernel is not None:
-            return self.kernel.differentiate(logp, tokens.labels, lengths, pairs, self.batch)
-        equal = self.equal_length(pairs)
+            common = lengths if equal is None else equal
+            summary, slopes = self.kernel.differentiate(logp, tokens.labels, common, pairs, self.batch)
+            self.summaries.append(summary)
+            return summary[0], summary[5:].flatten(), slopes
 
         def sums_of(values: Tensor, weights: Tensor | None = None) -> Tensor:
             if equal is None:
@@ -134,7 +138,11 @@ def run_way(batch: PairBatch, plan: PathPlan, way: Way) -> Outcome:
     work = PairWork.of(batch, plan)
     policy = batch.policy
     loss, losses, sums = ThreeProductFunction.apply(policy.hidden, policy.weight, policy.bias, work, way)
-    return Outcome(loss, summarise(batch.objective, batch.inputs.pairs(sums), losses), work.token_sums)
+    if work.summaries:
+        summary = work.summaries[0] if len(work.summaries) == 1 else torch.cat(work.summaries, 1)
+    else:
+        summary = summarise(batch.objective, batch.inputs.pairs(sums), losses)
+    return Outcome(loss, summary, work.token_sums)
 
 
 class ThreeProductFunction(torch.autograd.Function):
