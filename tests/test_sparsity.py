@@ -128,9 +128,10 @@ def test_a_small_tolerance_gives_the_exact_gradients(backend, mode, trained):
     options = dict(outputs=outputs, logit_scale=0.8, logit_softcap=60.0, shift=True, trained=trained, backend=backend)
     exact = evaluate(linear_logprob, batch, upstream, **options)
     sparse = evaluate(linear_logprob, batch, upstream, sparsity=Sparsity(mode, 1e-9), **options)
+    head = batch.head(logit_scale=0.8, logit_softcap=60.0)
     figures = linear_logprob(
-        batch.hidden.requires_grad_(), batch.weight, batch.labels, bias=batch.bias, sparsity=Sparsity(mode, 1e-9),
-        logit_scale=0.8, logit_softcap=60.0, shift=True, outputs=("kept_share",), backend=backend,
+        batch.hidden.requires_grad_(), head, batch.labels, sparsity=Sparsity(mode, 1e-9),
+        shift=True, outputs=("kept_share",), backend=backend,
     )[1]  # fmt: skip
     assert 0.0 < figures["kept_share"].amax() < 0.9
     for name, value in exact.items():
