@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels import backend_info
-from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends.contract import LogitTransform, Tile, TokenGrads, TokenStats, mass_blocks
 from spo_kernels.backends.registry import load_backend
 
 from .gpu_measure import Stopwatch
@@ -99,7 +99,7 @@ def measure(device: torch.device, *, dry: bool = False) -> list[dict[str, Any]]:
 
 def _kernel_runs(backend: str, tile: Tensor) -> list[tuple[str, int, Callable[[], object]]]:
     """Each kernel's name, bytes per logit and a call that leaves the tile as it is."""
-    tiles = load_backend(backend).tiles
+    kernels = load_backend(backend)
     (rows, columns), device = tile.shape, tile.device
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
     labels = torch.randint(columns, (rows,), device=device)
@@ -108,23 +108,27 @@ def _kernel_runs(backend: str, tile: Tensor) -> list[tuple[str, int, Callable[[]
     stats, moments = (TokenStats.start(rows, tile[0], kind) for kind in (False, True))
     grads = TokenGrads(lse_value=tile.logsumexp(1), logp=torch.ones(rows, device=device))
     plain, capped = LogitTransform(), LogitTransform(1.0, 30.0)
-    operand = READ + WRITE if columns <= NARROW_TILE[1] else 2 * READ + WRITE
+    read_again = READ + WRITE if columns <= NARROW_TILE[1] else 2 * READ + WRITE
 
-    def statistics(transform: LogitTransform, into: TokenStats, *rest: Tensor | None) -> Callable[[], object]:
-        return lambda: tiles.tile_stats(tile, None, labels, transform, into, *(rest or (None,)))
+    def statistics(
+        transform: LogitTransform, into: TokenStats, *, operand: bool = False, **options: Tensor
+    ) -> Callable[[], object]:
+        given = Tile(tile, labels, transform, out=out if operand else None)
+        return lambda: kernels.tile_stats(given, into, **options)
 
     def gradient(transform: LogitTransform) -> Callable[[], object]:
-        return lambda: tiles.tile_grad(tile, None, labels, transform, grads, out)
+        given = Tile(tile, labels, transform, out=out)
+        return lambda: kernels.tile_grad(given, grads)
 
     return [
         ("tile_stats", READ, statistics(plain, stats)),
         ("tile_stats, softcap", READ, statistics(capped, stats)),
         ("tile_stats, all outputs", READ, statistics(plain, moments)),
-        ("tile_stats, masses", READ, statistics(plain, stats, None, None, masses)),
-        ("tile_stats + operand", operand, statistics(plain, stats, rescale, out)),
+        ("tile_stats, masses", READ, statistics(plain, stats, block_lse=masses)),
+        ("tile_stats + operand", read_again, statistics(plain, stats, operand=True, rescale=rescale)),
         ("tile_grad", READ + WRITE, gradient(plain)),
         ("tile_grad, softcap", READ + WRITE, gradient(capped)),
-        ("scale_rows", 2 * WRITE, lambda: tiles.scale_rows(out, factors)),
+        ("scale_rows", 2 * WRITE, lambda: kernels.scale_rows(out, factors)),
     ]
 
 

@@ -4,11 +4,12 @@
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 
-from spo_kernels import fused_spo_loss, linear_logprob
-from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats, mass_blocks
+from spo_kernels import LMHead, fused_spo_loss, linear_logprob
+from spo_kernels.backends.contract import LogitTransform, Tile, TokenGrads, TokenStats, mass_blocks
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.losses import DPO, SPO
 
@@ -22,11 +23,13 @@ def run_loss(backend: str, device: str) -> None:
         labels[0, 3] = -100
         outputs = ("entropy", "log_sum_p2")
         for workspace in (None, 20_000):
+            head = LMHead(weight, bias)
             logp, extras = linear_logprob(
-                hidden, weight, labels, bias=bias, outputs=outputs, workspace_bytes=workspace, backend=backend
+                hidden, head, labels, outputs=outputs, workspace_bytes=workspace, backend=backend
             )
             (logp.sum() + extras["entropy"].sum() + extras["log_sum_p2"].sum()).backward()
-            linear_logprob(hidden, weight.detach(), labels, logit_softcap=9.0, backend=backend).sum().backward()
+            frozen = LMHead(weight.detach(), logit_softcap=9.0)
+            linear_logprob(hidden, frozen, labels, backend=backend).sum().backward()
         reference = torch.zeros(4, device=device)
         for loss in (DPO(), SPO(penalty="hinge")):
             for path in ("two_pass", "packed", "factorised"):
@@ -38,7 +41,7 @@ def run_loss(backend: str, device: str) -> None:
 
 
 def run_tiles(backend: str, device: str) -> None:
-    tiles = load_backend(backend).tiles
+    kernels = load_backend(backend)
     transform = LogitTransform(0.7, 30.0)
     rows = 5
     for columns in (1, 33, 512, 1031, 8192, 8197):
@@ -49,14 +52,17 @@ def run_tiles(backend: str, device: str) -> None:
             out = torch.zeros(rows, columns, dtype=dtype, device=device)
             stats = TokenStats.start(rows, products, True)
             masses = torch.zeros(rows, mass_blocks(columns), device=device)
-            tiles.tile_stats(products, bias, labels, transform, stats, None, block_lse=masses)
-            tiles.tile_stats(products.clone(), bias, labels, transform, stats, factors.clone(), out)
+            tile, other, third = (
+                Tile(x, labels, transform, bias) for x in (products, products.clone(), products.clone())
+            )
+            kernels.tile_stats(tile, stats, block_lse=masses)
+            kernels.tile_stats(replace(other, out=out), stats, rescale=factors.clone())
             lse = stats.max + stats.sum.log()
             flows = dict.fromkeys(
                 ("logp", "lse", "entropy", "entropy_value", "log_sum_p2", "log_sum_p2_value"), factors
             )
-            tiles.tile_grad(products.clone(), bias, labels, transform, TokenGrads(lse, **flows), out)
-        tiles.scale_rows(products, factors)
+            kernels.tile_grad(replace(third, out=out), TokenGrads(lse, **flows))
+        kernels.scale_rows(products, factors)
         assert products.isfinite().all() and out.isfinite().all()
 
 

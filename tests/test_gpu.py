@@ -5,9 +5,9 @@ import torch
 from gpu_inputs import DEVICE, DRY, each_backend, each_dtype, each_kernel_backend, moved, on_device, on_gpu
 
 from spo_kernels import fused_spo_loss, linear_logprob, sequence_logps
-from spo_kernels.backends import torch_tiles
-from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats
+from spo_kernels.backends.contract import LogitTransform, Tile, TokenGrads, TokenStats
 from spo_kernels.backends.registry import load_backend
+from spo_kernels.backends.torch_backend import TorchBackend
 from spo_kernels.losses import DPO, SPO
 from spo_kernels.testing import (
     Batch,
@@ -83,7 +83,8 @@ def test_sequence_sums(backend, dtype):
     tokens = 64 if DRY else 512
     batch = peaked_batch(4, tokens, 2048 if DRY else 32768, 256, dtype=dtype)
     truth = eager_logprob(batch.hidden.double(), batch.weight.double(), batch.labels, dtype=torch.float64).sum(-1)
-    ours = sequence_logps(**{k: v for k, v in vars(moved(batch)).items() if v is not None}, backend=backend).cpu()
+    there = moved(batch)
+    ours = sequence_logps(there.hidden, there.weight, there.labels, backend=backend).cpu()
     assert (ours.double() - truth).abs().max() < 0.01
 
 
@@ -153,21 +154,20 @@ def test_fused_spo_loss(backend, loss, packed, path, weighted, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiles_of_any_width(backend, columns, transform, dtype):
     """The kernels against the torch tiles in float64, with the operand in place and in half precision."""
-    tiles = load_backend(backend).tiles
     rows = 3
     tile = 5 * torch.randn(rows, columns, device=DEVICE)
     labels = torch.tensor([0, columns - 1, columns], device=DEVICE)
     out = None if dtype == torch.float32 else torch.empty(rows, columns, dtype=dtype, device=DEVICE)
     found = []
-    for module, x, target in ((torch_tiles, tile.double(), None), (tiles, tile.clone(), out)):
+    for kernels, x, target in ((TorchBackend(), tile.double(), None), (load_backend(backend), tile.clone(), out)):
         stats = TokenStats.start(rows, x, True)
         rescale = torch.empty(rows, dtype=x.dtype, device=DEVICE)
         products = x.clone()
-        module.tile_stats(x, None, labels, transform, stats, rescale, target)
+        kernels.tile_stats(Tile(x, labels, transform, out=target), stats, rescale=rescale)
         operand = (x if target is None else target).double()
         lse = stats.max + stats.sum.log()
         grads = TokenGrads(lse_value=lse, logp=torch.ones_like(lse))
-        module.tile_grad(products, None, labels, transform, grads, target)
+        kernels.tile_grad(Tile(products, labels, transform, out=target), grads)
         gradient = (products if target is None else target).double()
         found.append([value.double() for value in (*vars(stats).values(), rescale)] + [operand, gradient])
     tolerance = 2e-5 if dtype == torch.float32 else 1e-2

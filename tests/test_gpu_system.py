@@ -20,10 +20,10 @@ from gpu_inputs import (
     needs_cuda,
     on_gpu,
 )
-from test_ops import Recorder
+from test_ops import Recorder, through_operators
 
 from spo_kernels import fused_spo_loss, linear_logprob
-from spo_kernels.backends.contract import LogitTransform, TokenGrads, TokenStats
+from spo_kernels.backends.contract import LogitTransform, Tile, TokenGrads, TokenStats
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.testing import Batch, eager_logprob, random_batch
 
@@ -56,13 +56,14 @@ def dpo_inputs(dtype=torch.bfloat16, tokens=33, vocab=2048, width=64, seed=0):
 @needs_cuda
 @each_kernel_backend
 @each_dtype
-def test_opcheck(dtype, backend):
+def test_opcheck(monkeypatch, dtype, backend):
     """Every operator with the arguments that a call gives it."""
     batch = moved(random_batch((4, 5), 64, 16, dtype=dtype, bias=True, ignored=0.3))
     hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    through_operators(monkeypatch)
     with Recorder() as recorder:
         outputs = ("entropy", "log_sum_p2")
-        logp, extras = linear_logprob(hidden, weight, batch.labels, bias=batch.bias, outputs=outputs, backend=backend)
+        logp, extras = linear_logprob(hidden, batch.head(), batch.labels, outputs=outputs, backend=backend)
         (logp.sum() + extras["entropy"].sum()).backward()
         loss_of(hidden, weight, batch.labels, torch.zeros(4, device=DEVICE), backend)[0].backward()
     names = {func.overloadpacket.__name__ for func, _, _ in recorder.calls}
@@ -236,7 +237,7 @@ def test_peak_memory(trained, backend):
 @each_kernel_backend
 def test_more_than_two_to_the_31_elements(backend):
     """The last rows of a tile of 2.2e9 float32, and of its bfloat16 operand."""
-    tiles = load_backend(backend).tiles
+    kernels = load_backend(backend)
     rows, columns = 270_000, 8192
     needed = rows * columns * 6 + 2048 * MIB
     free = torch.cuda.mem_get_info()[0]
@@ -249,13 +250,14 @@ def test_more_than_two_to_the_31_elements(backend):
     labels = torch.full((rows,), 7, device=DEVICE)
     stats = TokenStats.start(rows, tile[:0, 0], False)
     rescale = torch.empty(rows, device=DEVICE)
-    tiles.tile_stats(tile, None, labels, LogitTransform(), stats, rescale, out)
+    kernels.tile_stats(Tile(tile, labels, LogitTransform(), out=out), stats, rescale=rescale)
     lse = stats.max + stats.sum.log()
     torch.testing.assert_close(lse[-4:], tail.logsumexp(1))
     expected = (tail - tail.amax(1, keepdim=True)).exp()
     expected[:, 7] = 0.0
     torch.testing.assert_close(out[-4:].float(), expected, rtol=1e-2, atol=1e-6)
-    tiles.tile_grad(tile, None, labels, LogitTransform(), TokenGrads(lse, logp=torch.ones(rows, device=DEVICE)))
+    grads = TokenGrads(lse, logp=torch.ones(rows, device=DEVICE))
+    kernels.tile_grad(Tile(tile, labels, LogitTransform()), grads)
     expected = -tail.softmax(1)
     expected[:, 7] += 1.0
     torch.testing.assert_close(tile[-4:], expected, rtol=1e-4, atol=1e-6)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spo_kernels import Sparsity, fused_spo_loss, linear_logprob
 from spo_kernels.backends.cpp_products import NativeProducts
 from spo_kernels.backends.products import VendorProducts
-from spo_kernels.engine.sparse_blocks import _MAX_CODE_BYTES, block_width
+from spo_kernels.engine.workspace import _MAX_CODE_BYTES, block_width
 from spo_kernels.testing import evaluate, random_batch, random_upstream
 
 BLOCK = 128
