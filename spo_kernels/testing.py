@@ -324,10 +324,18 @@ def check_linear_logprob(
     return actual
 
 
-def least_workspace(function: Callable[..., Any], batch: Batch, **options: Any) -> int:
+def least_workspace(
+    function: Callable[..., Any],
+    batch: Batch,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    **options: Any,
+) -> int:
     """The smallest `workspace_bytes` that `function` accepts for the batch, as its refusal of a single byte states."""
+    head = batch.head(logit_scale=logit_scale, logit_softcap=logit_softcap)
     try:
-        function(batch.hidden, batch.head(), batch.labels, workspace_bytes=1, **options)
+        function(batch.hidden, head, batch.labels, workspace_bytes=1, **options)
     except ValueError as error:
         found = re.search(r"workspace_bytes = 1 is too small.* need (\d+) bytes", str(error))
         if found is None:

@@ -4,6 +4,7 @@
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -22,11 +23,13 @@ def run_loss(backend: str, device: str) -> None:
         labels[0, 3] = -100
         outputs = ("entropy", "log_sum_p2")
         for workspace in (None, 20_000):
+            head = LMHead(weight, bias)
             logp, extras = linear_logprob(
-                hidden, weight, labels, bias=bias, outputs=outputs, workspace_bytes=workspace, backend=backend
+                hidden, head, labels, outputs=outputs, workspace_bytes=workspace, backend=backend
             )
             (logp.sum() + extras["entropy"].sum() + extras["log_sum_p2"].sum()).backward()
-            linear_logprob(hidden, weight.detach(), labels, logit_softcap=9.0, backend=backend).sum().backward()
+            frozen = LMHead(weight.detach(), logit_softcap=9.0)
+            linear_logprob(hidden, frozen, labels, backend=backend).sum().backward()
         reference = torch.zeros(4, device=device)
         for loss in (DPO(), SPO(penalty="hinge")):
             for path in ("two_pass", "packed", "factorised"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spo_kernels import fused_spo_loss
+from spo_kernels import LMHead, fused_spo_loss
 from spo_kernels.losses import DPO, SPO
 from spo_kernels.testing import Batch, eager_logprob, random_batch, worst_error
 
@@ -80,15 +80,24 @@ def make_value():
     return torch.tensor([3.0, 4.0, 5.0])
 
 
+def split(options):
+    """What belongs to a head, and the rest."""
+    transform = {name: value for name, value in options.items() if name.startswith("logit_")}
+    return transform, {name: value for name, value in options.items() if name not in transform}
+
+
 def oracle_sums(batch, **options):
-    return eager_logprob(**vars(batch.to(torch.float64)), dtype=torch.float64, **options).sum(-1)
+    doubles, (transform, options) = batch.to(torch.float64), split(options)
+    logp = eager_logprob(doubles.hidden, doubles.head(**transform), batch.labels, dtype=torch.float64, **options)
+    return logp.sum(-1)
 
 
 def expected(formula, batch, reference, *, value=None, reduction="mean", **options):
     """Loss, gradients and metrics' ingredients from float64 logits."""
-    doubles = batch.to(torch.float64)
+    doubles, (transform, options) = batch.to(torch.float64), split(options)
     leaves = {name: getattr(doubles, name).detach().clone().requires_grad_() for name in ("hidden", "weight")}
-    logp = eager_logprob(labels=batch.labels, bias=doubles.bias, dtype=torch.float64, **leaves, **options)
+    head = LMHead(leaves["weight"], doubles.bias, **transform)
+    logp = eager_logprob(leaves["hidden"], head, batch.labels, dtype=torch.float64, **options)
     counted = batch.labels != options.get("ignore_index", -100)
     if options.get("shift"):
         counted[:, 0] = False
@@ -102,8 +111,10 @@ def expected(formula, batch, reference, *, value=None, reduction="mean", **optio
 
 
 def run(batch, **options):
+    transform, options = split(options)
     leaves = {name: getattr(batch, name).detach().clone().requires_grad_() for name in ("hidden", "weight")}
-    loss, metrics = fused_spo_loss(labels=batch.labels, bias=batch.bias, **leaves, **options)
+    head = LMHead(leaves["weight"], batch.bias, **transform)
+    loss, metrics = fused_spo_loss(leaves["hidden"], head, batch.labels, **options)
     loss.sum().backward()
     return loss.detach(), leaves["hidden"].grad, leaves["weight"].grad, metrics
 

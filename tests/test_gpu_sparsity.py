@@ -5,7 +5,7 @@ import torch
 from gpu_inputs import DEVICE, each_backend, each_dtype, on_gpu
 
 from spo_kernels import Sparsity, linear_logprob
-from spo_kernels.engine.sparse_blocks import block_width
+from spo_kernels.engine.workspace import block_width
 
 pytestmark = on_gpu
 VOCAB = 8 * 1024 + 100

@@ -20,7 +20,7 @@ from gpu_inputs import (
     needs_cuda,
     on_gpu,
 )
-from test_ops import Recorder
+from test_ops import Recorder, through_operators
 
 from spo_kernels import fused_spo_loss, linear_logprob
 from spo_kernels.backends.contract import LogitTransform, Tile, TokenGrads, TokenStats
@@ -56,13 +56,14 @@ def dpo_inputs(dtype=torch.bfloat16, tokens=33, vocab=2048, width=64, seed=0):
 @needs_cuda
 @each_kernel_backend
 @each_dtype
-def test_opcheck(dtype, backend):
+def test_opcheck(monkeypatch, dtype, backend):
     """Every operator with the arguments that a call gives it."""
     batch = moved(random_batch((4, 5), 64, 16, dtype=dtype, bias=True, ignored=0.3))
     hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    through_operators(monkeypatch)
     with Recorder() as recorder:
         outputs = ("entropy", "log_sum_p2")
-        logp, extras = linear_logprob(hidden, weight, batch.labels, bias=batch.bias, outputs=outputs, backend=backend)
+        logp, extras = linear_logprob(hidden, batch.head(), batch.labels, outputs=outputs, backend=backend)
         (logp.sum() + extras["entropy"].sum()).backward()
         loss_of(hidden, weight, batch.labels, torch.zeros(4, device=DEVICE), backend)[0].backward()
     names = {func.overloadpacket.__name__ for func, _, _ in recorder.calls}

@@ -62,8 +62,8 @@ def test_non_finite_hidden_is_not_hidden(backend, value, trained):
     spoiled.hidden[4, 3] = value
 
     def logp(batch):
-        leaves = {name: getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight")}
-        return linear_logprob(**leaves, labels=batch.labels, backend=backend).detach()
+        leaves = [getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight")]
+        return linear_logprob(*leaves, batch.labels, backend=backend).detach()
 
     assert not logp(spoiled)[4].isfinite()
     others = torch.arange(9) != 4
@@ -74,7 +74,7 @@ def test_non_finite_hidden_is_not_hidden(backend, value, trained):
 def test_nan_weight_is_not_hidden(backend, softcap):
     batch = random_batch((9,), 53, 12)
     batch.weight[17, 3] = torch.nan
-    logp = linear_logprob(batch.hidden, batch.weight, batch.labels, logit_softcap=softcap, backend=backend)
+    logp = linear_logprob(batch.hidden, batch.head(logit_softcap=softcap), batch.labels, backend=backend)
     assert logp.isnan().all()
 
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from spo_kernels import fused_spo_loss
+from spo_kernels import LMHead, fused_spo_loss
+from spo_kernels.engine.inputs import ModelInputs
+from spo_kernels.engine.tokens import LabelLayout, Tokens
 from spo_kernels.kl import linear_kl
 from spo_kernels.losses import TDPO, PairLogps
 from spo_kernels.testing import TensorMeter, eager_logprob, random_batch
@@ -44,8 +46,21 @@ def with_gradients(function, inputs, labels, upstream, trained=NAMES, **options)
     return [kl.detach(), *(leaves[name].grad for name in trained)]
 
 
-def fused_kl(inputs, labels, **options):
-    return linear_kl(labels=labels, **inputs, **options)
+def heads(inputs, **transform):
+    """Both models as the public functions take them."""
+    return {
+        f"{prefix}{name}": value
+        for prefix in ("", "ref_")
+        for name, value in (
+            ("hidden", inputs[f"{prefix}hidden"]),
+            ("head", LMHead(inputs[f"{prefix}weight"], inputs[f"{prefix}bias"], **transform)),
+        )
+    }
+
+
+def fused_kl(inputs, labels, logit_scale=1.0, logit_softcap=None, **options):
+    models = heads(inputs, logit_scale=logit_scale, logit_softcap=logit_softcap)
+    return linear_kl(labels=labels, **models, **options)
 
 
 def upstream():
@@ -170,7 +185,10 @@ def test_double_backward_is_refused():
 def test_the_operators():
     """Schema and fakes, on the raw operators."""
     inputs, labels = make_inputs(torch.float32)
-    common = (*inputs.values(), labels, 0.7, 3.0, -100, True, None, "torch")
+    layout, found = LabelLayout(labels, -100, True), heads(inputs, logit_scale=0.7, logit_softcap=3.0)
+    sides = [ModelInputs.resolve(found[f"{p}hidden"], found[f"{p}head"], labels, p) for p in ("", "ref_")]
+    tensors = [value for side in sides for value in (side.hidden, side.weight, side.bias, side.transform)]
+    common = (*tensors, *Tokens.find(layout, layout.counted(), VOCAB), True, None, "torch")
     kl, *lses = torch.ops.spo_kernels.linear_kl_fwd(*common)
     torch.library.opcheck(torch.ops.spo_kernels.linear_kl_fwd.default, common)
     for needs in ((True, True, True), (False, True, False)):
@@ -184,8 +202,11 @@ def test_the_operators():
 
 def eager_tdpo(inputs, labels, objective):
     leaves = {name: inputs[name].detach().clone().requires_grad_() for name in NAMES}
-    reference = {name: inputs[f"ref_{name}"] for name in NAMES}
-    sums = [eager_logprob(labels=labels, dtype=torch.float64, **head).sum(-1).chunk(2) for head in (leaves, reference)]
+    found = heads(inputs | leaves)
+    sums = [
+        eager_logprob(found[f"{prefix}hidden"], found[f"{prefix}head"], labels, dtype=torch.float64).sum(-1).chunk(2)
+        for prefix in ("", "ref_")
+    ]
     kl = eager_kl(inputs | leaves, labels).sum(-1).chunk(2)
     lengths = (labels != -100).sum(-1).chunk(2)
     pairs = PairLogps(*sums[0], *sums[1], *lengths, inputs={"chosen_kl": kl[0], "rejected_kl": kl[1]})
@@ -201,7 +222,7 @@ def test_tdpo(variant, packed):
     objective = TDPO(beta=0.3, alpha=0.7, variant=variant)
     exact = eager_tdpo(inputs, labels, objective)
     leaves = {name: inputs[name].detach().clone().requires_grad_() for name in NAMES}
-    arguments = inputs | leaves | {"labels": labels}
+    arguments = heads(inputs | leaves) | {"labels": labels}
     if packed:
         keep = labels != -100
         arguments |= {name: arguments[name][keep] for name in ("hidden", "ref_hidden", "labels")}
@@ -221,7 +242,7 @@ def test_compile_fullgraph(name):
 
     def run(function):
         leaves = {name: inputs[name].clone().requires_grad_() for name in NAMES}
-        loss, metrics = function(**(inputs | leaves), labels=labels, loss=name, backend="torch")
+        loss, metrics = function(**heads(inputs | leaves), labels=labels, loss=name, backend="torch")
         loss.backward()
         return [loss.detach(), *(leaf.grad for leaf in leaves.values()), *metrics.values()]
 
@@ -242,39 +263,42 @@ def test_tdpo_stops_one_gradient():
 
 def test_tdpo_needs_the_whole_reference():
     inputs, labels = make_inputs()
-    arguments = {name: inputs[name] for name in NAMES} | {"labels": labels, "loss": "tdpo"}
+    both = heads(inputs)
+    arguments = {name: both[name] for name in ("hidden", "head")} | {"labels": labels, "loss": "tdpo"}
     for reference in ({"ref_logps": torch.zeros(ROWS)}, {}):
         with pytest.raises(
-            ValueError, match="needs the KL divergence from the reference: pass ref_hidden and ref_weight"
+            ValueError, match="needs the KL divergence from the reference: pass ref_hidden and ref_head"
         ):
             fused_spo_loss(**arguments, **reference)
     inputs["weight"].requires_grad_()
     with pytest.raises(
         ValueError, match="path = 'packed' cannot be taken: its objective needs kl, which has a gradient"
     ):
-        fused_spo_loss(**inputs, labels=labels, loss="tdpo", path="packed")
+        fused_spo_loss(**both, labels=labels, loss="tdpo", path="packed")
 
 
 WRONG = {
     "vocabulary": (
-        {"ref_weight": torch.zeros(7, REF_HIDDEN, dtype=torch.float64), "ref_bias": None},
+        {"ref_head": torch.zeros(7, REF_HIDDEN, dtype=torch.float64)},
         ValueError,
-        "ref_weight must have weight's vocabulary, V = 43 rows, got 7",
+        "ref_head must have head's vocabulary, V = 43 rows, got 7",
     ),
     "precision": (
-        {
-            name: torch.zeros(*shape)
-            for name, shape in {
-                "ref_hidden": (ROWS, TOKENS, REF_HIDDEN),
-                "ref_weight": (VOCAB, REF_HIDDEN),
-                "ref_bias": (VOCAB,),
-            }.items()
-        },
+        {"ref_hidden": torch.zeros(ROWS, TOKENS, REF_HIDDEN), "ref_head": torch.zeros(VOCAB, REF_HIDDEN)},
         TypeError,
         "ref_hidden is torch.float32, but hidden is torch.float64",
     ),
     "ref-shape": ({"ref_hidden": torch.zeros(3, REF_HIDDEN)}, ValueError, "ref_hidden must have the labels' leading"),
-    "ref-list": ({"ref_weight": [1.0]}, TypeError, "ref_weight must be a torch.Tensor"),
+    "ref-list": ({"ref_head": [1.0]}, TypeError, r"ref_head must be a weight \[V, H\] or an LMHead, got list"),
+    "ref-weight-list": ({"ref_head": LMHead([1.0])}, TypeError, r"ref_head\.weight must be a torch.Tensor, got list"),
+    "one-softcap": (
+        {
+            "head": LMHead(torch.zeros(VOCAB, HIDDEN).double(), logit_softcap=3.0),
+            "ref_head": torch.zeros(VOCAB, REF_HIDDEN),
+        },
+        ValueError,
+        "ref_head is a plain weight, but head has logit_scale = 1.0 and logit_softcap = 3.0",
+    ),
     "label": ({"labels": torch.full((ROWS, TOKENS), VOCAB)}, IndexError, r"labels\[0, 0\] = 43 is outside \[0, 43\)"),
     "workspace": (
         {"workspace_bytes": 1},
@@ -288,6 +312,9 @@ WRONG = {
 def test_bad_input(changes, error, message):
     inputs, labels = make_inputs()
     with pytest.raises(error, match=message):
-        linear_kl(**(inputs | {"labels": labels} | changes))
+        linear_kl(**(heads(inputs) | {"labels": labels} | changes))
+
+
+def test_bad_variant():
     with pytest.raises(ValueError, match="variant must be one of 'tdpo1', 'tdpo2', got '3'"):
         TDPO(variant="3")

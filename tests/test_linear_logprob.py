@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from spo_kernels import linear_logprob
+from spo_kernels import LMHead, linear_logprob
 from spo_kernels.testing import (
     DIFFERENTIABLE,
     Batch,
@@ -111,7 +111,7 @@ def test_one_byte_less_is_refused(backend):
     least = least_workspace(linear_logprob, batch, backend=backend)
     check_linear_logprob(linear_logprob, batch, backend=backend, workspace_bytes=least)
     with pytest.raises(ValueError, match=f"workspace_bytes = {least - 1} is too small"):
-        linear_logprob(**vars(batch), backend=backend, workspace_bytes=least - 1)
+        linear_logprob(batch.hidden, batch.weight, batch.labels, backend=backend, workspace_bytes=least - 1)
 
 
 @pytest.mark.parametrize("workspace_bytes", [6_000, None])
@@ -266,22 +266,25 @@ def test_each_combination_of_gradients(backend, trained, outputs):
     if trained:
         actual = evaluate(linear_logprob, batch, upstream, trained=trained, backend=backend, outputs=outputs)
     else:
-        result = linear_logprob(**vars(batch), backend=backend, outputs=outputs)
+        result = linear_logprob(batch.hidden, batch.head(), batch.labels, backend=backend, outputs=outputs)
         actual = dict(result[1], logp=result[0]) if outputs else {"logp": result}
         assert not any(value.requires_grad for value in actual.values())
     assert_accurate(actual, oracle, eager)
 
 
-@pytest.mark.parametrize("options", [{}, dict(logit_scale=0.5, logit_softcap=3.0, shift=True)], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    ("transform", "shift"), [({}, False), (dict(logit_scale=0.5, logit_softcap=3.0), True)], ids=["plain", "all"]
+)
 @pytest.mark.parametrize("outputs", [(), ("lse", "entropy", "log_sum_p2")], ids=["logp", "all-outputs"])
 @pytest.mark.parametrize("trained", subsets(PARAMETERS)[1:], ids="-".join)
-def test_gradcheck(trained, outputs, options):
+def test_gradcheck(trained, outputs, transform, shift):
     batch = random_batch((2, 4), 7, 3, dtype=torch.float64, bias=True, ignored=0.3)
     leaves = [getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight", "bias")]
 
     def function(hidden, weight, bias):
+        head = LMHead(weight, bias, **transform)
         result = linear_logprob(
-            hidden, weight, batch.labels, bias=bias, outputs=outputs, workspace_bytes=200, backend="torch", **options
+            hidden, head, batch.labels, outputs=outputs, workspace_bytes=200, backend="torch", shift=shift
         )
         return (result[0], *result[1].values()) if outputs else result
 
@@ -292,7 +295,7 @@ def test_gradcheck(trained, outputs, options):
 def test_backward_twice_accumulates(backend, trained):
     batch = random_batch((5, 7), 43, 19, bias=True, ignored=0.2)
     leaves = {name: getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight", "bias")}
-    logp = linear_logprob(labels=batch.labels, backend=backend, **leaves)
+    logp = linear_logprob(batch.hidden, batch.head(), batch.labels, backend=backend)
     upstream = random_upstream(batch)["logp"]
     logp.backward(upstream, retain_graph=True)
     once = {name: leaves[name].grad.clone() for name in trained}
@@ -309,7 +312,7 @@ def test_retained_graph_with_another_upstream(backend, trained):
     batch = random_batch((5, 7), 43, 19)
     first, second = (random_upstream(batch, seed=seed) for seed in (1, 2))
     leaves = {name: getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight")}
-    logp = linear_logprob(labels=batch.labels, backend=backend, **leaves)
+    logp = linear_logprob(batch.hidden, batch.weight, batch.labels, backend=backend)
     logp.backward(first["logp"], retain_graph=True)
     for leaf in leaves.values():
         leaf.grad = None
@@ -342,7 +345,7 @@ def test_without_grad(backend, mode, outputs):
     for tensor in (batch.hidden, batch.weight, batch.bias):
         tensor.requires_grad_()
     with mode():
-        result = linear_logprob(**vars(batch), backend=backend, outputs=outputs)
+        result = linear_logprob(batch.hidden, batch.head(), batch.labels, backend=backend, outputs=outputs)
     actual = dict(result[1], logp=result[0]) if outputs else {"logp": result}
     for name in ("hidden", "weight", "bias"):
         del oracle.values[f"{name}.grad"]

@@ -19,6 +19,7 @@ from loss_oracle import (
     oracle_sums,
     pack,
     run,
+    split,
 )
 
 from spo_kernels import linear_logprob, sequence_logps
@@ -34,7 +35,12 @@ def test_formula(backend, objective, formula, reduction):
     batch, value = make_batch(), make_value()
     reference = make_reference(batch)
     loss, d_hidden, d_weight, metrics = run(
-        batch, loss=objective, ref_logps=reference, spo_value=value, reduction=reduction, backend=backend
+        batch,
+        loss=objective,
+        ref_logps=reference,
+        pair_inputs={"spo_value": value},
+        reduction=reduction,
+        backend=backend,
     )
     truth = expected(formula, batch, reference, value=value, reduction=reduction)
     assert loss.dtype == torch.float32
@@ -76,7 +82,12 @@ def test_packed(backend, objective, formula, keep_ignored):
     reference = make_reference(batch)
     packed, bounds, keep = pack(batch, keep_ignored=keep_ignored)
     loss, d_hidden, d_weight, metrics = run(
-        packed, loss=objective, ref_logps=reference, spo_value=value, cu_seqlens=bounds, backend=backend
+        packed,
+        loss=objective,
+        ref_logps=reference,
+        pair_inputs={"spo_value": value},
+        cu_seqlens=bounds,
+        backend=backend,
     )
     truth = expected(formula, batch, reference, value=value)
     assert_near(loss, truth[0], "loss")
@@ -146,7 +157,7 @@ def test_reference_from_hidden_states(backend):
         tensor.requires_grad_()
     sums = oracle_sums(Batch(other.hidden, other.weight, batch.labels, other.bias)).detach()
     objective, formula = FORMULAS["hinge-reference"]
-    options = dict(ref_hidden=other.hidden, ref_weight=other.weight, ref_bias=other.bias)
+    options = dict(ref_hidden=other.hidden, ref_head=other.head())
     loss, d_hidden, d_weight, metrics = run(batch, loss=objective, backend=backend, **options)
     truth = expected(formula, batch, sums)
     assert_near(loss, truth[0], "loss")
@@ -163,7 +174,8 @@ def test_reference_sees_the_same_options(backend, options):
     batch.labels[batch.labels == -100] = options.get("ignore_index", -100)
     other = random_batch((2 * PAIRS, TOKENS), VOCAB, HIDDEN, seed=3)
     sums = oracle_sums(Batch(other.hidden, other.weight, batch.labels), **options)
-    loss, *_ = run(batch, loss="dpo", ref_hidden=other.hidden, ref_weight=other.weight, backend=backend, **options)
+    ref_head = other.head(**split(options)[0])
+    loss, *_ = run(batch, loss="dpo", ref_hidden=other.hidden, ref_head=ref_head, backend=backend, **options)
     assert_near(loss, expected(FORMULAS["dpo"][1], batch, sums, **options)[0], "loss")
 
 
@@ -171,7 +183,7 @@ def test_packed_reference_from_hidden_states(backend):
     batch = make_batch()
     other = random_batch((2 * PAIRS, TOKENS), VOCAB, HIDDEN, seed=3)
     packed, bounds, keep = pack(batch, keep_ignored=False)
-    options = dict(ref_weight=other.weight, loss="dpo", backend=backend)
+    options = dict(ref_head=other.weight, loss="dpo", backend=backend)
     loss, *_ = run(packed, ref_hidden=other.hidden[keep], cu_seqlens=bounds, **options)
     assert_near(loss, run(batch, ref_hidden=other.hidden, **options)[0].double(), "loss")
 
@@ -192,7 +204,7 @@ def test_reference_equal_to_the_policy(backend):
     sums = sequence_logps(batch.hidden, batch.weight, batch.labels, backend=backend)
     loss, _, _, metrics = run(batch, loss="dpo", ref_logps=sums, backend=backend)
     assert_near(loss, torch.tensor(2.0).log().double(), "loss")
-    loss, _, _, metrics = run(batch, loss="dpo", ref_hidden=batch.hidden, ref_weight=batch.weight, backend=backend)
+    loss, _, _, metrics = run(batch, loss="dpo", ref_hidden=batch.hidden, ref_head=batch.weight, backend=backend)
     assert_near(loss, torch.tensor(2.0).log().double(), "loss")
     assert abs(metrics["rewards/margins"]) < 1e-5
 
@@ -200,7 +212,11 @@ def test_reference_equal_to_the_policy(backend):
 def test_value_is_detached(backend):
     batch = make_batch()
     value = torch.zeros(PAIRS, requires_grad=True)
-    options = dict(loss=SPO(DPO(), penalty="hinge", value="input"), ref_logps=make_reference(batch), spo_value=value)
+    options = dict(
+        loss=SPO(DPO(), penalty="hinge", value="input"),
+        ref_logps=make_reference(batch),
+        pair_inputs={"spo_value": value},
+    )
     run(batch, backend=backend, **options)
     assert value.grad is None
 
@@ -250,9 +266,9 @@ def test_token_metrics(backend, shift):
     if shift:
         counted[:, 0] = False
     with torch.no_grad():
-        _, extras = eager_logprob(
-            **vars(batch.to(torch.float64)), dtype=torch.float64, outputs=("entropy", "correct"), shift=shift
-        )
+        states, weight = batch.hidden.double(), batch.weight.double()
+        outputs = ("entropy", "correct")
+        _, extras = eager_logprob(states, weight, batch.labels, dtype=torch.float64, outputs=outputs, shift=shift)
     *_, metrics = run(
         batch, loss="dpo", ref_logps=make_reference(batch), token_metrics=True, shift=shift, backend=backend
     )
@@ -291,7 +307,7 @@ def test_what_an_objective_sees(backend):
         seen.append(pairs)
         return 0.0 * pairs.chosen
 
-    run(batch, loss=objective, ref_logps=reference, spo_value=value, backend=backend)
+    run(batch, loss=objective, ref_logps=reference, pair_inputs={"spo_value": value}, backend=backend)
     run(batch, loss=objective, backend=backend)
     full, bare = seen[0], seen[-1]
     assert isinstance(full, PairLogps)

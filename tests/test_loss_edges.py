@@ -54,7 +54,9 @@ def test_zero_length_responses(backend, name, empty, layout):
     batch.labels[rows] = -100
     reference = make_reference(batch)
     reference[rows] = 0.0
-    options = dict(ref_logps=reference, spo_value=make_value(), loss=objective, reduction="none", backend=backend)
+    options = dict(
+        ref_logps=reference, pair_inputs={"spo_value": make_value()}, loss=objective, reduction="none", backend=backend
+    )
     if layout == "packed":
         packed, bounds, _ = pack(batch, keep_ignored=False)
         loss, d_hidden, d_weight, metrics = run(packed, cu_seqlens=bounds, **options)
@@ -109,8 +111,8 @@ def test_non_finite_input_gives_a_non_finite_loss(backend, value, name, where):
         batch.weight,
         batch.labels,
         ref_hidden=hidden["reference"],
-        ref_weight=batch.weight,
-        spo_value=make_value(),
+        ref_head=batch.weight,
+        pair_inputs={"spo_value": make_value()},
         loss=objective,
         backend=backend,
     )
@@ -149,7 +151,7 @@ def test_each_part_alone(backend, trained):
     batch = make_batch(bias=True)
     reference = make_reference(batch)
     leaves = {name: getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight", "bias")}
-    loss, _ = fused_spo_loss(labels=batch.labels, ref_logps=reference, backend=backend, **leaves)
+    loss, _ = fused_spo_loss(batch.hidden, batch.head(), batch.labels, ref_logps=reference, backend=backend)
     truth = expected(FORMULAS["spo"][1], batch, reference)
     assert_near(loss.detach(), truth[0], "loss")
     assert loss.requires_grad == bool(trained)
@@ -184,7 +186,7 @@ def test_poisoned_buffers(backend, poisoned_buffers):
     batch.labels[2] = -100
     other = random_batch((2 * PAIRS, TOKENS), VOCAB, HIDDEN, seed=3)
     loss, d_hidden, d_weight, metrics = run(
-        batch, ref_hidden=other.hidden, ref_weight=other.weight, token_metrics=True, backend=backend
+        batch, ref_hidden=other.hidden, ref_head=other.weight, token_metrics=True, backend=backend
     )
     for value in (loss, d_hidden, d_weight, *metrics.values()):
         assert value.isfinite().all()

@@ -82,7 +82,7 @@ def test_the_loss_keeps_the_budget_too(backend, layout):
             *leaves,
             labels,
             ref_hidden=hidden.detach(),
-            ref_weight=batch.weight.detach(),
+            ref_head=batch.weight.detach(),
             token_metrics=True,
             workspace_bytes=256 * KIB,
             backend=backend,
@@ -109,7 +109,7 @@ def test_number_of_products(trained, expected, workspace_bytes, dtype):
         meter = metered(linear_logprob, batch, trained=trained, **options)
     else:
         with TensorMeter() as meter, torch.no_grad():
-            linear_logprob(**vars(batch), **options)
+            linear_logprob(batch.hidden, batch.head(), batch.labels, **options)
     assert products(meter, rows) == expected
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spo_kernels import linear_logprob
+from spo_kernels import LMHead, linear_logprob
 from spo_kernels.extras.nthr import nthr_multipliers, nthr_scores
 from spo_kernels.testing import TensorMeter, peaked_batch, random_batch
 
@@ -20,19 +20,23 @@ def make_batch(dtype=torch.float64):
         batch.labels[wrong] = batch.labels[right]
         batch.hidden[wrong] = 1.5 * batch.hidden[right]
     bias = torch.linspace(-1, 1, VOCAB, dtype=torch.float64).to(dtype)
-    return {"hidden": batch.hidden, "weight": batch.weight, "labels": batch.labels, "bias": bias}
+    return {"hidden": batch.hidden, "head": LMHead(batch.weight, bias), "labels": batch.labels}
 
 
-def eager_scores(batch, correct, *, logit_scale=1.0, logit_softcap=None, shift=False):
+def transformed(batch, **transform):
+    return batch | {"head": LMHead(batch["head"].weight, batch["head"].bias, **transform)}
+
+
+def eager_scores(batch, correct, *, shift=False):
     """The formula, token by token pair, from full logits; g with the slope of the logits, as a gradient has it."""
-    hidden, weight, bias = (batch[name].double() for name in ("hidden", "weight", "bias"))
-    labels = batch["labels"]
+    head, labels = batch["head"], batch["labels"]
+    hidden, weight, bias = batch["hidden"].double(), head.weight.double(), head.bias.double()
     keep = labels != -100
     if shift:
         hidden, keep = hidden.roll(1, 1), keep & (torch.arange(labels.shape[1]) > 0)
     products = (hidden @ weight.T + bias).requires_grad_()
-    logits = logit_scale * products
-    logits = logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap)
+    logits, cap = head.logit_scale * products, head.logit_softcap
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
     (slope,) = torch.autograd.grad(logits.sum(), products)
     g = (F.one_hot(labels.clamp_min(0), weight.shape[0]) - logits.softmax(-1)) * slope
     g = g.detach()[..., labels[keep].unique()]
@@ -45,19 +49,19 @@ def eager_scores(batch, correct, *, logit_scale=1.0, logit_softcap=None, shift=F
 
 
 OPTIONS = {
-    "plain": {},
-    "shift": {"shift": True},
-    "scale": {"logit_scale": 0.7},
-    "softcap": {"logit_scale": 2.0, "logit_softcap": 3.0},
+    "plain": ({}, False),
+    "shift": ({}, True),
+    "scale": ({"logit_scale": 0.7}, False),
+    "softcap": ({"logit_scale": 2.0, "logit_softcap": 3.0}, False),
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("transform", "shift"), OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("workspace_bytes", [None, 1 << 10], ids=["one-tile", "many-tiles"])
-def test_scores(options, workspace_bytes):
-    batch = make_batch()
-    scores = nthr_scores(**batch, correct=CORRECT, workspace_bytes=workspace_bytes, backend="torch", **options)
-    truth = eager_scores(batch, CORRECT, **options)
+def test_scores(transform, shift, workspace_bytes):
+    batch = transformed(make_batch(), **transform)
+    scores = nthr_scores(**batch, correct=CORRECT, workspace_bytes=workspace_bytes, backend="torch", shift=shift)
+    truth = eager_scores(batch, CORRECT, shift=shift)
     assert scores.dtype == torch.float64 and not scores.requires_grad
     torch.testing.assert_close(scores, truth, rtol=1e-11, atol=1e-12)
     assert truth.abs().max() > 1
@@ -138,14 +142,20 @@ WRONG = {
     "correct-list": ({"correct": [True]}, TypeError, "correct must be a torch.Tensor, got list"),
     "correct-dtype": ({"correct": CORRECT.long()}, ValueError, "correct must be bool, .*got torch.int64"),
     "correct-shape": ({"correct": CORRECT[:3]}, ValueError, r"each of the 5 responses, on cpu; got torch.bool \[3\]"),
-    "hidden-2d": ({"hidden": torch.zeros(3, HIDDEN)}, ValueError, r"hidden must be \[G, T, H\], or \[N, H\] with"),
+    "hidden-2d": (
+        {"hidden": torch.zeros(3, HIDDEN)},
+        ValueError,
+        r"labels must have hidden's leading shape \[3\], got \[5, 7\]",
+    ),
+    "labels-3d": ({"labels": LABELS[None]}, ValueError, r"labels must be \[G, T\], or \[N\] with cu_seqlens; got"),
     "lse-shape": ({"lse": torch.zeros(3)}, ValueError, r"lse must have labels' shape \[5, 7\] on cpu, got \[3\]"),
     "lse-list": ({"lse": [0.0]}, TypeError, "lse must be a torch.Tensor"),
     "label": ({"labels": LABELS + VOCAB}, IndexError, r"labels\[0, 0\] = 31 is outside \[0, 31\)"),
-    "weight": ({"weight": torch.zeros(VOCAB, 3)}, ValueError, "weight must have shape"),
+    "head": ({"head": torch.zeros(VOCAB, 3)}, ValueError, "head must have shape"),
     "beta": ({"beta": -1.0}, ValueError, "beta must be a number >= 0, got -1.0"),
     "eta": ({"eta": float("nan")}, ValueError, "eta must be a number >= 0, got nan"),
-    "option": ({"logit_softcap": -1.0}, ValueError, "logit_softcap must be a positive number"),
+    "option": ({"workspace_bytes": -1}, ValueError, "workspace_bytes must be positive"),
+    "option-of-earlier-versions": ({"logit_softcap": 3.0}, TypeError, "takes no logit_softcap=: pass head=LMHead"),
 }
 
 

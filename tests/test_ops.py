@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spo_kernels import fused_spo_loss, linear_logprob
+from spo_kernels import LMHead, fused_spo_loss, linear_logprob
+from spo_kernels.engine import autograd, divergence_ops, tokens
 from spo_kernels.testing import check_linear_logprob, evaluate, random_batch, random_upstream
 
 OUTPUTS = ("lse", "entropy", "correct", "log_sum_p2")
@@ -29,8 +30,14 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def through_operators(monkeypatch):
+    """Calls go through the operators, as they do in a trace; elsewhere they save themselves the dispatch."""
+    for module in (autograd, divergence_ops, tokens):
+        monkeypatch.setattr(module, "is_traced", lambda tensor: True)
+
+
 def test_operators_are_registered():
-    for name in ("linear_logprob_fwd", "linear_logprob_bwd"):
+    for name in ("find_tokens", "linear_logprob_fwd", "linear_logprob_bwd", "linear_kl_fwd", "linear_kl_bwd"):
         assert torch._C._dispatch_has_kernel(f"spo_kernels::{name}"), name
 
 
@@ -49,14 +56,15 @@ OPERATORS = {
 
 @pytest.mark.parametrize(("trained", "inputs", "options"), OPERATORS.values(), ids=OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(backend, dtype, trained, inputs, options):
+def test_opcheck(monkeypatch, backend, dtype, trained, inputs, options):
     """On the raw operators, with the very arguments that the public function sends."""
     batch = random_batch((3, 5), 29, 12, dtype=dtype, **inputs)
     upstream = random_upstream(batch, options.get("outputs", ()))
+    through_operators(monkeypatch)
     with Recorder() as recorder:
         evaluate(linear_logprob, batch, upstream, trained=trained, backend=backend, **options)
     names = {func.overloadpacket.__name__ for func, _, _ in recorder.calls}
-    assert "linear_logprob_fwd" in names
+    assert names >= {"find_tokens", "linear_logprob_fwd"}
     if trained != ("hidden",):
         assert "linear_logprob_bwd" in names
     for func, args, kwargs in recorder.calls:
@@ -134,7 +142,8 @@ def test_fake_tensors(dtype, trained):
             for name in ("hidden", "weight", "bias")
         }
         labels = mode.from_tensor(real.labels)
-        logp, extras = linear_logprob(labels=labels, outputs=OUTPUTS, **leaves)
+        head = LMHead(leaves["weight"], leaves["bias"])
+        logp, extras = linear_logprob(leaves["hidden"], head, labels, outputs=OUTPUTS)
         expected = torch.float64 if dtype == torch.float64 else torch.float32
         assert logp.shape == (3, 5) and logp.dtype == expected
         for name, value in extras.items():
@@ -155,9 +164,9 @@ def test_autocast(backend, dtype, trained):
     upstream = random_upstream(batch)
     cast = evaluate(linear_logprob, batch.to(dtype), upstream, trained=trained, backend=backend)
 
-    def inside(**arguments):
+    def inside(*arguments, **options):
         with torch.autocast("cpu", dtype):
-            return linear_logprob(**arguments)
+            return linear_logprob(*arguments, **options)
 
     found = evaluate(inside, batch, upstream, trained=trained, backend=backend)
     assert found["logp"].dtype == torch.float32
@@ -184,5 +193,5 @@ def test_autocast_leaves_float64_alone():
 
 def test_autocast_disabled_still_checks_dtypes():
     batch = random_batch((3, 5), 29, 12)
-    with torch.autocast("cpu", torch.bfloat16, enabled=False), pytest.raises((TypeError, ValueError), match="weight"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=False), pytest.raises((TypeError, ValueError), match="head"):
         linear_logprob(batch.hidden.bfloat16(), batch.weight, batch.labels)

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from spo_kernels import backend_info, fused_spo_loss
+from spo_kernels import LMHead, backend_info, fused_spo_loss
 from spo_kernels.backends.cpp_products import NativeProducts
 from spo_kernels.backends.products import VendorProducts
+from spo_kernels.engine import workspace
+from spo_kernels.engine.workspace import KeptSpace
 from spo_kernels.losses import DPO, SPO
 from spo_kernels.losses.pairs import PairLogps
-from spo_kernels.preference import three_products
 from spo_kernels.preference.plan import MIN_ROWS, PairProblem, choose_path
 
 HIDDEN, VOCAB = 24, 97
@@ -30,7 +31,7 @@ KINDS = [
 ]
 
 
-def batch(lengths, dtype, packed=False, bias=True):
+def batch(lengths, dtype, packed=False, bias=True, logit_softcap=None):
     """Pairs of the given response lengths with a two-token prompt, and everything that requires a gradient."""
     torch.manual_seed(1)
     sequences, width = len(lengths), max(lengths) + 2
@@ -39,18 +40,18 @@ def batch(lengths, dtype, packed=False, bias=True):
         labels[row, 2 : 2 + length] = torch.randint(0, VOCAB, (length,))
     leaves = [torch.randn(sequences, width, HIDDEN), torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB)]
     hidden, weight, head_bias = (leaf.to(dtype).requires_grad_() for leaf in leaves)
-    arguments = {"ref_logps": 3 * torch.randn(sequences), "shift": True, "logit_scale": 0.9, "token_metrics": True}
-    if bias:
-        arguments["bias"] = head_bias
+    arguments = {"ref_logps": 3 * torch.randn(sequences), "shift": True, "token_metrics": True}
+    head = LMHead(weight, head_bias if bias else None, logit_scale=0.9, logit_softcap=logit_softcap)
     states = hidden
     if packed:
         arguments["cu_seqlens"] = torch.arange(0, sequences * width + 1, width)
         states, labels = hidden.view(-1, HIDDEN), labels.view(-1)
-    return (hidden, weight, *([head_bias] if bias else [])), (states, weight, labels), arguments
+    return (hidden, weight, *([head_bias] if bias else [])), (states, head, labels), arguments
 
 
 def gradients(path, lengths, dtype, backend, workspace_bytes=1 << 20, upstream=1.7, **options):
-    leaves, tensors, arguments = batch(lengths, dtype, options.pop("packed", False), options.pop("bias", True))
+    made = {name: options.pop(name) for name in ("packed", "bias", "logit_softcap") if name in options}
+    leaves, tensors, arguments = batch(lengths, dtype, **made)
     loss, metrics = fused_spo_loss(
         *tensors, path=path, backend=backend, workspace_bytes=workspace_bytes, **arguments, **options
     )
@@ -80,7 +81,7 @@ def test_paths_agree(dtype, backend, objective, lengths):
 def test_paths_agree_slice_by_slice(monkeypatch, dtype, backend, objective, columns):
     """With the vocabulary in several slices, whose maxima rise and fall; the widest is larger on real vocabularies."""
     need(backend)
-    monkeypatch.setitem(three_products._SLICE_COLUMNS, "cpu", columns)
+    monkeypatch.setitem(workspace._KEPT_COLUMNS, "cpu", columns)
     check_paths(dtype, backend, objective, [5, 3, 7, 0])
 
 
@@ -156,17 +157,17 @@ def test_double_backward_is_refused(path):
     _, tensors, arguments = batch([3, 2], torch.float32)
     loss, _ = fused_spo_loss(*tensors, path=path, **arguments)
     with pytest.raises(RuntimeError, match="does not support double backward"):
-        torch.autograd.grad(loss, tensors[1], create_graph=True)
+        torch.autograd.grad(loss, tensors[1].weight, create_graph=True)
 
 
 @pytest.mark.parametrize("path", ["packed", "factorised"])
 def test_autocast(path):
-    _, (hidden, weight, labels), arguments = batch([5, 3], torch.float32, bias=False)
+    (hidden, weight), tensors, arguments = batch([5, 3], torch.float32, bias=False)
     results = []
     for chosen in ("two_pass", path):
         hidden.grad = weight.grad = None
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, _ = fused_spo_loss(hidden, weight, labels, path=chosen, loss="dpo", **arguments)
+            loss, _ = fused_spo_loss(*tensors, path=chosen, loss="dpo", **arguments)
         loss.backward()
         assert hidden.grad.dtype == weight.grad.dtype == torch.float32
         results.append((loss.detach(), hidden.grad, weight.grad))
@@ -192,37 +193,41 @@ PROBLEM = PairProblem(
     coupling="margin",
     whole_pairs=False,
     pair_tokens=(1024, 1024),
-    direct=True,
-    vocab=32768,
-    row_bytes=32768 * 4,
-    columns=32768,
-    column_bytes=0,
-    cell_bytes=0,
-    accumulator_bytes=32768 * 1024 * 4,
-    workspace_bytes=0,
+    space=KeptSpace(
+        budget=0,
+        direct=True,
+        columns=32768,
+        row_bytes=32768 * 4,
+        column_bytes=0,
+        cell_bytes=0,
+        accumulator_bytes=32768 * 1024 * 4,
+    ),
 )
 
 
 @pytest.mark.parametrize(
     "changes, path",
     [
-        ({"workspace_bytes": 128 << 20}, "packed"),
-        ({"workspace_bytes": 127 << 20}, "two_pass"),  # a pair does not fit, nor rows beside an accumulator
-        ({"workspace_bytes": 127 << 20, "pair_tokens": (4096,)}, "factorised"),  # summed where it will stay
-        ({"workspace_bytes": 127 << 20, "pair_tokens": (4096,), "coupling": "pair"}, "two_pass"),
-        ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "coupling": "pair"}, "factorised"),
-        ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "coupling": "batch"}, "two_pass"),
-        ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "direct": False}, "factorised"),
-        ({"workspace_bytes": 255 << 20, "pair_tokens": (4096,), "whole_pairs": True}, "two_pass"),
-        ({"workspace_bytes": 128 << 20, "whole_pairs": True}, "packed"),
-        ({"workspace_bytes": (MIN_ROWS - 1) << 17, "pair_tokens": (4096,)}, "two_pass"),  # tiles too flat to pay
-        ({"workspace_bytes": 64 << 17, "pair_tokens": (64,)}, "packed"),  # all there is in one tile
-        ({"workspace_bytes": 64 << 17, "pair_tokens": (64,) * 8}, "two_pass"),
-        ({"workspace_bytes": 1 << 30, "pair_tokens": (0, 0)}, "packed"),
+        ({"budget": 128 << 20}, "packed"),
+        ({"budget": 127 << 20}, "two_pass"),  # a pair does not fit, nor rows beside an accumulator
+        ({"budget": 127 << 20, "pair_tokens": (4096,)}, "factorised"),  # summed where it will stay
+        ({"budget": 127 << 20, "pair_tokens": (4096,), "coupling": "pair"}, "two_pass"),
+        ({"budget": 255 << 20, "pair_tokens": (4096,), "coupling": "pair"}, "factorised"),
+        ({"budget": 255 << 20, "pair_tokens": (4096,), "coupling": "batch"}, "two_pass"),
+        ({"budget": 255 << 20, "pair_tokens": (4096,), "direct": False}, "factorised"),
+        ({"budget": 255 << 20, "pair_tokens": (4096,), "whole_pairs": True}, "two_pass"),
+        ({"budget": 128 << 20, "whole_pairs": True}, "packed"),
+        ({"budget": (MIN_ROWS - 1) << 17, "pair_tokens": (4096,)}, "two_pass"),  # tiles too flat to pay
+        ({"budget": 64 << 17, "pair_tokens": (64,)}, "packed"),  # all there is in one tile
+        ({"budget": 64 << 17, "pair_tokens": (64,) * 8}, "two_pass"),
+        ({"budget": 1 << 30, "pair_tokens": (0, 0)}, "packed"),
     ],
 )
 def test_choice(changes, path):
-    assert choose_path(dataclasses.replace(PROBLEM, **changes)).path == path
+    of_space = {name: value for name, value in changes.items() if name in ("budget", "direct")}
+    changes = {name: value for name, value in changes.items() if name not in of_space}
+    space = dataclasses.replace(PROBLEM.space, **of_space)
+    assert choose_path(dataclasses.replace(PROBLEM, space=space, **changes)).path == path
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])

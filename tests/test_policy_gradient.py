@@ -137,7 +137,9 @@ def test_through_the_head(loss_of, per):
     """Loss and gradients of hidden states and head equal eager autograd through full logits."""
     batch = random_batch((SEQUENCES, TOKENS), VOCAB, HIDDEN, dtype=torch.float64, ignored=0.2)
     mask = batch.labels != -100
-    old_logp = eager_logprob(**vars(batch), dtype=torch.float64) + 0.3 * random(SEQUENCES, TOKENS)
+    old_logp = eager_logprob(batch.hidden, batch.weight, batch.labels, dtype=torch.float64) + 0.3 * random(
+        SEQUENCES, TOKENS
+    )
     advantages = leave_one_out_advantages(random(2, 3, seed=5)).flatten()[:, None]
 
     def run(logprob, **options):

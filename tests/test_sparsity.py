@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spo_kernels import Sparsity, fused_spo_loss, linear_logprob
 from spo_kernels.backends.cpp_products import NativeProducts
 from spo_kernels.backends.products import VendorProducts
-from spo_kernels.engine.sparse_blocks import _MAX_CODE_BYTES, block_width
+from spo_kernels.engine.workspace import _MAX_CODE_BYTES, block_width
 from spo_kernels.testing import evaluate, random_batch, random_upstream
 
 BLOCK = 128
@@ -128,9 +128,10 @@ def test_a_small_tolerance_gives_the_exact_gradients(backend, mode, trained):
     options = dict(outputs=outputs, logit_scale=0.8, logit_softcap=60.0, shift=True, trained=trained, backend=backend)
     exact = evaluate(linear_logprob, batch, upstream, **options)
     sparse = evaluate(linear_logprob, batch, upstream, sparsity=Sparsity(mode, 1e-9), **options)
+    head = batch.head(logit_scale=0.8, logit_softcap=60.0)
     figures = linear_logprob(
-        batch.hidden.requires_grad_(), batch.weight, batch.labels, bias=batch.bias, sparsity=Sparsity(mode, 1e-9),
-        logit_scale=0.8, logit_softcap=60.0, shift=True, outputs=("kept_share",), backend=backend,
+        batch.hidden.requires_grad_(), head, batch.labels, sparsity=Sparsity(mode, 1e-9),
+        shift=True, outputs=("kept_share",), backend=backend,
     )[1]  # fmt: skip
     assert 0.0 < figures["kept_share"].amax() < 0.9
     for name, value in exact.items():

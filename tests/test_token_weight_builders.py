@@ -129,7 +129,7 @@ def test_the_loss_that_they_make(name, independent):
         labels,
         loss=DPO(beta=0.1),
         ref_hidden=other.hidden,
-        ref_weight=other.weight,
+        ref_head=other.weight,
         token_weights=weights,
         ref_token_weights=ref_weights if independent else None,
     )
@@ -143,12 +143,12 @@ def test_the_loss_that_they_make(name, independent):
         ([[1]], {}, TypeError, "labels must be a torch.Tensor, got list"),
         (torch.zeros(2, 3), {}, TypeError, "labels must be int64, got torch.float32"),
         (torch.zeros(6, dtype=torch.int64), {}, ValueError, r"labels must be \[2B, T\], or \[N\] with cu_seqlens"),
-        (torch.zeros(3, 2, dtype=torch.int64), {}, ValueError, "then B rejected ones; got 3 sequences"),
+        (torch.zeros(3, 2, dtype=torch.int64), {}, ValueError, "labels must hold .* then B rejected ones; got 3"),
         (
             torch.zeros(2, 3, dtype=torch.int64),
             {"cu_seqlens": torch.tensor([0, 3, 6])},
             ValueError,
-            r"labels must be \[2B, T\], or \[N\]",
+            r"labels must be packed, \[N\], where cu_seqlens is given; got \[2, 3\]",
         ),
         (
             torch.zeros(6, dtype=torch.int64),
@@ -156,7 +156,12 @@ def test_the_loss_that_they_make(name, independent):
             ValueError,
             "cu_seqlens must start at 0 and end at N = 6, got 0 and 5",
         ),
-        (torch.zeros(6, dtype=torch.int64), {"cu_seqlens": torch.tensor([0, 6])}, ValueError, "got 1 sequences"),
+        (
+            torch.zeros(6, dtype=torch.int64),
+            {"cu_seqlens": torch.tensor([0, 6])},
+            ValueError,
+            "cu_seqlens must hold an even number of sequences.* got 1",
+        ),
     ],
 )
 def test_bad_labels(build, labels, options, error, message):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spo_kernels import Sparsity, fused_spo_loss, sequence_logps
+from spo_kernels import LMHead, Sparsity, fused_spo_loss, sequence_logps
 from spo_kernels.losses import DPO, SPO, PairLogps
 from spo_kernels.testing import TensorMeter, eager_logprob, random_batch
 
@@ -46,21 +47,28 @@ class Case:
         response = (place >= 2) & (place < 2 + torch.tensor(LENGTHS)[:, None])
         self.labels = policy.labels.masked_fill(~response, -100)
         self.leaves = {"hidden": policy.hidden, "weight": policy.weight, "bias": policy.bias}
-        self.reference = {"ref_hidden": reference.hidden, "ref_weight": reference.weight, "ref_bias": reference.bias}
+        self.reference = {"ref_hidden": reference.hidden, "ref_head": reference.head()}
         generator = torch.Generator().manual_seed(self.seed)
         self.weights = torch.randn(self.labels.shape, generator=generator)
         self.weights[0, 3] = self.weights[4, 2] = self.weights[4, 5] = 0.0
         self.weights[1] = 1.0
         self.weights[5] = 0.0  # a whole response
 
+    def logp(self, labels=None, **options):
+        """The policy's, from float64 logits."""
+        head = LMHead(self.leaves["weight"], self.leaves["bias"])
+        labels = self.labels if labels is None else labels
+        return eager_logprob(self.leaves["hidden"], head, labels, dtype=torch.float64, shift=True, **options)
+
     def run(self, *, packed=False, upstream=-1.7, weights=None, ref_weights=None, **options):
         leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in self.leaves.items()}
-        arguments = dict(leaves) | self.reference | {"labels": self.labels}
+        head = LMHead(leaves["weight"], leaves["bias"])
+        arguments = {"hidden": leaves["hidden"], "head": head, "labels": self.labels} | self.reference
         arguments |= {"token_weights": weights, "ref_token_weights": ref_weights}
         if packed:
             arguments["cu_seqlens"] = torch.arange(0, 2 * PAIRS * WIDTH + 1, WIDTH)
             for name in ("hidden", "ref_hidden", "labels", "token_weights", "ref_token_weights"):
-                if arguments[name] is not None:
+                if arguments.get(name) is not None:
                     arguments[name] = arguments[name].flatten(0, 1)
         loss, metrics = fused_spo_loss(**arguments, pair_inputs=PAIR_INPUTS, shift=True, **options)
         (upstream * loss).sum().backward()
@@ -68,16 +76,16 @@ class Case:
 
     def eager(self, objective, *, upstream=-1.7, weights=None, ref_weights=None, reduction="mean", dtype=torch.float64):
         leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in self.leaves.items()}
-        fixed = {name.removeprefix("ref_"): value.to(dtype) for name, value in self.reference.items()}
 
-        def sums(head, weights):
-            logp = eager_logprob(labels=self.labels, dtype=dtype, shift=True, **head)
+        def sums(hidden, head, weights):
+            logp = eager_logprob(hidden, head, self.labels, dtype=dtype, shift=True)
             return (logp * (1.0 if weights is None else weights.to(dtype))).sum(-1).chunk(2)
 
         lengths = torch.tensor(LENGTHS).chunk(2)
-        reference = sums(fixed, weights if ref_weights is None else ref_weights)
+        reference = sums(*self.reference.values(), weights if ref_weights is None else ref_weights)
         inputs = {name: value.to(dtype) for name, value in PAIR_INPUTS.items()}
-        losses = objective(PairLogps(*sums(leaves, weights), *reference, *lengths, inputs=inputs))
+        policy = sums(leaves["hidden"], LMHead(leaves["weight"], leaves["bias"]), weights)
+        losses = objective(PairLogps(*policy, *reference, *lengths, inputs=inputs))
         loss = {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
         (upstream * loss).sum().backward()
         return [loss.detach(), *(leaf.grad for leaf in leaves.values())]
@@ -168,7 +176,7 @@ def test_a_weight_of_zero_is_the_limit_of_a_small_one(path):
         torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
     kept = case.labels.masked_fill(weights == 0, -100)
     kept[:, 0] = -100
-    _, extras = eager_logprob(labels=kept, dtype=torch.float64, shift=True, outputs=("entropy",), **case.leaves)
+    _, extras = case.logp(kept, outputs=("entropy",))
     _, metrics = case.run(weights=weights, token_metrics=True, **options)
     expected_entropy = extras["entropy"].sum() / (kept != -100).sum()
     torch.testing.assert_close(metrics["entropy"].double(), expected_entropy, rtol=1e-6, atol=0)
@@ -196,7 +204,7 @@ def test_nothing_weighs_anything(backend, path):
 def test_metrics_hold_weighted_sums(backend):
     case = Case(torch.float32)
     _, metrics = case.run(loss="dpo", weights=case.weights, backend=backend)
-    logp = eager_logprob(labels=case.labels, dtype=torch.float64, shift=True, **case.leaves) * case.weights
+    logp = case.logp() * case.weights
     torch.testing.assert_close(metrics["logps/chosen"].double(), logp.sum(-1)[:PAIRS].mean(), rtol=1e-5, atol=1e-5)
 
 
@@ -228,14 +236,15 @@ def test_a_sparse_backward_is_weighted_too():
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_sequence_logps(backend, packed):
     case = Case(torch.float32)
-    logp = eager_logprob(labels=case.labels, dtype=torch.float64, shift=True, **case.leaves)
+    logp = case.logp()
     hidden, labels, weights, options = case.leaves["hidden"].clone().requires_grad_(), case.labels, case.weights, {}
     if packed:
         options["cu_seqlens"] = torch.arange(0, 2 * PAIRS * WIDTH + 1, WIDTH)
         labels, weights = labels.flatten(), weights.flatten()
     states = hidden.flatten(0, 1) if packed else hidden
-    options |= dict(bias=case.leaves["bias"], shift=True, backend=backend)
-    sums = sequence_logps(states, case.leaves["weight"], labels, token_weights=weights, **options)
+    options |= dict(shift=True, backend=backend)
+    head = LMHead(case.leaves["weight"], case.leaves["bias"])
+    sums = sequence_logps(states, head, labels, token_weights=weights, **options)
     torch.testing.assert_close(sums.double(), (logp * case.weights).sum(-1), rtol=1e-5, atol=1e-5)
     sums.sum().backward()
     assert not hidden.grad[5].any() and hidden.grad[1].any()
@@ -278,13 +287,19 @@ def test_compile_fullgraph():
 
     def run(function):
         leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in case.leaves.items()}
-        loss, metrics = function(**leaves, **arguments)
+        loss, metrics = function(leaves["hidden"], LMHead(leaves["weight"], leaves["bias"]), **arguments)
         loss.backward()
         return [loss.detach(), *(leaf.grad for leaf in leaves.values()), *metrics.values()]
 
     compiled = run(torch.compile(fused_spo_loss, backend="aot_eager", fullgraph=True))
     for found, expected in zip(compiled, run(fused_spo_loss), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def elsewhere(*shape):
+    """On a device that the other arguments are not on."""
+    with FakeTensorMode():
+        return torch.ones(*shape, device="cuda")
 
 
 WRONG = {
@@ -299,7 +314,7 @@ WRONG = {
         TypeError,
         "token_weights must be floating point, got torch.int64",
     ),
-    "weights-device": (dict(token_weights=torch.ones(6, 8, device="meta")), ValueError, "token_weights is on meta"),
+    "weights-device": (dict(token_weights=elsewhere(6, 8)), ValueError, "token_weights is on cuda:0"),
     "weights-nan": (
         dict(token_weights=torch.ones(6, 8).index_fill(1, torch.tensor([2]), torch.nan)),
         ValueError,
@@ -312,16 +327,14 @@ WRONG = {
         r"ref_token_weights must have labels' shape \[6, 8\], got \[3\]",
     ),
     "ref-weights-with-sums": (
-        dict(
-            ref_token_weights=torch.ones(6, 8), ref_hidden=None, ref_weight=None, ref_bias=None, ref_logps=torch.ones(6)
-        ),
+        dict(ref_token_weights=torch.ones(6, 8), ref_hidden=None, ref_head=None, ref_logps=torch.ones(6)),
         ValueError,
-        "ref_token_weights needs ref_hidden and ref_weight: ref_logps are already summed",
+        "ref_token_weights needs ref_hidden and ref_head: ref_logps are already summed",
     ),
     "ref-weights-alone": (
-        dict(ref_token_weights=torch.ones(6, 8), ref_hidden=None, ref_weight=None, ref_bias=None),
+        dict(ref_token_weights=torch.ones(6, 8), ref_hidden=None, ref_head=None),
         ValueError,
-        "ref_token_weights needs ref_hidden and ref_weight",
+        "ref_token_weights needs ref_hidden and ref_head",
     ),
     "inputs-list": (dict(pair_inputs=[1.0]), TypeError, "pair_inputs must map names to tensors, got list"),
     "inputs-number": (
@@ -340,9 +353,9 @@ WRONG = {
         r"pair_inputs\['offset'\] must be floating point, got torch.bool",
     ),
     "inputs-device": (
-        dict(pair_inputs={"offset": torch.ones(3, device="meta")}),
+        dict(pair_inputs={"offset": elsewhere(3)}),
         ValueError,
-        r"pair_inputs\['offset'\] is on meta",
+        r"pair_inputs\['offset'\] is on cuda:0",
     ),
     "inputs-missing": (dict(loss=Weighted()), ValueError, r"Weighted needs pair_inputs\['scale'\]"),
 }
@@ -352,4 +365,5 @@ WRONG = {
 def test_bad_input(changes, error, message):
     case = Case()
     with pytest.raises(error, match=message):
-        fused_spo_loss(**(case.leaves | case.reference | {"labels": case.labels, "shift": True} | changes))
+        head = LMHead(case.leaves["weight"], case.leaves["bias"])
+        fused_spo_loss(case.leaves["hidden"], head, case.labels, shift=True, **(case.reference | changes))

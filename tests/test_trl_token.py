@@ -84,7 +84,7 @@ def ours(policy, reference, mask, objective, ld_alpha):
         labels,
         loss=objective,
         ref_hidden=reference.hidden,
-        ref_weight=reference.weight,
+        ref_head=reference.weight,
         token_weights=weights,
         shift=True,
     )

@@ -29,7 +29,7 @@ def make_batch(dtype=torch.float64):
 def expected(batch, clamp, token_weights=1.0, penalty=0.0):
     """Loss, gradients and weights from float64 logits, β 0.1, no reference."""
     leaves = {name: getattr(batch, name).double().requires_grad_() for name in ("hidden", "weight")}
-    logp, extras = eager_logprob(labels=batch.labels, dtype=torch.float64, outputs=("log_sum_p2",), **leaves)
+    logp, extras = eager_logprob(*leaves.values(), batch.labels, dtype=torch.float64, outputs=("log_sum_p2",))
     lengths = (batch.labels != -100).sum(-1)
     with torch.no_grad():
         weights = ((logp - extras["log_sum_p2"]).sum(-1) / lengths).view(2, -1).sum(0).exp()

@@ -136,7 +136,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: torch.Size, device: torch.devic
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens[0]:
-        raise ValueError(f"cu_seqlens must start at 0 and end at N = {tokens[0]}, got {bounds[0]} and {bounds[-1]}")
+        came = f"{bounds[0]} and {bounds[-1]} (labels have shape {list(tokens)})"
+        raise ValueError(f"cu_seqlens must start at 0 and end at N = {tokens[0]}, got {came}")
     for i, (start, stop) in enumerate(pairwise(bounds)):
         if stop < start:
             raise ValueError(f"cu_seqlens must not decrease, got cu_seqlens[{i + 1}] = {stop} after {start}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -23,12 +24,13 @@ _NEW_WAYS = {
 
 def refuses_old_names(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which answers an argument of an earlier version with a TypeError that names the new way."""
+    old = {name: way for name, way in _NEW_WAYS.items() if name not in signature(function).parameters}
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
-            if name in _NEW_WAYS:
-                raise TypeError(f"{function.__name__} takes no {name}=: pass {_NEW_WAYS[name]}")
+            if name in old:
+                raise TypeError(f"{function.__name__} takes no {name}=: pass {old[name]}")
         return function(*args, **kwargs)
 
     return call

@@ -19,7 +19,7 @@ def needs_reference(objective: Objective) -> bool:
 
 
 def needs_value(objective: Objective) -> bool:
-    """Whether it refuses to work without `spo_value`, as `SPO(penalty="hinge", value="input")` does."""
+    """Whether it refuses to work without `pair_inputs["spo_value"]`, as `SPO(penalty="hinge", value="input")` does."""
     return not _works(objective, value=False)
 
 

@@ -46,7 +46,7 @@ class PairLogps:
         """
         if self.ref_chosen is None or self.ref_rejected is None:
             raise ValueError(
-                f"{needed_by} needs a reference: pass ref_logps, or ref_hidden with ref_weight; "
+                f"{needed_by} needs a reference: pass ref_logps, or ref_hidden with ref_head; "
                 "or use an objective that needs none"
             )
         return self.ref_chosen, self.ref_rejected

@@ -16,7 +16,7 @@ class TDPO:
     `k = Σ_t KL(πref(·|y_<t) ‖ πθ(·|y_<t))` over a response; sg stops the gradient. From the authors' code
     (Vance0124/Token-level-Direct-Preference-Optimization).
 
-    `fused_spo_loss` finds k from both models' hidden states, so it must be given `ref_hidden` and `ref_weight`, not
+    `fused_spo_loss` finds k from both models' hidden states, so it must be given `ref_hidden` and `ref_head`, not
     `ref_logps`; see `linear_kl` for the cost.
 
     Attributes:

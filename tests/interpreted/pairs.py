@@ -11,11 +11,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from spo_kernels import fused_spo_loss
 from spo_kernels.backends.pair_form import PairForm
+from spo_kernels.engine.tokens import LabelLayout
 from spo_kernels.losses import DPO, SPO, PairLogps
-from spo_kernels.losses.pairs import PairInputs
 from spo_kernels.preference import plan as paths
+from spo_kernels.preference.batch import Given, resolve_batch
 from spo_kernels.preference.kernel import PairKernel, kernel_form
-from spo_kernels.sequences import count_tokens, sum_sequences
+from spo_kernels.preference.outcome import Outcome
 from spo_kernels.testing import random_batch
 
 OBJECTIVES = {
@@ -28,7 +29,7 @@ OBJECTIVES = {
 }
 
 
-def pair_inputs(layout, tokens=37, pairs=3):
+def given_pairs(layout, tokens=37, pairs=3):
     torch.manual_seed(7)
     labels = torch.randint(9, (2 * pairs, tokens))
     labels[torch.rand(labels.shape) < 0.3] = -100
@@ -49,12 +50,13 @@ def pair_inputs(layout, tokens=37, pairs=3):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_pair_loss_is_the_losses_definition(backend, layout, objective, reduction):
     """Loss, metrics and gradient of the fast path against the objective itself in float64."""
-    logp, labels, cu_seqlens = pair_inputs(layout)
+    logp, labels, cu_seqlens = given_pairs(layout)
     pairs = 3
-    reference = sum_sequences(logp, cu_seqlens) + torch.randn(2 * pairs)
+    layout = LabelLayout(labels, -100, False, cu_seqlens)
+    reference = layout.sum(logp) + torch.randn(2 * pairs)
     value = torch.tensor([0.5, 1.0, 3.0])
     truth = logp.double().requires_grad_()
-    sums, lengths = sum_sequences(truth, cu_seqlens), count_tokens(labels, cu_seqlens, -100)
+    sums, lengths = layout.sum(truth), layout.count(layout.counted())
     losses = objective(
         PairLogps(
             sums[:pairs],
@@ -70,9 +72,20 @@ def test_pair_loss_is_the_losses_definition(backend, layout, objective, reductio
     (1.5 * expected).backward()
 
     ours = logp.clone().requires_grad_()
-    factor = 1 / pairs if reduction == "mean" else 1.0
-    kernel = PairKernel.of(objective, PairInputs(reference, lengths, value), backend)
-    loss, metrics = kernel.loss(ours, labels, cu_seqlens, -100, factor)
+    batch = resolve_batch(
+        objective,
+        layout,
+        Given(torch.zeros(*labels.shape, 1), torch.zeros(9, 1)),
+        Given(None, None, logps=reference),
+        {"spo_value": value},
+        reduction=reduction,
+        token_metrics=False,
+        sparsity="exact",
+        workspace_bytes=None,
+        backend=backend,
+    )
+    loss, summary = PairKernel.of(batch).loss(ours, batch)
+    metrics = Outcome(loss, summary).metrics(batch.lengths, pair_logps=True)
     (1.5 * loss).backward()
     close(loss.detach(), expected.detach(), 1e-6)
     close(metrics["loss"], losses.detach().mean(), 1e-6)
@@ -135,7 +148,8 @@ def test_only_the_kernels_own_objectives_take_the_fast_path():
 def test_fused_spo_loss(backend, monkeypatch, loss, packed, path, weighted):
     """The whole call on both backends: the same loss, metrics and gradients; the kernel knows no token weights."""
     if path == "packed":  # each pair is then a group of its own
-        monkeypatch.setattr(paths.PairProblem, "rows", lambda self, accumulators: max(self.pair_tokens))
+        groups = paths.PairProblem.groups
+        monkeypatch.setattr(paths.PairProblem, "groups", lambda self, rows: groups(self, max(self.pair_tokens)))
     batch = random_batch((4, 9), 70, 8, ignored=0.2)
     cu_seqlens = torch.tensor([0, 9, 20, 20, 36]) if packed else None
     shape = (36,) if packed else (4, 9)
@@ -166,7 +180,7 @@ def test_fused_spo_loss(backend, monkeypatch, loss, packed, path, weighted):
 
 
 def test_opcheck(backend):
-    logp, labels, cu_seqlens = pair_inputs("int64")
+    logp, labels, cu_seqlens = given_pairs("int64")
     form = (0.3, True, "nll", 1.0, 0.0, "reference", True, backend)
     arguments = (logp, labels, cu_seqlens, torch.zeros(6), None, -100, 0.5, *form)
     torch.library.opcheck(torch.ops.spo_kernels.pair_loss.default, arguments)

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from spo_kernels import fused_spo_loss, linear_logprob
 from spo_kernels.backends import products, registry
-from spo_kernels.engine import ops
+from spo_kernels.engine import tokens
 from spo_kernels.testing import (
     Batch,
     Oracle,
@@ -150,7 +150,7 @@ def test_static_shapes_while_a_graph_is_captured(monkeypatch, backend, trained, 
         unused = unused.roll(-1, dims=-1)
         unused[:, -1] = True
     batch.hidden[unused] = torch.nan
-    monkeypatch.setattr(ops, "capturing", lambda labels: True)
+    monkeypatch.setattr(tokens, "capturing", lambda labels: True)
     actual = evaluate(linear_logprob, batch, upstream, **options)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():

@@ -8,7 +8,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
-from spo_kernels import Sparsity, linear_logprob
+from spo_kernels import LMHead, Sparsity, linear_logprob
 
 TOKENS, VOCAB = 8, 1300
 
@@ -22,19 +22,18 @@ def test_same_choice_and_gradients(backend, mode, trained):
     bias = torch.linspace(0.0, -2.0, VOCAB)
     found = {}
     for name in ("torch", backend):
-        hidden, head = logits.clone().requires_grad_(), torch.eye(VOCAB).requires_grad_(trained)
+        hidden, weight = logits.clone().requires_grad_(), torch.eye(VOCAB).requires_grad_(trained)
         logp, extras = linear_logprob(
             hidden,
-            head,
+            LMHead(weight, bias),
             labels,
-            bias=bias,
             sparsity=Sparsity(mode, 2.0**-5, seed=3),
             outputs=("kept_share", "dropped_mass"),
             backend=name,
             workspace_bytes=3_000_000,
         )
         (logp * torch.linspace(-1.0, 1.0, TOKENS)).sum().backward()
-        found[name] = (logp.detach(), extras["kept_share"], extras["dropped_mass"], hidden.grad, head.grad)
+        found[name] = (logp.detach(), extras["kept_share"], extras["dropped_mass"], hidden.grad, weight.grad)
     assert found[backend][1].mean() < 0.6
     assert torch.equal(found["torch"][1], found[backend][1])
     for expected, value in zip(*found.values(), strict=True):

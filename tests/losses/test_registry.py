@@ -232,7 +232,7 @@ def test_compiles_as_one_graph(name):
     torch._dynamo.reset()
     batch = random_batch((4, 6), 17, 8, ignored=0.2)
     reference = random_batch((4, 6), 17, 8, seed=1)
-    options = {"ref_hidden": reference.hidden, "ref_weight": reference.weight}
+    options = {"ref_hidden": reference.hidden, "ref_head": reference.weight}
 
     def run(wrap, loss):
         hidden = batch.hidden.clone().requires_grad_()

@@ -104,7 +104,7 @@ def run_ours(objective, batch):
     if needs_reference(objective):
         with torch.no_grad():
             hidden = reference.model(**inputs).last_hidden_state
-        options = {"ref_hidden": hidden, "ref_weight": reference.lm_head.weight}
+        options = {"ref_hidden": hidden, "ref_head": reference.lm_head.weight}
     hidden = policy.model(**inputs).last_hidden_state
     loss, metrics = fused_spo_loss(hidden, policy.lm_head.weight, labels, loss=objective, shift=True, **options)
     loss.backward()

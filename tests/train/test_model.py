@@ -8,8 +8,9 @@ import torch
 import transformers as tf
 
 from spo_kernels import linear_logprob, sequence_logps
+from spo_kernels.head import logit_transform
 from spo_kernels.train.errors import TrainError
-from spo_kernels.train.model import HeadlessModel, LogitTransform, add_lora, check_against_own_logits
+from spo_kernels.train.model import HeadlessModel, add_lora, check_against_own_logits
 from spo_kernels.train.policy import Reference
 
 from .test_encode import config
@@ -37,22 +38,22 @@ GPT2 = {
 }
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.1}
 CONFIGS = {
-    "llama": (tf.LlamaConfig, {}, LogitTransform()),
-    "llama tied": (tf.LlamaConfig, {"tie_word_embeddings": True}, LogitTransform()),
-    "mistral": (tf.MistralConfig, {"sliding_window": 4}, LogitTransform()),
-    "qwen2": (tf.Qwen2Config, {}, LogitTransform()),
-    "qwen3": (tf.Qwen3Config, {"head_dim": 8}, LogitTransform()),
-    "gemma2": (tf.Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 3.0}, LogitTransform(1.0, 3.0)),
+    "llama": (tf.LlamaConfig, {}, (1.0, None)),
+    "llama tied": (tf.LlamaConfig, {"tie_word_embeddings": True}, (1.0, None)),
+    "mistral": (tf.MistralConfig, {"sliding_window": 4}, (1.0, None)),
+    "qwen2": (tf.Qwen2Config, {}, (1.0, None)),
+    "qwen3": (tf.Qwen3Config, {"head_dim": 8}, (1.0, None)),
+    "gemma2": (tf.Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 3.0}, (1.0, 3.0)),
     "gemma3": (
         tf.Gemma3TextConfig,
         {"head_dim": 8, "final_logit_softcapping": 3.0},
-        LogitTransform(1.0, 3.0),
+        (1.0, 3.0),
     ),
-    "cohere": (tf.CohereConfig, {"logit_scale": 0.25}, LogitTransform(0.25)),
-    "cohere2": (tf.Cohere2Config, {"logit_scale": 0.25, "head_dim": 8}, LogitTransform(0.25)),
-    "granite": (tf.GraniteConfig, {"logits_scaling": 4.0}, LogitTransform(0.25)),
-    "phi (head bias)": (tf.PhiConfig, {}, LogitTransform()),
-    "gpt2": (tf.GPT2Config, None, LogitTransform()),
+    "cohere": (tf.CohereConfig, {"logit_scale": 0.25}, (0.25, None)),
+    "cohere2": (tf.Cohere2Config, {"logit_scale": 0.25, "head_dim": 8}, (0.25, None)),
+    "granite": (tf.GraniteConfig, {"logits_scaling": 4.0}, (0.25, None)),
+    "phi (head bias)": (tf.PhiConfig, {}, (1.0, None)),
+    "gpt2": (tf.GPT2Config, None, (1.0, None)),
 }
 
 
@@ -73,15 +74,13 @@ def tokens(n: int = 16) -> torch.Tensor:
 def test_log_probs_and_gradients_equal_the_models_own(name: str) -> None:
     model = build(name)
     headless = HeadlessModel(model)
-    assert headless.transform == CONFIGS[name][2]
+    assert (headless.head.logit_scale, headless.head.logit_softcap) == CONFIGS[name][2]
     check_against_own_logits(headless, tokens())
     input_ids = tokens(40).view(2, 20)
     labels = input_ids.clone()
     labels[0, :7], labels[1, 15:] = -100, -100
 
-    ours = linear_logprob(
-        headless.hidden(input_ids), headless.head.weight, labels, shift=True, **headless.head_options()
-    )
+    ours = linear_logprob(headless.hidden(input_ids), headless.head, labels, shift=True)
     ours_grads = torch.autograd.grad(ours.sum(), list(model.parameters()))
     logp = model(input_ids=input_ids).logits[:, :-1].log_softmax(-1)
     theirs = logp.gather(-1, labels[:, 1:, None].clamp_min(0))[..., 0] * (labels[:, 1:] != -100)
@@ -143,7 +142,7 @@ def test_reference_has_no_dropout(adapters_off: bool) -> None:
 )
 def test_scales_by_configuration(settings: dict[str, Any], scale: float) -> None:
     text = SimpleNamespace(**settings)
-    assert LogitTransform.of(SimpleNamespace(get_text_config=lambda: text)) == LogitTransform(scale)
+    assert logit_transform(SimpleNamespace(get_text_config=lambda: text)) == (scale, None)
 
 
 def test_text_of_a_vision_model() -> None:
@@ -161,7 +160,7 @@ def test_text_of_a_vision_model() -> None:
 
 def test_lora_on_the_head_is_refused() -> None:
     pytest.importorskip("peft")
-    with pytest.raises(TrainError, match="the head carries a LoRA adapter"):
+    with pytest.raises(TrainError, match="the head carries an adapter"):
         HeadlessModel(add_lora(build("llama"), config(lora_r=4, lora_targets="q_proj,lm_head")))
 
 
@@ -186,7 +185,7 @@ def test_model_without_a_head_is_refused() -> None:
 def test_quantised_head_is_refused() -> None:
     model = build("llama")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(TrainError, match=r"torch\.int8; a quantised head is not supported"):
+    with pytest.raises(TrainError, match=r"the head's weight is quantised \(torch\.int8\)"):
         HeadlessModel(model)
     model.lm_head = torch.nn.Identity()
     with pytest.raises(TrainError, match="the head is a Identity"):
@@ -230,5 +229,5 @@ def test_attention_to_later_tokens_is_refused() -> None:
 def test_bfloat16_weights_pass_the_check() -> None:
     headless = HeadlessModel(build("gemma2").to(torch.bfloat16))
     check_against_own_logits(headless, tokens())
-    sums = sequence_logps(headless.hidden(tokens()[None]), headless.head.weight, tokens()[None], shift=True)
+    sums = sequence_logps(headless.hidden(tokens()[None]), headless.head, tokens()[None], shift=True)
     assert sums.dtype == torch.float32

@@ -32,7 +32,7 @@ class SPO(Composite):
         weight: λ >= 0. The default 1.0 is this library's, not the paper's.
         penalty: "nll" or "hinge".
         value: Where the hinge's v comes from: "reference" (the reference's own NLL of the chosen response) or
-            "input" (`spo_value` of the call, in the units of `normalization`).
+            "input" (`pair_inputs["spo_value"]`, in the units of `normalization`).
         epsilon: ε >= 0 in nats (per token with "mean").
         normalization: "mean" (per response token) or "sum".
     """
@@ -73,5 +73,5 @@ class SPO(Composite):
         if self.value == "reference":
             return nll(pairs, self.normalization, pairs.reference("SPO with value='reference'")[0])
         if pairs.sft_value is None:
-            raise ValueError("SPO with value='input' needs spo_value, a tensor of one value per pair")
+            raise ValueError("SPO with value='input' needs pair_inputs['spo_value'], a tensor of one value per pair")
         return pairs.sft_value
