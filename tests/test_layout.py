@@ -87,8 +87,8 @@ def test_few_parameters() -> None:
 
 def is_public(module: Module, name: str) -> bool:
     """A function that users call: what a module at the root, an objective's or an extra's offers by name."""
-    names = module.name.split(".")
-    return (len(names) == 2 or names[1] in USERS) and not any(part.startswith("_") for part in name.split("."))
+    offered = module.path.parent == ROOT / PACKAGE or module.name.split(".")[1] in USERS
+    return offered and not any(part.startswith("_") for part in name.split("."))
 
 
 def is_triton_kernel(module: Module, function: Function) -> bool:
