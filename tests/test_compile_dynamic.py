@@ -50,7 +50,7 @@ def test_linear_logprob_with_symbolic_sizes(backend: str, compiler: str) -> None
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_the_loss_with_symbolic_sizes(backend: str, compiler: str) -> None:
-    """One graph for every number of tokens; another number of pairs may cost one more."""
+    """One graph for every number of tokens and pairs, which aot_eager may begin anew once for the loss's numbers."""
     counter = CompileCounterWithBackend(compiler)
 
     def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
