@@ -29,16 +29,17 @@ class Module:
     def tree(self) -> ast.Module:
         return ast.parse(self.path.read_text(encoding="utf-8"), str(self.path))
 
-    def imports(self) -> Iterator[str]:
+    def imports(self) -> list[str]:
         """Dotted names of modules of this tree and of others, wherever the import stands."""
+        names: set[str] = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
-                yield from (alias.name for alias in node.names)
+                names.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 base = self._base(node)
-                for alias in node.names:
-                    full = f"{base}.{alias.name}"
-                    yield full if _is_module(full) else base
+                full = [f"{base}.{alias.name}" for alias in node.names]
+                names.update(name if _is_module(name) else base for name in full)
+        return sorted(names)
 
     def _base(self, node: ast.ImportFrom) -> str:
         if not node.level:
