@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -59,7 +60,9 @@ class Side:
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        # closing flushes, and a worker that died reads no more
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.kill()
         self.process.wait()
 
