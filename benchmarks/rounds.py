@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import inputs, oracle
-from .floor import Layout, calibrate, fastest
+from .floor import KINDS, Layout, calibrate, fastest
 from .launch import launch
 from .machine import describe_machine, load, memory_bytes
 from .measure import release_freed_memory
@@ -33,6 +33,7 @@ class Plan:
     timeout: float = 900.0  # seconds per process
     limit_bytes: int | None = None
     workspace_bytes: int | None = None
+    floor_tile: Layout | None = None  # of every bare product; None: time several, take the fastest
 
 
 def say(text: str) -> None:
@@ -51,7 +52,7 @@ def compare(setting: Setting, plan: Plan, names: list[str], start: Launch = laun
     facts = describe_machine(setting.threads)
     with tempfile.TemporaryDirectory(prefix="spo-bench-") as folder:
         files, truth, tiles, concentration = prepare(setting, plan, Path(folder))
-        layouts = fastest(tiles)
+        layouts = dict.fromkeys(KINDS, plan.floor_tile) if plan.floor_tile else fastest(tiles)
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for turn in range(plan.rounds):
             # Alternate the direction: no variant always runs after the same neighbour.
@@ -79,7 +80,7 @@ def compare(setting: Setting, plan: Plan, names: list[str], start: Launch = laun
 def prepare(
     setting: Setting, plan: Plan, folder: Path
 ) -> tuple[dict[str, str], float | None, dict[str, Any], dict[str, float]]:
-    """Write the inputs and the float64 truth, and time the tilings of the floor."""
+    """Write the inputs and the float64 truth, and time the floor's tilings unless one is given."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
     say("inputs")
@@ -94,8 +95,10 @@ def prepare(
         files["oracle"] = str(folder / "oracle.pt")
         truth = solved.loss
         del solved
-    say("tilings of the bare products")
-    tiles = calibrate(problem)
+    tiles = {}
+    if plan.floor_tile is None:
+        say("tilings of the bare products")
+        tiles = calibrate(problem)
     concentration = inputs.concentration(problem)
     # The workers need what this process no longer does.
     del problem

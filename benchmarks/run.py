@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import long, table
+from .floor import Layout, name_of
 from .launch import launch
 from .machine import machine_line
 from .providers import all_variants, select
@@ -36,6 +37,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=positive, default=3, help="processes per variant, interleaved")
     made.add_argument("--repeats", type=positive, default=5, help="timed steps per process")
     made.add_argument("--no-accuracy", action="store_true", help="skip the float64 truth and the error columns")
+    made.add_argument(
+        "--floor-tile",
+        type=layout,
+        metavar="ROWSxCOLUMNS",
+        help="tile of every bare product, 0 for all rows or columns (default: time several, take the fastest)",
+    )
     made.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     made.add_argument("--timeout", type=float, default=900.0, help="seconds that one process may take")
     made.add_argument("--limit-gib", type=float, help="memory cap of one process (default: 80 %% of what is available)")
@@ -65,6 +72,13 @@ def positive(text: str) -> int:
     return value
 
 
+def layout(text: str) -> Layout:
+    rows, cross, columns = text.partition("x")
+    if not (cross and rows.isdecimal() and columns.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS, such as 0x4096, got {text!r}")
+    return int(rows), int(columns)
+
+
 def setting_of(options: argparse.Namespace) -> Setting:
     return Setting(
         pairs=options.pairs,
@@ -87,6 +101,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         timeout=options.timeout,
         limit_bytes=int(options.limit_gib * GIB) if options.limit_gib else default_limit(),
         workspace_bytes=int(options.workspace_mib * 2**20) if options.workspace_mib else None,
+        floor_tile=options.floor_tile,
     )
 
 
@@ -118,9 +133,7 @@ def run_table(setting: Setting, plan: Plan, names: list[str], start: Launch) -> 
     facts = report["machine"]
     print(f"{machine_line(facts)} (load at the end {facts['load_1min_end']})")
     print(f"setting: {setting.describe()}; {plan.rounds} rounds x {plan.repeats} steps")
-    chosen = {kind: min(times, key=times.__getitem__) for kind, times in report["floor_tiles_ms"].items()}
-    tiles = ", ".join(f"{kind} {tile} ({report['floor_tiles_ms'][kind][tile]:.0f} ms)" for kind, tile in chosen.items())
-    print(f"floor: fastest tiling (rows x columns) of each product: {tiles}")
+    print(f"floor: {describe_tiles(plan, report['floor_tiles_ms'])}")
     found = report["concentration"]
     print(
         f"softmax: {found['entries_above_2^-12']:.1f} entries above 2^-12 a token, "
@@ -134,6 +147,14 @@ def run_table(setting: Setting, plan: Plan, names: list[str], start: Launch) -> 
     if model is not None:
         print(model)
     return report
+
+
+def describe_tiles(plan: Plan, times: dict[str, dict[str, float]]) -> str:
+    if plan.floor_tile is not None:
+        return f"{name_of(plan.floor_tile)} (rows x columns) for each product, as asked"
+    chosen = {kind: min(of_kind, key=of_kind.__getitem__) for kind, of_kind in times.items()}
+    tiles = ", ".join(f"{kind} {tile} ({times[kind][tile]:.0f} ms)" for kind, tile in chosen.items())
+    return f"fastest tiling (rows x columns) of each product: {tiles}"
 
 
 def run_long(

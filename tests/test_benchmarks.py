@@ -111,6 +111,13 @@ def test_paths_have_rows_and_the_cost_model_is_checked(capsys: pytest.CaptureFix
     assert table.cost_model(small["rows"]) is None
 
 
+def test_a_given_tile_is_not_searched_for(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--rounds", "1", "--repeats", "1", "--variants", "floor-*", "--no-accuracy"]
+    report = run.main([*arguments, "--floor-tile", "5x16"], in_process)
+    assert report["floor_tiles_ms"] == {} and rows_of(report)["floor-4"]["x_floor"] == pytest.approx(1.0)
+    assert "floor: 5x16 (rows x columns) for each product, as asked" in capsys.readouterr().out
+
+
 def test_a_failing_and_a_missing_variant_keep_their_rows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

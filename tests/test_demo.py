@@ -11,12 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.demo import __main__ as demo
-from examples.demo import train
-from examples.demo.data import Files, read_jsonl, write_data
-from examples.demo.evaluate import answer_accuracy, evaluate, response_logps, write_solutions
-from examples.demo.model import END, PAD, VOCABULARY, make_tokenizer, save_base
-from examples.demo.task import (
+from arithmetic.answers import write_solutions
+from arithmetic.model import END, PAD, VOCABULARY, make_tokenizer, save_base
+from arithmetic.records import read_jsonl
+from arithmetic.task import (
     PROBLEMS,
     SLIPS,
     Problem,
@@ -30,6 +28,10 @@ from examples.demo.task import (
     solve,
     solve_badly,
 )
+from examples.demo import __main__ as demo
+from examples.demo import cost, train
+from examples.demo.data import Files, write_data
+from examples.demo.evaluate import answer_accuracy, evaluate, response_logps
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -199,6 +201,14 @@ def test_failing_training_fails_the_demo(tmp_path, monkeypatch, capsys, threads)
     assert "failed with exit code 3" in capsys.readouterr().err
 
 
+def test_failing_measurement_says_why(monkeypatch):
+    row = {"variant": "naive", "status": "failed", "reason": "killed by SIGKILL"}
+    with pytest.raises(cost.MeasuringFailed, match="measuring naive failed: killed by SIGKILL"):
+        cost.cost_of(row)
+    with pytest.raises(cost.MeasuringFailed, match=r"exit code 2.*--floor-tile: expected ROWSxCOLUMNS"):
+        cost.run_benchmark(["--floor-tile", "4096"])
+
+
 @pytest.mark.parametrize("option", [["--pairs", "0"], ["--pairs", "12000"], ["--second-stages", "ppo"]])
 def test_bad_options(option):
     with pytest.raises(SystemExit, match="2"):
@@ -219,6 +229,7 @@ def test_whole_demo(tmp_path):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert list(results["scores"]) == ["base", "sft", "spo"]
+    assert results["eager"]["milliseconds"] > 0 and results["fused"]["milliseconds"] > 0
     assert results["scores"]["sft"]["chosen"] > results["scores"]["base"]["chosen"]
     demo.prepare_output(tmp_path / "out")
     assert not (tmp_path / "out" / "sft").exists()

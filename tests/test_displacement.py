@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
-from examples.demo.task import Problem, is_right, solve
+from arithmetic.task import Problem, is_right, solve
 from experiments.displacement import __main__ as program
 from experiments.displacement import report, task
 from experiments.displacement.methods import CONTROL, FORMS, OBJECTIVES, Method, table

@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.settings import Setting
+from arithmetic.model import save_base
+from arithmetic.records import read_jsonl
+from arithmetic.task import PROBLEMS
 
 from . import cost, plots
-from .data import Files, Heldout, read_jsonl, write_data
+from .data import Files, Heldout, write_data
 from .evaluate import Scores, evaluate
-from .model import save_base
 from .report import describe_scores
-from .task import PROBLEMS
 from .train import SECOND_STAGES, TrainingFailed, train_second, train_sft
 
 RESULTS = "demo.json"  # also the mark of a folder that the demo may empty
@@ -109,14 +109,13 @@ def run(options: argparse.Namespace) -> None:
         with step(f"second stage: {SECOND_STAGES[name].label}"):
             train_second(name, output / "sft", output / name, files, options.second_steps, options.seed)
             scores[name] = score(options, name, heldout)
-    setting = Setting(hidden=512, tokens=options.cost_tokens, vocab=options.cost_vocab, threads=options.threads)
     with step("time and memory of the loss"):
-        eager, fused = cost.compare(setting)
+        costs = cost.measure(tokens=options.cost_tokens, vocab=options.cost_vocab, threads=options.threads)
     with step("plots"):
-        drawn = plots.draw_all(output, scores, (eager, fused))
-    results = {"scores": {k: asdict(v) for k, v in scores.items()}, "eager": asdict(eager), "fused": asdict(fused)}
+        drawn = plots.draw_all(output, scores, costs)
+    results = {"scores": {k: asdict(v) for k, v in scores.items()}, **asdict(costs)}
     (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{describe_scores(scores, options.heldout)}\n\n{cost.describe(setting, eager, fused)}\n")
+    print(f"\n{describe_scores(scores, options.heldout)}\n\n{costs.describe()}\n")
     print(f"plots: {' '.join(map(str, drawn))}")
     print(f"models, data, metrics.jsonl: {output}/   figures: {output / RESULTS}")
     print(f"{time.perf_counter() - started:.0f} s in all")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from .task import Problem, Record, preference_record, problems, sft_record
+from arithmetic.records import write_jsonl
+from arithmetic.task import Problem, Record, preference_record, problems, sft_record
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,3 @@ def write_data(files: Files, *, demonstrations: int, pairs: int, heldout: int, s
 
 def without_rejected(pair: Record) -> Record:
     return {"prompt": pair["prompt"], "completion": pair["chosen"]}
-
-
-def write_jsonl(path: Path, records: Iterable[Record]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

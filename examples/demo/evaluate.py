@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .task import Problem, Record, is_right
-
-BATCH = 100
-MAX_NEW_TOKENS = 40  # the longest solution has 23
+from arithmetic.answers import batches, write_solutions
+from arithmetic.task import Problem, Record, is_right
 
 
 @dataclass(frozen=True)
@@ -62,15 +60,6 @@ def answer_accuracy(model: Any, tokenizer: Any, problems: Sequence[Problem], *, 
     return right / len(problems)
 
 
-def write_solutions(model: Any, tokenizer: Any, problems: Sequence[Problem], *, sample: bool) -> list[str]:
-    """The model's own solutions."""
-    inputs = tokenizer([p.prompt for p in problems], padding=True, return_tensors="pt", return_token_type_ids=False)
-    # top_k=0: the whole distribution, not transformers' default of the best 50
-    options = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
-    outputs = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, **options)
-    return tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
 def response_logps(model: Any, tokenizer: Any, pairs: Sequence[Record], column: str) -> tuple[Tensor, Tensor]:
     """Log-prob [n] and number of tokens [n] of each response, its end-of-sequence token included."""
     logps, lengths = [], []
@@ -91,7 +80,3 @@ def tokenize(tokenizer: Any, prompt: str, response: str) -> tuple[Tensor, Tensor
     prompt_ids, ids = tokenizer([prompt, response])["input_ids"]
     ids = [*ids, tokenizer.eos_token_id]
     return torch.tensor(prompt_ids + ids), torch.tensor([0] * len(prompt_ids) + [1] * len(ids))
-
-
-def batches(items: Sequence[Any]) -> list[Sequence[Any]]:
-    return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]

@@ -11,8 +11,9 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .cost import Cost
-from .data import read_jsonl
+from arithmetic.records import read_jsonl
+
+from .cost import Costs
 from .evaluate import Scores
 from .report import label
 from .train import SECOND_STAGES
@@ -40,7 +41,7 @@ STYLE: Any = {  # rc_context wants literal keys
 }
 
 
-def draw_all(output: Path, scores: dict[str, Scores], costs: tuple[Cost, Cost]) -> list[Path]:
+def draw_all(output: Path, scores: dict[str, Scores], costs: Costs) -> list[Path]:
     """Write every plot into ``output``; returns their paths."""
     methods = [name for name in scores if name in SECOND_STAGES and SECOND_STAGES[name].is_preference]
     with pyplot.rc_context(STYLE):
@@ -48,7 +49,7 @@ def draw_all(output: Path, scores: dict[str, Scores], costs: tuple[Cost, Cost]) 
             "training.png": draw_training(output, methods),
             "logps.png": draw_logps(output, methods, scores["sft"]),
             "answers.png": draw_answers(scores),
-            "head_cost.png": draw_costs(*costs),
+            "head_cost.png": draw_costs(costs),
         }
         for name, figure in figures.items():
             figure.savefig(output / name)
@@ -115,10 +116,10 @@ def draw_answers(scores: dict[str, Scores]) -> Figure:
     return figure
 
 
-def draw_costs(eager: Cost, fused: Cost) -> Figure:
+def draw_costs(costs: Costs) -> Figure:
     """Memory and time of the loss, eager and fused."""
     figure, (memory, time) = pyplot.subplots(1, 2, figsize=(7.5, 3.6))
-    for i, (name, cost) in enumerate((("sft", eager), ("spo", fused))):
+    for i, (name, cost) in enumerate((("sft", costs.eager), ("spo", costs.fused))):
         _bar(memory, i, cost.mebibytes, f"{cost.mebibytes:,.0f} MiB", 0.55, color=COLORS[name])
         _bar(time, i, cost.milliseconds, f"{cost.milliseconds:,.0f} ms", 0.55, color=COLORS[name])
     memory.set(title="Peak memory beyond inputs and gradients", ylabel="MiB")

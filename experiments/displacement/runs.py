@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from arithmetic.answers import MAX_NEW_TOKENS
+
 from . import task, worker
 from .methods import Method
 
@@ -48,5 +50,5 @@ def second_stage(options: argparse.Namespace, seed: int, rate: float, method: Me
 
 def questions(options: argparse.Namespace, folder: Path) -> worker.Questions:
     if options.model is None:
-        return worker.Questions(folder / "questions.jsonl", task.ANSWER_PATTERN, task.MAX_NEW_TOKENS)
+        return worker.Questions(folder / "questions.jsonl", task.ANSWER_PATTERN, MAX_NEW_TOKENS)
     return worker.Questions(options.questions, options.answer_pattern, options.max_new_tokens)

@@ -1,4 +1,4 @@
-"""The built-in task: two-digit sums and differences worked column by column, as in `examples/demo`.
+"""The built-in task: two-digit sums and differences worked column by column, see `arithmetic/task.py`.
 
 An SFT model is trained on demonstrations of which a share has a slip in it, and stops before it is good at the task.
 Preference pairs for other problems: chosen is the right solution, rejected a wrong one that this model itself wrote.
@@ -15,14 +15,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.demo.data import write_jsonl
-from examples.demo.evaluate import batches, write_solutions
-from examples.demo.model import save_base
-from examples.demo.task import Problem, Record, is_right, problems, sft_record, solve, solve_badly
+from arithmetic.answers import batches, write_solutions
+from arithmetic.model import save_base
+from arithmetic.records import write_jsonl
+from arithmetic.task import Problem, Record, is_right, problems, sft_record, solve, solve_badly
 
 SAMPLES = 8  # draws per problem in search of a wrong solution
-
-MAX_NEW_TOKENS = 40  # the longest right solution has 23
 
 # How an answer is read from a response, and the right one from the column "answer".
 ANSWER_PATTERN = r"^A: (\d+)$"

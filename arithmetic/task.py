@@ -1,4 +1,4 @@
-"""The demo's task: adding and subtracting two-digit numbers column by column, with the working written out.
+"""The task: adding and subtracting two-digit numbers column by column, with the working written out.
 
 A problem reads ``What is 53-27?`` and its right solution::
 
