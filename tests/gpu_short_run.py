@@ -4,11 +4,10 @@
 """
 
 import sys
-from dataclasses import replace
 
 import torch
 
-from spo_kernels import fused_spo_loss, linear_logprob
+from spo_kernels import LMHead, fused_spo_loss, linear_logprob
 from spo_kernels.backends.contract import LogitTransform, Tile, TokenGrads, TokenStats, mass_blocks
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.losses import DPO, SPO
