@@ -108,7 +108,7 @@ def _kernel_runs(backend: str, tile: Tensor) -> list[tuple[str, int, Callable[[]
     stats, moments = (TokenStats.start(rows, tile[0], kind) for kind in (False, True))
     grads = TokenGrads(lse_value=tile.logsumexp(1), logp=torch.ones(rows, device=device))
     plain, capped = LogitTransform(), LogitTransform(1.0, 30.0)
-    read_again = READ + WRITE if columns <= NARROW_TILE[1] else 2 * READ + WRITE
+    operand = READ + WRITE if columns <= NARROW_TILE[1] else 2 * READ + WRITE
 
     def statistics(
         transform: LogitTransform, into: TokenStats, out: Tensor | None = None, **extra: Tensor

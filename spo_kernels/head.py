@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 _MULTIPLIES_LOGITS_SCALING = frozenset({"hyperclovax"})
 # what wrappers call the module inside: DDP and DeepSpeed, torch.compile
 _WRAPPED = ("module", "_orig_mod")
-# logits are divided by the cap in float32
-_LEAST_SOFTCAP = 1e-30
+# logits are multiplied by the scale and divided by the cap in float32
+_LARGEST, _LEAST_SOFTCAP = 3e38, 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +76,7 @@ class LMHead:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def inner_model(model: Any) -> Any:

@@ -23,8 +23,10 @@ def is_traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) is FakeTensor
 
 
-def check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object, labels: Tensor | None = None) -> None:
     """`value` must be a tensor whose memory can be read: dense, and no wrapper around other tensors.
+
+    It is a FakeTensor if and only if `labels` is one.
 
     Raises:
         TypeError: It is something else; the message says what to do.
@@ -36,6 +38,9 @@ def check_tensor(name: str, value: object) -> None:
     came = _unreadable(value)
     if came is not None:
         raise TypeError(f"{name} must be a dense torch.Tensor with memory of its own, got {came}")
+    if labels is not None and (type(value) is FakeTensor) != (type(labels) is FakeTensor):
+        fake, real = (name, "labels") if type(value) is FakeTensor else ("labels", name)
+        raise TypeError(f"{fake} is a FakeTensor, but {real} is not: convert all tensors, or none")
 
 
 def _unreadable(value: Tensor) -> str | None:
@@ -64,20 +69,20 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def check_vector(name: str, value: Tensor, length: int, device: torch.device) -> None:
-    """`value` must be a floating `[length]` on hidden's device."""
-    check_tensor(name, value)
+def check_vector(name: str, value: Tensor, length: int, labels: Tensor) -> None:
+    """`value` must be a floating `[length]` on labels' device."""
+    check_tensor(name, value, labels)
     if value.shape != (length,):
         raise ValueError(f"{name} must have shape [{length}], got {list(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}, but hidden is on {device}")
+    if value.device != labels.device:
+        raise ValueError(f"{name} is on {value.device}, but labels is on {labels.device}")
 
 
 def check_token_weights(name: str, weights: Tensor, labels: Tensor) -> None:
     """`weights` must be one finite floating number per label."""
-    check_tensor(name, weights)
+    check_tensor(name, weights, labels)
     if weights.shape != labels.shape:
         raise ValueError(f"{name} must have labels' shape {list(labels.shape)}, got {list(weights.shape)}")
     if not weights.is_floating_point():
@@ -121,9 +126,10 @@ def _first(name: str, values: Tensor, wrong: Tensor) -> tuple[str, float]:
     return f"{name}[{index}]" if where else name, values[where].item()
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, tokens: torch.Size, device: torch.device) -> None:
-    """`cu_seqlens` describes packed labels of the shape `tokens`, `[N]`, completely."""
-    check_tensor("cu_seqlens", cu_seqlens)
+def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
+    """`cu_seqlens` describes packed labels, `[N]`, completely."""
+    tokens, device = labels.shape, labels.device
+    check_tensor("cu_seqlens", cu_seqlens, labels)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:

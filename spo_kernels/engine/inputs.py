@@ -34,13 +34,13 @@ class ModelInputs:
             TypeError, ValueError: The message names the argument.
         """
         name = f"{prefix}hidden"
-        check_tensor(name, hidden)
+        check_tensor(name, hidden, labels)
         head, weight_name = as_head(f"{prefix}head", head)
         named = {name: hidden, weight_name: head.weight}
-        check_tensor(weight_name, head.weight)
+        check_tensor(weight_name, head.weight, labels)
         if head.bias is not None:
             named[f"{prefix}head.bias"] = head.bias
-            check_tensor(f"{prefix}head.bias", head.bias)
+            check_tensor(f"{prefix}head.bias", head.bias, labels)
         _check_shapes(name, hidden, weight_name, head, f"{prefix}head.bias", labels)
         for key, value in named.items():
             if value.device != labels.device:
@@ -92,8 +92,8 @@ class ModelInputs:
         """
         numbers = (self.logit_scale, 0.0 if self.logit_softcap is None else self.logit_softcap)
         if torch.compiler.is_compiling():
-            # torch.tensor would take a symbolic number for the one that it has while it is traced
-            transform = torch.stack([torch.full((), number, dtype=torch.float64) for number in numbers])
+            # torch.tensor and torch.full would take a symbolic number for the one that it has while it is traced
+            transform = torch.stack([torch.ones((), dtype=torch.float64) * number for number in numbers])
         else:
             transform = torch.tensor(numbers, dtype=torch.float64)
         return self.hidden, self.weight, self.bias, transform

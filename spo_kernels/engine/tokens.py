@@ -25,7 +25,7 @@ class LabelLayout:
         check_labels(self.labels, self.shift)
         check_int("ignore_index", self.ignore_index)
         if self.cu_seqlens is not None:
-            check_cu_seqlens(self.cu_seqlens, self.labels.shape, self.labels.device)
+            check_cu_seqlens(self.cu_seqlens, self.labels)
 
     def check_sequences(self, shape: str) -> None:
         """Raise ValueError unless labels are sequences: `[shape]` padded, or packed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -77,7 +76,8 @@ class PairInputs:
     def pairs(self, sums: Tensor, start: int = 0, stop: int | None = None) -> PairLogps:
         """Pairs start..stop, whose log-probabilities `sums` are chosen first."""
         chosen, rejected = sums.chunk(2)
-        reference, lengths, sft_value, named = self._halves
+        reference = None if self.reference is None else _chunk(self.reference)
+        lengths, sft_value, named = _chunk(self.lengths), self.sft_value, self.named
         if (start, stop) not in ((0, None), (0, len(lengths[0]))):
             part = slice(start, stop)
             reference = None if reference is None else (reference[0][part], reference[1][part])
@@ -87,18 +87,8 @@ class PairInputs:
         ref_chosen, ref_rejected = (None, None) if reference is None else reference
         return PairLogps(chosen, rejected, ref_chosen, ref_rejected, *lengths, sft_value, named)
 
-    @cached_property
-    def _halves(self) -> _Halves:
-        """Reference and lengths of chosen and rejected, the value, and the named inputs."""
-        reference = None if self.reference is None else _chunk(self.reference)
-        return reference, _chunk(self.lengths), self.sft_value, self.named
 
-
-_Pair = tuple[Tensor, Tensor]
-_Halves = tuple[_Pair | None, _Pair, Tensor | None, Mapping[str, Tensor]]
-
-
-def _chunk(both: Tensor) -> _Pair:
+def _chunk(both: Tensor) -> tuple[Tensor, Tensor]:
     chosen, rejected = both.view(2, -1).unbind()
     return chosen, rejected
 

@@ -99,6 +99,10 @@ def resolve_batch(
             raise ValueError("the objective needs the KL divergence from the reference: pass ref_hidden and ref_head")
         model.check_same_vocabulary(ref_model)
 
+    named = _pair_inputs(pair_inputs, pairs, labels, model.wide)
+    if reference.logps is not None:
+        check_vector("ref_logps", reference.logps, 2 * pairs, labels)
+
     counted = layout.counted()
     lengths = layout.count(counted)
     weights = _constant("token_weights", policy.token_weights, labels)
@@ -112,7 +116,6 @@ def resolve_batch(
 
     sums = None
     if reference.logps is not None:
-        check_vector("ref_logps", reference.logps, 2 * pairs, labels.device)
         sums = reference.logps.detach().to(model.wide)
     elif ref_model is not None:
         theirs, ref_weights = tokens, weights if ref_weights is None else ref_weights
@@ -125,7 +128,6 @@ def resolve_batch(
     kl = None
     if "kl" in names and ref_model is not None:
         kl = kl_divergence(model, ref_model, tokens, layout.shift, execution)
-    named = _pair_inputs(pair_inputs, pairs, labels.device, model.wide)
     return PairBatch(
         objective=objective,
         layout=layout,
@@ -168,7 +170,7 @@ def _constant(name: str, weights: Tensor | None, labels: Tensor) -> Tensor | Non
 
 
 def _pair_inputs(
-    named: Mapping[str, Tensor] | None, pairs: int, device: torch.device, dtype: torch.dtype
+    named: Mapping[str, Tensor] | None, pairs: int, labels: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The caller's per-pair inputs as constants of the dtype of the sums."""
     if named is None:
@@ -176,5 +178,5 @@ def _pair_inputs(
     if not isinstance(named, Mapping):
         raise TypeError(f"pair_inputs must map names to tensors, got {type(named).__name__}")
     for name, value in named.items():
-        check_vector(f"pair_inputs[{name!r}]", value, pairs, device)
+        check_vector(f"pair_inputs[{name!r}]", value, pairs, labels)
     return {name: value.detach().to(dtype) for name, value in named.items()}

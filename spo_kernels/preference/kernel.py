@@ -76,8 +76,10 @@ class PairLossFunction(torch.autograd.Function):
         """Returns the loss and the kernel's summary, the latter without gradient."""
         labels, cu_seqlens, reference, value, ignore_index, *form = rest
         run = _op if is_traced(logp) else pair_loss
-        summary, coefficients = run(logp, labels, cu_seqlens, reference, value, ignore_index, factor, *form)
+        summary, coefficients = run(logp, labels, cu_seqlens, reference, value, ignore_index, 1.0, *form)
         ctx.save_for_backward(coefficients)
+        # not given to the op, which would be compiled anew for every number of pairs
+        ctx.factor = factor
         ctx.arguments = 2 + len(rest)
         ctx.mark_non_differentiable(summary)
         return summary[0].sum() * factor, summary
@@ -86,7 +88,7 @@ class PairLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of logp."""
         (coefficients,) = ctx.saved_tensors
-        return (coefficients * grad, *[None] * (ctx.arguments - 1))
+        return (coefficients * (grad * ctx.factor), *[None] * (ctx.arguments - 1))
 
 
 def kernel_form(objective: Objective, has_reference: bool, has_value: bool) -> tuple[Any, ...] | None:
