@@ -134,7 +134,7 @@ class TileBuffers:
             self.narrow = hidden.new_empty(cells, dtype=products.tile_dtype(hidden))
 
     def tile(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
-        """The products' tile, and what a tile backend is to write instead of it."""
+        """The products' tile, and what a backend is to write instead of it."""
         cells = rows * columns
         out = None if self.narrow is None else self.narrow[:cells].view(rows, columns)
         return self.wide[:cells].view(rows, columns), out
