@@ -1,1 +1,1 @@
-"""Tile backends: everything that happens to a logits tile between the matrix products."""
+"""Backends: matrix products, and everything that happens to a logits tile between them."""

@@ -11,15 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairForm:
-    """Which of the formulas: `penalty` "none", "nll" or "hinge"; `value` (v) "reference" or "input"."""
+    """`-log σ(beta * margin) + weight * penalty`, per pair; the formulas stand in `triton/pair_loss.py`.
+
+    The margin is the policy's difference of sequence log-probs, chosen minus rejected. NLL is the chosen sequence's.
+    """
 
     beta: float
-    use_reference: bool = True
-    penalty: str = "none"
+    use_reference: bool = True  # subtract the reference's difference from the margin
+    penalty: str = "none"  # "none", "nll": NLL, or "hinge": max(0, NLL - v - epsilon)
     weight: float = 0.0
     epsilon: float = 0.0
-    value: str = "reference"
-    mean: bool = True
+    value: str = "reference"  # v of the hinge: the "reference"'s NLL, or an "input" for each pair
+    mean: bool = True  # NLL per token, not per sequence
 
 
 def pair_outputs(logp: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor, Tensor]:
