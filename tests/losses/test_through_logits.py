@@ -23,7 +23,7 @@ def make_batch():
         batch.labels[row, :2] = batch.labels[row, 2 + length :] = -100
     generator = torch.Generator().manual_seed(1)
     noise = 3 * torch.randn(2 * PAIRS, generator=generator, dtype=torch.float64)
-    reference = eager_logprob(**vars(batch), dtype=torch.float64).sum(-1).detach() + noise
+    reference = eager_logprob(batch.hidden, batch.weight, batch.labels, dtype=torch.float64).sum(-1).detach() + noise
     draws = torch.rand(len(INPUTS), PAIRS, generator=generator, dtype=torch.float64)
     inputs = {n: low + (high - low) * u for (n, (low, high)), u in zip(INPUTS.items(), draws, strict=True)}
     return batch, reference, inputs
