@@ -73,6 +73,4 @@ class BetaDPO(Stateful):
         size = min(max(math.floor(round((1.0 - self.filtered) * count, 9)), 1), count)
         batches = self.state.get("batches", margins.double())
         self.state.update(batches=batches + 1.0)
-        return draw_without_replacement(
-            -0.5 * z_scores(margins, usual, spread).square(), size, self.seed, batches.detach()
-        )
+        return draw_without_replacement(-0.5 * z_scores(margins, usual, spread).square(), size, self.seed, batches)

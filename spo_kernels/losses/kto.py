@@ -48,7 +48,7 @@ class KTO:
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
         chosen, rejected = log_ratios(pairs, "KTO")
-        z = self._z(pairs, torch.cat([chosen, rejected]).detach())
+        z = self._z(pairs, torch.cat([chosen, rejected]))
         desirable = torch.sigmoid(-self.beta * (chosen - z))
         undesirable = torch.sigmoid(-self.beta * (z - rejected))
         return self.desirable_weight * desirable + self.undesirable_weight * undesirable
