@@ -76,7 +76,7 @@ class DPOShiftLinear(Stateful):
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
-        done = self.state.get("batches", pairs.chosen.detach())
+        done = self.state.get("batches", pairs.chosen)
         shift = self.first + (self.last - self.first) * (done / self.batches).clamp_max(1.0)
         self.state.update(batches=done + 1.0)
         return _shifted(pairs, self.beta, shift, self.label_smoothing)

@@ -28,7 +28,7 @@ class RunningState:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The values, copied to the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in self._values.items()}
+        return {name: value.cpu().clone() for name, value in self._values.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over values from `state_dict()`.

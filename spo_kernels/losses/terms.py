@@ -67,9 +67,9 @@ def clamped_exp(exponent: Tensor) -> Tensor:
 
 
 def scale_gradient(value: Tensor, factor: Tensor) -> Tensor:
-    """`value`, with its gradient multiplied by the detached `factor`."""
+    """`value`, with its gradient multiplied by `factor`, which carries none itself."""
     constant = value.detach()
-    return constant + factor.detach() * (value - constant)
+    return constant + factor * (value - constant)
 
 
 def clipped_ratio(log_ratio: Tensor, limit: float) -> Tensor:

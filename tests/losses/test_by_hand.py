@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spo_kernels.extras.nthr import nthr_multipliers, nthr_scores
-from spo_kernels.extras.token_weights import pilot_subsets, sampo_weights
+from spo_kernels.extras.token_weights import pilot_subsets, pilots, sampo_weights
 from spo_kernels.extras.uncertainty import EmbeddingUncertainty
 from spo_kernels.losses import (
     DPO,
@@ -110,26 +110,44 @@ def test_pilots_take_shares_of_the_shorter_length():
     assert halves.sum(-1).tolist() == [6, 1, 3, 1]
 
 
-def test_nthr_by_hand():
-    """Two correct responses and a wrong one of a token each, two classes, a head of zeros: every p is a half.
+def test_pilots_by_hand():
+    """Sums of log πθ - log πref over the drawn tokens, a constant; packed, responses of 2, 1, 1 and 3 tokens."""
+    logp = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0], requires_grad=True)
+    ref_logp = torch.tensor([-0.5, -1.0, -4.0, -4.5, -7.0, -6.0, -6.0], requires_grad=True)
+    subsets, bounds = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 2, 3, 4, 7])
+    found = pilots(logp, ref_logp, subsets, cu_seqlens=bounds)
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "chosen_pilot": [-0.5, 1.0],
+        "rejected_pilot": [0.5, 1.0],
+    }
+    assert not any(value.requires_grad for value in found.values())
+    drawn = pilot_subsets(torch.zeros(7, dtype=torch.int64), r1=0.5, r2=1.0, cu_seqlens=bounds)
+    assert torch.segment_reduce(drawn, "sum", lengths=bounds.diff()).tolist() == [1, 1, 1, 1]
 
-    g is (½, -½) for label 0 and its opposite for label 1, so <g, g'> is ±½; a score is the sum over correct tokens of
-    that times <h, h'>. With h = (2, 0), (1, 1) and (3, 1): 2 + 1, 1 + 1 and 3 + 2. τ is the smallest mean score of a
-    correct response, 2, so the wrong token counts η = 2 |½ - ⅔| times.
+
+def test_nthr_by_hand():
+    """Two correct responses and a wrong one, a head of zeros: both classes have probability ½.
+
+    g is (½, -½) for label 0 and its opposite for label 1, so <g, g'> is ½ or -½, and a score is the sum over correct
+    tokens of that times <h, h'>. The correct tokens' h are (1, 0), (0, 1) and (4, 0), all of label 0: a token of that
+    label has ½ <(5, 1), h>. τ is the smallest mean of a correct response, of 2.5 and ½ or of 10: 1.5. Of the wrong response's
+    2, 1 and, by its label, -5 the first is above, and counts η = 2 |½ - ⅔| times.
     """
-    hidden = torch.tensor([[[2.0, 0.0]], [[1.0, 1.0]], [[3.0, 1.0]]], dtype=torch.float64)
-    labels, correct = torch.zeros(3, 1, dtype=torch.int64), torch.tensor([True, True, False])
-    # a third class: V* is the classes that occur, here 0 and, in a padded row, 1
-    hidden, labels = torch.cat([hidden, torch.zeros_like(hidden[:1])]), torch.cat([labels, labels[:1] + 1])
-    correct = torch.cat([correct, correct[2:]])
-    weight = torch.zeros(2, 2, dtype=torch.float64)
-    scores = nthr_scores(hidden, weight, labels, correct)
-    torch.testing.assert_close(scores[:, 0], torch.tensor([3.0, 2.0, 5.0, 0.0], dtype=torch.float64))
-    assert nthr_multipliers(hidden, weight, labels, correct)[:, 0].tolist() == [1, 1, 0, 1]
-    assert nthr_multipliers(hidden, weight, labels, correct, eta=0.25)[:, 0].tolist() == [1, 1, 0.25, 1]
-    assert nthr_multipliers(hidden, weight, labels, correct, beta=3.0, eta=0.25)[:, 0].tolist() == [1, 1, 1, 1]
-    three = nthr_multipliers(hidden[:3], weight, labels[:3], correct[:3])[:, 0].tolist()
-    assert three == pytest.approx([1, 1, 1 / 3])
+    none = [0.0, 0.0]
+    hidden = [[[1, 0], [0, 1], none], [[4, 0], none, none], [[0.8, 0], [0.4, 0], [2, 0]]]
+    hidden = torch.tensor(hidden, dtype=torch.float64)
+    labels = torch.tensor([[0, 0, -100], [0, -100, -100], [0, 0, 1]])
+    correct, weight = torch.tensor([True, True, False]), torch.zeros(2, 2, dtype=torch.float64)
+    scores = torch.tensor([[2.5, 0.5, 0], [10, 0, 0], [2, 1, -5]], dtype=torch.float64)
+    torch.testing.assert_close(nthr_scores(hidden, weight, labels, correct), scores)
+    for given, wanted in (
+        ({}, [1 / 3, 1, 1]),
+        ({"eta": 0.25}, [0.25, 1, 1]),
+        ({"eta": 0.25, "beta": 1.5}, [1, 1, 1]),
+        ({"eta": 0.25, "beta": 0.5}, [0.25, 0.25, 1]),
+    ):
+        found = nthr_multipliers(hidden, weight, labels, correct, **given)
+        assert found[2].tolist() == pytest.approx(wanted) and (found[:2] == 1).all(), given
 
 
 def test_adv_po_by_hand():
@@ -170,10 +188,10 @@ def test_beta_dpos_beta_grows_with_the_batchs_margin():
 
 
 def test_beta_dpo_leaves_outliers_out():
-    """Nine pairs at the usual margin and one far from it: over 200 draws that one goes first, nearly always."""
+    """Nine pairs at the usual margin and one far from it: over 50 draws that one goes first, nearly always."""
     rows = [(-5.0 + 0.01 * i, -6.0, -5.0, -5.0, 3, 3) for i in range(9)] + [(-1.0, -60.0, -5.0, -5.0, 3, 3)]
     objective, losses = BetaDPO(filtered=0.1, decay=0.0), []
-    for _ in range(200):
+    for _ in range(50):
         losses.append(objective(pairs_of(rows)).detach())
     dropped = torch.stack(losses) == 0
     assert (dropped.sum(1) == 1).all() and dropped[:, 9].double().mean() > 0.6
@@ -214,6 +232,9 @@ def test_chi_pos_logit_never_leaves_its_clip(bound):
     logits = ChiPO(reward_bound=bound).logits(pairs)
     assert (logits.abs() <= 2 * bound).all() and logits.max() == 2 * bound and logits.min() == -2 * bound
     _, g_w, g_l = differentiate(ChiPO(reward_bound=bound), pairs)
+    # e^-100 is clipped too: nothing is left of its gradient
+    far = pairs_of([(-1.0, -101.0, -1.0, -1.0, 1, 1)])
+    assert differentiate(ChiPO(reward_bound=bound, gamma=0.0), far)[2].item() == 0.0
     assert not g_w[logits.abs() == 2 * bound].any() and not g_l[logits.abs() == 2 * bound].any()
 
 
