@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: test demo lint bench clean
+.PHONY: test demo lint bench mutation clean
 
 test: lint
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -q
@@ -19,6 +19,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/python tests/lint_cpp.py
+
+# wrong signs, factors, detaches and clamps in the objectives: does a test see each? A few minutes of two cores
+mutation: $(VENV)/ready
+	$(BIN)/python tests/mutation.py --processes $(TEST_PROCESSES)
 
 bench: $(VENV)/ready
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt cut-cross-entropy liger-kernel triton trl

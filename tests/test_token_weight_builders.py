@@ -1,11 +1,11 @@
-"""LD-DPO, SamPO and SGDPO as token weights: which tokens, how often, and the losses that they make."""
+"""LD-DPO and SamPO as token weights, SGDPO's pilots: which tokens, how often, and the losses that they make."""
 
 import pytest
 import torch
 
 from spo_kernels import fused_spo_loss
-from spo_kernels.extras.token_weights import ld_dpo_weights, sampo_weights, sgdpo_weights
-from spo_kernels.losses import DPO
+from spo_kernels.extras.token_weights import ld_dpo_weights, pilot_subsets, pilots, sampo_weights
+from spo_kernels.losses import DPO, SGDPO
 from spo_kernels.testing import eager_logprob, random_batch
 
 LENGTHS = [5, 3, 6, 0, 4, 3, 2, 2]  # four pairs, chosen first
@@ -31,7 +31,7 @@ def seeded(seed=0):
 BUILDERS = {
     "ld": lambda labels, generator=None, **options: ld_dpo_weights(labels, 0.3, **options),
     "sampo": sampo_weights,
-    "sgdpo": lambda labels, **options: sgdpo_weights(labels, r1=0.5, r2=0.25, pilot=2.0, **options),
+    "pilots": pilot_subsets,
 }
 each_builder = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 
@@ -68,13 +68,56 @@ def test_sampo_draws_each_subset_equally_often():
     assert all(abs(count - runs / 10) < 4.5 * (runs * 0.09) ** 0.5 for count in counts.values())
 
 
-def test_sgdpo_subset():
+def test_pilot_subset():
+    """Shares of the pair's shorter length, rounded down, at least 1, of either response apart."""
     labels = make_labels()
-    weights = sgdpo_weights(labels, r1=0.5, r2=1.0, pilot=2.0, generator=seeded())
-    sizes = [round(0.5 * length) for length in LENGTHS[:4]] + LENGTHS[4:]
-    assert (weights == 3.0).sum(-1).tolist() == sizes
-    assert (weights > 0).equal(labels != -100) and set(weights.unique().tolist()) == {0.0, 1.0, 3.0}
-    assert "reconstruction" in sgdpo_weights.__doc__ and "not verified" in sgdpo_weights.__doc__
+    subsets = pilot_subsets(labels, generator=seeded())
+    # shorter lengths 4, 3, 2 and 0: 2.4, 1.8, 1.2 and 0 of the chosen, 3.6, 2.7, 1.8 and 0 of the rejected
+    assert subsets.sum(-1).tolist() == [2, 1, 1, 0, 3, 2, 1, 1]
+    assert set(subsets.unique().tolist()) == {0.0, 1.0} and not subsets[labels == -100].any()
+    again, other = (pilot_subsets(labels, generator=seeded(seed)) for seed in (0, 1))
+    assert torch.equal(subsets, again) and not torch.equal(subsets, other)
+    assert pilot_subsets(labels, r1=1.0, r2=1.0).sum(-1).tolist() == [4, 3, 2, 0, 4, 3, 2, 1]
+
+
+def test_pilots_of_a_subset():
+    labels = make_labels()
+    subsets = pilot_subsets(labels, generator=seeded())
+    logp, ref_logp = torch.randn(2, *labels.shape, generator=seeded()).requires_grad_()
+    found = pilots(logp, ref_logp, subsets)
+    wanted = torch.stack([(a - b)[s > 0].sum() for a, b, s in zip(logp, ref_logp, subsets, strict=True)])
+    torch.testing.assert_close(torch.cat([found["chosen_pilot"], found["rejected_pilot"]]), wanted.detach())
+    assert not any(value.requires_grad for value in found.values())
+    bounds = torch.arange(0, labels.numel() + 1, WIDTH)
+    packed = pilots(logp.flatten(), ref_logp.flatten(), subsets.flatten(), cu_seqlens=bounds)
+    for name, value in found.items():
+        torch.testing.assert_close(packed[name], value)
+
+
+@pytest.mark.parametrize("r1", [0.6, 1.0])
+def test_sgdpo_through_the_loss(r1):
+    """Loss and gradient from float64 logits, subsets and pilots written out."""
+    labels = make_labels()[[0, 1, 4, 5]]
+    policy, other = (random_batch(labels.shape, 13, 8, dtype=torch.float64, seed=seed) for seed in (1, 2))
+    subsets = pilot_subsets(labels, r1=r1, generator=seeded())
+    hidden = policy.hidden.clone().requires_grad_()
+    logp = eager_logprob(hidden, policy.weight, labels, dtype=torch.float64)
+    ref_logp = eager_logprob(other.hidden, other.weight, labels, dtype=torch.float64)
+    ratio = logp - ref_logp
+    (r_w, r_l), (pilot_w, pilot_l) = ratio.sum(-1).chunk(2), (ratio * subsets).sum(-1).detach().chunk(2)
+    softplus = torch.nn.functional.softplus
+    expected = (softplus(-0.1 * (r_w - pilot_l)) + softplus(-0.1 * (pilot_w - r_l))).mean() / 2
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    loss, _ = fused_spo_loss(
+        hidden,
+        policy.weight,
+        labels,
+        loss=SGDPO(r1=r1),
+        ref_logps=ref_logp.sum(-1),
+        pair_inputs=pilots(logp, ref_logp, subsets),
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], wanted, rtol=1e-9, atol=1e-14)
 
 
 @each_builder
@@ -86,7 +129,7 @@ def test_packed_is_padded(build, shift):
     bounds = torch.arange(0, labels.numel() + 1, WIDTH)
     packed = build(labels.flatten(), generator=seeded(), shift=shift, cu_seqlens=bounds)
     assert torch.equal(packed, padded.flatten())
-    if shift or build is not sampo_weights:  # which may drop it by chance
+    if shift or build is BUILDERS["ld"]:  # the others may drop it by chance
         assert bool(padded[1, 0] == 0) == shift
     kept = labels != -100
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(-1).cumsum(0)])
@@ -174,9 +217,9 @@ def test_bad_parameters():
     for alpha in (-0.1, float("nan"), "0.5"):
         with pytest.raises(ValueError, match="alpha must be a number >= 0"):
             ld_dpo_weights(labels, alpha)
-    with pytest.raises(ValueError, match=r"r1 must be a share between 0 and 1, got 1\.5"):
-        sgdpo_weights(labels, r1=1.5, r2=0.5)
-    with pytest.raises(ValueError, match="r2 must be a number >= 0, got -1"):
-        sgdpo_weights(labels, r1=0.5, r2=-1)
-    with pytest.raises(ValueError, match="pilot must be a number >= 0"):
-        sgdpo_weights(labels, r1=0.5, r2=0.5, pilot=-1.0)
+    with pytest.raises(ValueError, match=r"r1 must be a number in \(0, 1\], got 1\.5"):
+        pilot_subsets(labels, r1=1.5)
+    with pytest.raises(ValueError, match=r"r2 must be a number in \(0, 1\], got 0"):
+        pilot_subsets(labels, r2=0)
+    with pytest.raises(ValueError, match=r"one shape, got \[2\], \[2\] and \[3\]"):
+        pilots(torch.zeros(2), torch.zeros(2), torch.zeros(3))

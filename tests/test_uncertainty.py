@@ -67,6 +67,40 @@ def test_into_the_loss():
     assert 0 < gradients[1] < 0.5 * gradients[0]
 
 
+@pytest.mark.parametrize("bound", [1.0, 15.0])
+def test_the_pessimistic_head_is_the_worst_of_its_region(bound):
+    """On the region's edge, at AdvPO's formula, and lower than any other head of the region."""
+    uncertainty, draw = EmbeddingUncertainty(SIZE, regularization=0.5), torch.Generator().manual_seed(3)
+    uncertainty.update(embeddings(40))
+    current, reference = 3 * embeddings(9, seed=1) + 1, embeddings(5, seed=2)
+    head = torch.randn(SIZE, generator=draw, dtype=torch.float64)
+    found = uncertainty.pessimistic_head(head, current, reference, bound=bound)
+    matrix, gap = uncertainty.matrix, (current.double().mean(0) - reference.double().mean(0))
+    inverse = torch.linalg.inv(matrix)
+    rate = (gap @ inverse @ gap / bound).sqrt()
+    torch.testing.assert_close(found, head - inverse @ gap / rate)
+    torch.testing.assert_close((found - head) @ matrix @ (found - head), torch.tensor(bound).double())
+    worst = gap @ found
+    torch.testing.assert_close(worst, gap @ head - (bound * gap @ inverse @ gap).sqrt())
+    for _ in range(200):
+        step = torch.randn(SIZE, generator=draw, dtype=torch.float64)
+        assert gap @ (head + step * (bound / (step @ matrix @ step)).sqrt()) >= worst
+    assert torch.equal(uncertainty.pessimistic_head(head, reference, reference), head)
+
+
+def test_bad_input_of_the_pessimistic_head():
+    uncertainty, head, rows = EmbeddingUncertainty(SIZE), torch.ones(SIZE), torch.ones(2, SIZE)
+    for arguments, message in (
+        ((head[:2], rows, rows), r"head must have shape \[6\], got \[2\]"),
+        ((head, rows[0], rows), r"current must have shape \[n, 6\], got \[6\]"),
+        ((head, rows, rows[:0]), "reference must hold at least one embedding"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            uncertainty.pessimistic_head(*arguments)
+    with pytest.raises(ValueError, match="bound must be a positive number, got 0"):
+        uncertainty.pessimistic_head(head, rows, rows, bound=0)
+
+
 def test_streaming_memory():
     """One [D, D] factor and copies of one batch, whatever was seen before."""
     size, rows = 64, 32

@@ -1,17 +1,17 @@
-"""Per-token weights that turn DPO into other methods, from labels alone.
+"""Per-token weights that turn DPO into other methods, and the random tokens of SGDPO's pilots, from labels alone.
 
 Each function takes the labels that `fused_spo_loss` takes, B chosen sequences and then B rejected ones, and returns
-float32 weights of their shape for its `token_weights`, 0 where a label does not count. Random subsets are drawn on
-the CPU from `generator` (torch's default one where None), so that they are the same on every device.
+float32 weights of their shape, 0 where a label does not count; those of LD-DPO and SamPO are for its `token_weights`.
+Random subsets are drawn on the CPU from `generator` (torch's default one where None), so that they are the same on
+every device.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spo_kernels.engine.tokens import LabelLayout
-from spo_kernels.losses.pairs import check_not_negative
+from spo_kernels.engine.subsets import PairTokens
+from spo_kernels.engine.tokens import LabelLayout, sum_sequences
+from spo_kernels.losses.pairs import by_side, check_in, check_not_negative
 
 
 def ld_dpo_weights(
@@ -38,10 +38,10 @@ def ld_dpo_weights(
         TypeError, ValueError: An argument is wrong; the message names it.
     """
     check_not_negative("alpha", alpha)
-    tokens = _PairTokens.of(labels, cu_seqlens, ignore_index, shift)
+    tokens = PairTokens.of(LabelLayout(labels, ignore_index, shift, cu_seqlens))
     starts = tokens.lengths.cumsum(0) - tokens.lengths
     place = torch.arange(tokens.owners.numel(), device=labels.device) - starts[tokens.owners]
-    return tokens.spread(torch.where(place < tokens.shorter[tokens.owners], 1.0, float(alpha)), labels)
+    return tokens.spread(torch.where(place < tokens.shorter[tokens.owners], 1.0, float(alpha)))
 
 
 def sampo_weights(
@@ -52,13 +52,13 @@ def sampo_weights(
     ignore_index: int = -100,
     shift: bool = False,
 ) -> Tensor:
-    """SamPO (Lu et al., arXiv 2406.10957; formula from its code): as many random tokens of each response as the
-    pair's shorter one has.
+    """SamPO (Lu et al., arXiv 2406.10957): as many random tokens of each response as the pair's shorter one has.
 
     1 for all tokens of the shorter response and for a uniform subset, without replacement, of the longer one.
 
-    Policy and reference share the subset where one result is passed as `token_weights`. The authors' code draws a
-    subset for each: call twice, and pass the second result as `ref_token_weights`.
+    Agrees with the authors' code (LuJunru/SamPO 25e9631f, dpo_trainer.py:1023-1058), which draws a subset for the
+    policy and another one for the reference: call twice, and pass the second result as `ref_token_weights`. Policy and
+    reference share the subset where one result is passed as `token_weights`. Their β: 0.1 (8B), 0.5 (2.8B).
 
     Args:
         labels: `[2B, T]` or `[N]` int64.
@@ -71,86 +71,61 @@ def sampo_weights(
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it.
     """
-    tokens = _PairTokens.of(labels, cu_seqlens, ignore_index, shift)
-    return tokens.spread(tokens.random_subset(tokens.shorter, generator), labels)
+    tokens = PairTokens.of(LabelLayout(labels, ignore_index, shift, cu_seqlens))
+    return tokens.spread(tokens.random_subset(tokens.shorter, generator))
 
 
-def sgdpo_weights(
+def pilot_subsets(
     labels: Tensor,
     *,
-    r1: float,
-    r2: float,
-    pilot: float = 1.0,
+    r1: float = 0.6,
+    r2: float = 0.9,
     generator: torch.Generator | None = None,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
     shift: bool = False,
 ) -> Tensor:
-    """A reconstruction of SGDPO (arXiv 2505.12435), not verified against the paper, whose loss was not available.
+    """The random tokens of SGDPO's pilots (arXiv 2505.12435), for `pilots`.
 
-    From descriptions of its pilot term: sub-sequences drawn at random from both responses, of lengths set by r1 and
-    r2, enter the margin once more, `β (r_w - r_l) + β ρ (r̃_w - r̃_l)`, with r̃ the log-ratio summed over the subset.
-    As weights: `1 + ρ` on round(r1 n_w) random tokens of the chosen and round(r2 n_l) of the rejected response, drawn
-    apart (what the descriptions call Pilot_d). How the paper's term enters its loss, and its values of r1, r2 and ρ,
-    are unknown.
+    1 for `max(⌊r1 min(n_w, n_l)⌋, 1)` tokens of the chosen response and `max(⌊r2 min(n_w, n_l)⌋, 1)` of the rejected
+    one, uniform without replacement and drawn apart; all of a response that has fewer. Agrees with the authors' code
+    (WNQzhu/SGDPO, code/scripts/pdpo_trainer_v4.py, get_pilot_logps), which draws anew for every batch.
 
     Args:
         labels: `[2B, T]` or `[N]` int64.
-        r1, r2: Share of the chosen and of the rejected response's tokens, 0 to 1.
-        pilot: ρ >= 0, this library's parameter.
+        r1, r2: 0 < r <= 1; 0.6 and 0.9 in that code.
         generator: Source of randomness, on the CPU.
         cu_seqlens, ignore_index, shift: As in `fused_spo_loss`.
 
     Returns:
-        Weights, float32, labels' shape.
+        Weights, float32, labels' shape, each 0 or 1.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it.
     """
-    for name, value in (("r1", r1), ("r2", r2)):
-        check_not_negative(name, value)
-        if value > 1:
-            raise ValueError(f"{name} must be a share between 0 and 1, got {value!r}")
-    check_not_negative("pilot", pilot)
-    tokens = _PairTokens.of(labels, cu_seqlens, ignore_index, shift)
-    chosen, rejected = tokens.lengths.chunk(2)
-    sizes = torch.cat([r1 * chosen, r2 * rejected]).round().long()
-    return tokens.spread(1.0 + pilot * tokens.random_subset(sizes, generator), labels)
+    check_in("r1", r1, "(0, 1]")
+    check_in("r2", r2, "(0, 1]")
+    return PairTokens.of(LabelLayout(labels, ignore_index, shift, cu_seqlens)).pilot_subsets(r1, r2, generator)
 
 
-@dataclass(frozen=True)
-class _PairTokens:
-    """The n tokens that count, sequence by sequence."""
+def pilots(logp: Tensor, ref_logp: Tensor, subsets: Tensor, *, cu_seqlens: Tensor | None = None) -> dict[str, Tensor]:
+    """SGDPO's `ρ = sg[Σ_{t∈S} (log πθ - log πref)_t]` of each response, as `pair_inputs` of the objective `SGDPO`.
 
-    counted: Tensor  # flat, bool: which labels count
-    owners: Tensor  # [n], the sequence of each token that does
-    lengths: Tensor  # [2B]
+    Args:
+        logp, ref_logp: Log-probabilities of the labels under policy and reference, `[2B, T]` or `[N]`, finite.
+        subsets: S as 0 and 1, the same shape; from `pilot_subsets`.
+        cu_seqlens: `[2B + 1]` bounds of packed sequences.
 
-    @classmethod
-    def of(cls, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool) -> "_PairTokens":
-        layout = LabelLayout(labels, ignore_index, shift, cu_seqlens)
-        layout.check_pairs()
-        counted = layout.counted()
-        lengths = layout.count(counted)
-        owners = torch.arange(layout.sequences, device=labels.device).repeat_interleave(lengths)
-        return cls(counted.flatten(), owners, lengths)
+    Returns:
+        "chosen_pilot" and "rejected_pilot", `[B]`, no gradient.
 
-    @property
-    def shorter(self) -> Tensor:
-        """`[2B]` the length of each sequence's pair's shorter response."""
-        return self.lengths.view(2, -1).amin(0).repeat(2)
-
-    def random_subset(self, sizes: Tensor, generator: torch.Generator | None) -> Tensor:
-        """`[n]` bool: a uniform subset of `sizes[s]` tokens of each sequence s."""
-        # sorted by sequence and, inside one, by a random key: the first of each are its subset
-        keys = torch.rand(self.owners.numel(), dtype=torch.float64, generator=generator).to(self.owners.device)
-        order = (self.owners + keys).argsort()
-        owners = self.owners[order]
-        starts = self.lengths.cumsum(0) - self.lengths
-        rank = torch.arange(owners.numel(), device=owners.device) - starts[owners]
-        return torch.empty_like(owners, dtype=torch.bool).scatter_(0, order, rank < sizes[owners])
-
-    def spread(self, values: Tensor, labels: Tensor) -> Tensor:
-        """Values of the tokens that count at their labels' places, 0 elsewhere."""
-        weights = torch.zeros(labels.numel(), device=labels.device)
-        return weights.masked_scatter_(self.counted, values.float()).view(labels.shape)
+    Raises:
+        ValueError: Shapes differ; the message names them.
+    """
+    if not logp.shape == ref_logp.shape == subsets.shape:
+        raise ValueError(
+            f"logp, ref_logp and subsets must have one shape, got {list(logp.shape)}, {list(ref_logp.shape)} and "
+            f"{list(subsets.shape)}"
+        )
+    sums = sum_sequences(logp.detach() - ref_logp.detach(), cu_seqlens, subsets)
+    return by_side({"pilot": sums})

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_in, check_not_negative, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps, check_choice, check_in, check_not_negative, check_positive
 from spo_kernels.losses.terms import log_ratios, logistic
 
 
@@ -35,38 +35,16 @@ class FlexDPO:
 
 
 @dataclass(frozen=True)
-class DPOShift:
-    """`-log σ(β r_w - λβ r_l)` (DPO-Shift, arXiv 2502.07599). From third-party code, not checked against the paper.
-
-    Attributes:
-        beta: β > 0.
-        shift: 0 < λ <= 1; 0.5 in that code.
-    """
-
-    coupling: ClassVar[Coupling] = "pair"
-    beta: float = 0.1
-    shift: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_positive("beta", self.beta)
-        check_in("shift", self.shift, "(0, 1]")
-
-    def __call__(self, pairs: PairLogps) -> Tensor:
-        """Losses `[B]`."""
-        chosen, rejected = log_ratios(pairs, "DPOShift")
-        return logistic(self.beta * (chosen - self.shift * rejected))
-
-
-@dataclass(frozen=True)
 class BDPO:
     """`-log σ(β r_w - β log(λ e^{r_l} + 1 - λ))`: Bounded-DPO (arXiv 2506.12725), whose rejected response is that of a
     mixture of policy and reference.
 
-    Reconstruction from the author's blog and three implementations that agree; the paper's body was not read.
+    Agrees with the author's code (bonin147/BDPO b311aa6d, trl/trainer/dpo_trainer.py:71-103 and 981-985): sums over
+    tokens, the mixture is not detached.
 
     Attributes:
-        beta: β > 0; the authors' value is not known.
-        mixture: 0 < λ <= 1, the policy's share; 0.5 was the blog's best, 1 is DPO.
+        beta: β > 0; 0.1 in that code.
+        mixture: 0 < λ <= 1, the policy's share; 0.5 in that code, 1 is DPO.
     """
 
     coupling: ClassVar[Coupling] = "pair"
@@ -88,42 +66,51 @@ class BDPO:
 
 @dataclass(frozen=True)
 class BPO:
-    """`-log σ(β min(r_w, -α r_l))` (arXiv 2506.03557): the gradient flows to the smaller branch only.
+    """BPO (arXiv 2506.03557) of `m = β min(r_w, -α r_l)`: "logistic" `-log σ(m)`, or "hinge" `max(0, 1 - m)`. The
+    gradient flows to the smaller branch only.
 
-    From third-party code; a review page confirms the minimum.
+    Agrees with the authors' code (sunlin-ai/BPO d882c0f0, train_dpo.py:85 and 288-296), whose released run trains the
+    hinge.
 
     Attributes:
-        beta: β > 0.
+        beta: β > 0; 0.1 in that code.
         alpha: 0 < α <= 1; 0.3 in that code.
+        form: Which of the two.
     """
 
     coupling: ClassVar[Coupling] = "pair"
     beta: float = 0.1
     alpha: float = 0.3
+    form: str = "logistic"
 
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)
         check_in("alpha", self.alpha, "(0, 1]")
+        check_choice("form", self.form, ("logistic", "hinge"))
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
         chosen, rejected = log_ratios(pairs, "BPO")
-        return logistic(self.beta * torch.minimum(chosen, -self.alpha * rejected))
+        logits = self.beta * torch.minimum(chosen, -self.alpha * rejected)
+        return logistic(logits) if self.form == "logistic" else (1.0 - logits).clamp_min(0.0)
 
 
 @dataclass(frozen=True)
 class DPOP:
-    """`-log σ(β (Δ - λ max(0, -r_w)))` (DPO-Positive, arXiv 2402.13228). From third-party code, not checked against the
-    paper.
+    """`-log σ(β (Δ - λ max(0, -r_w)))` (DPO-Positive, arXiv 2402.13228), the penalty inside β.
+
+    Agrees with three other projects' code (LuJunru/SamPO 25e9631f, dpo_trainer.py:891-897; bonin147/BDPO b311aa6d;
+    sunlin-ai/BPO d882c0f0) and with abacusai/smaug issue #2; the paper's own equation was not read.
 
     Attributes:
         beta: β > 0.
-        penalty: λ >= 0, on a chosen response below its reference; 5 in that code.
+        penalty: λ >= 0, on a chosen response below its reference; 50 in two of these. An author calls the result
+            insensitive from 5 to 500.
     """
 
     coupling: ClassVar[Coupling] = "pair"
     beta: float = 0.1
-    penalty: float = 5.0
+    penalty: float = 50.0
 
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)

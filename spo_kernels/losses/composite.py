@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, Objective, coupling_of, token_outputs_of
+from spo_kernels.losses.pairs import Coupling, Objective, coupling_of, token_outputs_of, token_subsets_of
 
 _ORDER: tuple[Coupling, ...] = ("margin", "sequence", "pair", "batch")
 
@@ -29,6 +29,11 @@ class Composite:
         """What it and the parts need of every token, each once."""
         parts = (name for part in self.parts() for name in token_outputs_of(part))
         return tuple(dict.fromkeys((*self.own_token_outputs, *parts)))
+
+    @property
+    def token_subsets(self) -> tuple[float, float] | None:
+        """The shares that the first part with pilots wants drawn; all parts see these pilots."""
+        return next((found for part in self.parts() if (found := token_subsets_of(part)) is not None), None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The parts' running statistics, "0.mean" for the first one's "mean"; empty where they have none."""

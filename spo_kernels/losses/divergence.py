@@ -17,6 +17,7 @@ from spo_kernels.losses.pairs import (
     PairLogps,
     check_choice,
     check_in,
+    check_not_negative,
     check_positive,
     coupling_of,
 )
@@ -86,27 +87,48 @@ class FDivergence(Composite):
 
 @dataclass(frozen=True)
 class ChiPO:
-    """`-log σ(β ((e^{r_w} + r_w) - (e^{r_l} + r_l)))`: χPO, whose divergence is χ² plus KL.
+    """χPO (Huang et al., arXiv 2407.13399), whose divergence is χ² plus KL: `-log σ(clip(β (φ(r_w) - φ(r_l)), ±2 R))`.
 
-    From third-party code, not checked against the paper. r is taken as at most `limit` in the exponential, whose
-    gradient is 0 beyond.
+    Algorithm 1 has `φ(r) = e^r + r` and clips the whole logit to twice the bound R of the rewards; beyond it a pair
+    gets no gradient. The paper's practical link is `φ(r) = e^{clip(αr, -88, 20)} + γr`, here with α = γ = 1 unless
+    given: the limit 20 is the paper's. No gradient flows through the exponential where it is clipped.
+
+    Agrees with digests and with code that cites the paper; the paper itself was not read.
 
     Attributes:
-        beta: β > 0.
-        limit: 0 < limit <= 80, nats. The default 20 is this library's.
+        beta: β > 0; 0.05 and 0.005 in the paper's experiments.
+        reward_bound: R > 0; inf leaves the logit as it is. The default 10 is this library's: the paper's R belongs to
+            the rewards, and at a logit of 20 a pair's gradient is 2e-9 of its largest.
+        alpha: α > 0, of the exponent.
+        gamma: γ >= 0, of the KL's term.
+        limit: 0 < limit <= 80, where the exponent is clipped; 20 in the paper.
     """
 
     coupling: ClassVar[Coupling] = "pair"
-    beta: float = 0.1
+    beta: float = 0.05
+    reward_bound: float = 10.0
+    alpha: float = 1.0
+    gamma: float = 1.0
     limit: float = 20.0
 
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)
+        check_in("reward_bound", self.reward_bound, "(0, inf]")
+        check_positive("alpha", self.alpha)
+        check_not_negative("gamma", self.gamma)
         check_in("limit", self.limit, "(0, 80]")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
+        return logistic(self.logits(pairs))
+
+    def logits(self, pairs: PairLogps) -> Tensor:
+        """What the logistic loss is of, `[B]`, between -2R and 2R."""
         chosen, rejected = log_ratios(pairs, "ChiPO")
         # the small part last: e^r may be 1e8 times r
-        powers = clamped_exp(chosen, self.limit) - clamped_exp(rejected, self.limit)
-        return logistic(self.beta * (powers + (chosen - rejected)))
+        powers = self._power(chosen) - self._power(rejected)
+        logits = self.beta * (powers + self.gamma * (chosen - rejected))
+        return logits.clamp(-2.0 * self.reward_bound, 2.0 * self.reward_bound)
+
+    def _power(self, ratio: Tensor) -> Tensor:
+        return (self.alpha * ratio).clamp(-88.0, self.limit).exp()

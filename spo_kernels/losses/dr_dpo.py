@@ -16,11 +16,12 @@ from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, check_posit
 class DrDPO(Composite):
     """`-β' log mean_i exp(-L_i / β')`, given to each pair of the batch; L_i is the base's loss of pair i.
 
-    From third-party code, not checked against the paper.
+    Agrees with the authors' code (junkangwu/Dr_DPO 3c0678fe, trainers.py:269-270), where the batch is each process's
+    micro-batch too.
 
     Attributes:
-        base: Any objective.
-        beta_prime: β' > 0; large is the plain mean.
+        base: Any objective; the authors' is DPO with β 0.1.
+        beta_prime: β' > 0; 1 in that code; large is the plain mean.
     """
 
     coupling: ClassVar[Coupling] = "batch"

@@ -35,11 +35,12 @@ class Hinge:
 class SLiC:
     """`max(0, δ - p_w + p_l) - λ log πθ(y_ref)` with the chosen response as y_ref. No reference model.
 
-    From third-party code, not checked against the paper. SLiC's y_ref is a supervised target; a preference pair has
-    none, so the chosen response stands for it here.
+    Agrees with eq. 4 of the paper as a card quotes it, and with ContextualAI/HALOs 48319886
+    (train/trainers.py:824-848); the paper itself was not read. SLiC's y_ref is a supervised target; a preference pair
+    has none, so the chosen response stands for it here.
 
     Attributes:
-        delta: δ > 0, nats.
+        delta: δ > 0, nats; 1 in that code.
         weight: λ >= 0. The default 1.0 is this library's.
         normalization: Of the last term: "sum", "mean" over its tokens, or over all chosen "tokens" of the batch.
     """

@@ -149,6 +149,11 @@ def token_outputs_of(objective: Objective) -> tuple[str, ...]:
     return names
 
 
+def token_subsets_of(objective: Objective) -> tuple[float, float] | None:
+    """What shares of the responses' tokens the objective wants drawn for pilots, see `SGDPO`; None for most."""
+    return getattr(objective, "token_subsets", None)
+
+
 def by_side(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sequence sums `[2B]`, chosen first, as per-pair inputs: "logp" becomes "chosen_logp" and "rejected_logp"."""
     sides = ("chosen", "rejected")

@@ -9,26 +9,29 @@ from typing import Any
 from spo_kernels.losses.alpha_dpo import AlphaDPO, AlphaDPOCode
 from spo_kernels.losses.aot import AOT, AOTUnpaired
 from spo_kernels.losses.apo import APODown, APOZero
-from spo_kernels.losses.asymmetric import BDPO, BPO, DPOP, DPOShift, FlexDPO
+from spo_kernels.losses.asymmetric import BDPO, BPO, DPOP, FlexDPO
 from spo_kernels.losses.bco import BCO, BCOPair
 from spo_kernels.losses.beta_dpo import BetaDPO
 from spo_kernels.losses.cpo import CPO, ORPO
 from spo_kernels.losses.discopop import DiscoPOP
 from spo_kernels.losses.divergence import ChiPO, FDivergence
 from spo_kernels.losses.dpo import DPO
+from spo_kernels.losses.dpo_shift import DPOShift, DPOShiftLinear
 from spo_kernels.losses.dr_dpo import DrDPO
 from spo_kernels.losses.hinge import Hinge, SLiC
 from spo_kernels.losses.ipo import IPO
 from spo_kernels.losses.kto import KTO
 from spo_kernels.losses.label_noise import CDPO, EXO, Robust
 from spo_kernels.losses.nca import NCA
-from spo_kernels.losses.offsets import ODPO, RDPO, UncertaintyDPO
+from spo_kernels.losses.offsets import ODPO, RDPO
 from spo_kernels.losses.pairs import Objective
 from spo_kernels.losses.reconstructed.balanced import AdaDPO, BalancedDPO
 from spo_kernels.losses.reconstructed.h_dpo import HDPO
 from spo_kernels.losses.reconstructed.spo import SPO
+from spo_kernels.losses.reconstructed.uncertainty_dpo import UncertaintyDPO
 from spo_kernels.losses.rso import RSO
 from spo_kernels.losses.sft import RPO, SFT, SFTDPO
+from spo_kernels.losses.sgdpo import SGDPO
 from spo_kernels.losses.simpo import AlphaPO, SigmoidNorm, SimPO
 from spo_kernels.losses.squares import SPPO, CalDPO, SPPOHard
 from spo_kernels.losses.state import has_state
@@ -58,6 +61,7 @@ LOSSES: dict[str, type] = {
     "discopop": DiscoPOP,
     "dpo": DPO,
     "dpo_shift": DPOShift,
+    "dpo_shift_linear": DPOShiftLinear,
     "dpop": DPOP,
     "dr_dpo": DrDPO,
     "exo_pair": EXO,
@@ -77,6 +81,7 @@ LOSSES: dict[str, type] = {
     "rso": RSO,
     "sft": SFT,
     "sft_dpo": SFTDPO,
+    "sgdpo": SGDPO,
     "sigmoid": DPO,
     "sigmoid_norm": SigmoidNorm,
     "simpo": SimPO,

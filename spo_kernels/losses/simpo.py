@@ -59,11 +59,12 @@ class SimPO:
 class AlphaPO:
     """SimPO with the reward `(1 - p̄^-α) / α`, `p̄ = exp(log πθ(y|x) / n)` (arXiv 2501.03884); no reference.
 
-    `p̄^-α` is taken as at most e^80: a response whose mean log-probability is below -80/α gets no gradient.
+    Agrees with TRL f2cd5771 (trl/experimental/cpo/cpo_trainer.py:695-724) but for a cap: `p̄^-α` is taken as at most
+    e^80, so a response whose mean log-probability is below -80/α gets no gradient.
 
     Attributes:
-        beta, gamma: As in `SimPO`; 2.5 and 0.1 here.
-        alpha: α > 0, or below 0; near 0 the reward is log p̄, which is SimPO's.
+        beta, gamma: As in `SimPO`; 2.5 and 0.1, the paper's.
+        alpha: α > 0, or below 0; 0.25 in the paper; near 0 the reward is log p̄, which is SimPO's.
     """
 
     coupling: ClassVar[Coupling] = "pair"

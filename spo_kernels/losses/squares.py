@@ -13,8 +13,11 @@ from spo_kernels.losses.terms import log_ratios, logistic
 class SPPO:
     """`½ (r_w - (P_w - ½) / β)² + ½ (r_l - (P_l - ½) / β)²` (Self-Play Preference Optimization, arXiv 2405.00675).
 
+    Agrees with the authors' code (uclaml/SPPO 5e61c4e9, sppo/trainer.py:860-879), where P is the mean probability of
+    winning against 5 candidates for the prompt, the response itself among them (scripts/compute_prob.py).
+
     Attributes:
-        beta: β > 0; 0.001 in the authors' code.
+        beta: β > 0; 0.001 in that code.
         probabilities: P, the probability that the response wins. "hard": 1 and 0; "input":
             `pair_inputs["chosen_probability"]` and `pair_inputs["rejected_probability"]`.
     """
@@ -59,14 +62,17 @@ class SPPOHard:
 
 @dataclass(frozen=True)
 class CalDPO:
-    """`-log σ(Δ) + ½ (r_w - 1 / (2β))² + ½ (r_l + 1 / (2β))²`, with no β in the first term: the authors' code.
+    """`-log σ(Δ) + ½ (r_w - 1 / (2β))² + ½ (r_l + 1 / (2β))²`, with no β in the first term (Cal-DPO).
+
+    Agrees with the authors' code (tengxiao1/Cal-DPO 7d16b466, scripts/dpo_trainer.py:1204-1216) and eq. 10 of the
+    paper; the appendix's other form is a misprint (issue #1 there).
 
     Attributes:
-        beta: β > 0.
+        beta: β > 0; 0.001 to 0.002 in the paper.
     """
 
     coupling: ClassVar[Coupling] = "pair"
-    beta: float = 0.1
+    beta: float = 0.001
 
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)

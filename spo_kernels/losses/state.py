@@ -28,7 +28,7 @@ class RunningState:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The values, copied to the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in self._values.items()}
+        return {name: value.cpu().clone() for name, value in self._values.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over values from `state_dict()`.
@@ -72,10 +72,41 @@ def batch_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (deviations / (count - 1).clamp_min(1)).sqrt()
 
 
+def moving_moments(state: RunningState, values: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """The state's "mean" and "std" after `x ← decay x + (1 - decay) x_batch` with `batch_moments(values)`."""
+    for name, moment in zip(("mean", "std"), batch_moments(values), strict=True):
+        state.update(**{name: decay * state.get(name, values) + (1.0 - decay) * moment})
+    return state.get("mean", values), state.get("std", values)
+
+
+def gathered(values: Tensor) -> tuple[Tensor, int]:
+    """All processes' `values` `[n]`, detached, in the order of ranks, and where this process's start.
+
+    Processes are asked where gradients are enabled only, as in `batch_moments`; n may differ between them.
+    """
+    values = values.detach()
+    if not _together():
+        return values, 0
+    distributed = torch.distributed
+    sizes = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(sizes, torch.full_like(sizes[0], values.numel()))
+    counts = [int(size) for size in sizes]
+    padded = torch.nn.functional.pad(values, (0, max(counts) - values.numel()))
+    parts = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(parts, padded)
+    every = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return every, sum(counts[: distributed.get_rank()])
+
+
+def _together() -> bool:
+    """Whether other processes take part in this batch."""
+    distributed = torch.distributed
+    return torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized()
+
+
 def _total(value: Tensor) -> Tensor:
     """Sum over processes that train together."""
-    distributed = torch.distributed
-    if torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized():
+    if _together():
         value = value.clone()
-        distributed.all_reduce(value)
+        torch.distributed.all_reduce(value)
     return value

@@ -61,15 +61,15 @@ def coupling_with_nll(base: Coupling, normalization: str) -> Coupling:
     return "sequence" if base == "sequence" else "pair"
 
 
-def clamped_exp(exponent: Tensor, limit: float = MAX_EXPONENT) -> Tensor:
-    """`exp(min(exponent, limit))`; its gradient is 0 above the limit."""
-    return exponent.clamp_max(limit).exp()
+def clamped_exp(exponent: Tensor) -> Tensor:
+    """`exp(min(exponent, 80))`; its gradient is 0 above."""
+    return exponent.clamp_max(MAX_EXPONENT).exp()
 
 
 def scale_gradient(value: Tensor, factor: Tensor) -> Tensor:
-    """`value`, with its gradient multiplied by the detached `factor`."""
+    """`value`, with its gradient multiplied by `factor`, which carries none itself."""
     constant = value.detach()
-    return constant + factor.detach() * (value - constant)
+    return constant + factor * (value - constant)
 
 
 def clipped_ratio(log_ratio: Tensor, limit: float) -> Tensor:

@@ -12,9 +12,10 @@ from spo_kernels.engine.autograd import OUTPUTS, LogprobCall
 from spo_kernels.engine.checks import check_token_weights, check_vector, is_traced
 from spo_kernels.engine.divergence_ops import kl_divergence
 from spo_kernels.engine.inputs import Execution, ModelInputs
+from spo_kernels.engine.subsets import PairTokens
 from spo_kernels.engine.tokens import LabelLayout, Tokens, capturing
 from spo_kernels.head import LMHead
-from spo_kernels.losses.pairs import Objective, PairInputs, token_outputs_of
+from spo_kernels.losses.pairs import Objective, PairInputs, token_outputs_of, token_subsets_of
 from spo_kernels.sparsity import Sparsity
 
 
@@ -26,6 +27,14 @@ class Given:
     head: Tensor | LMHead | None
     token_weights: Tensor | None = None
     logps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pilots:
+    """Random tokens of each response, and the reference's log-probabilities summed over them; see `SGDPO`."""
+
+    subsets: Tensor  # labels' shape, 0 or 1
+    reference: Tensor  # [2B]
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class PairBatch:
     token_weights: Tensor | None  # labels' shape
     inputs: PairInputs  # what the objective sees beside the policy's log-probabilities
     kl: Tensor | None  # labels' shape, for an objective that asks for it
+    pilots: Pilots | None  # for an objective that asks for them
     execution: Execution
     token_metrics: bool
     reduced: bool  # to one loss; else they are returned one by one
@@ -94,6 +104,12 @@ def resolve_batch(
     execution = Execution.resolve(workspace_bytes, backend, model, sparsity)
     ref_model = _reference_model(policy, reference, labels)
     names = token_outputs_of(objective)
+    shares = None if "chosen_pilot" in (pair_inputs or {}) else token_subsets_of(objective)
+    if shares is not None and ref_model is None:
+        raise ValueError(
+            "the objective draws tokens of policy and reference: pass ref_hidden and ref_head, or "
+            'pair_inputs["chosen_pilot"] and ["rejected_pilot"], see spo_kernels.extras.token_weights.pilots'
+        )
     if "kl" in names:
         if ref_model is None:
             raise ValueError("the objective needs the KL divergence from the reference: pass ref_hidden and ref_head")
@@ -108,23 +124,27 @@ def resolve_batch(
     weights = _constant("token_weights", policy.token_weights, labels)
     ref_weights = _constant("ref_token_weights", reference.token_weights, labels)
     # an objective that asks for sums over tokens asks for all of them; else those of weight 0 enter no product
-    computed = counted if names or weights is None else counted & (weights != 0)
+    every = bool(names) or shares is not None
+    computed = counted if every or weights is None else counted & (weights != 0)
     taken = lengths if computed is counted else layout.count(computed)
     host = None if is_traced(labels) or capturing(labels) else taken.tolist()
     vocab = min(m.weight.shape[0] for m in (model, ref_model) if m is not None)
     tokens = Tokens.find(layout, computed, vocab, None if host is None else sum(host))
 
-    sums = None
+    sums = pilots = None
     if reference.logps is not None:
         sums = reference.logps.detach().to(model.wide)
     elif ref_model is not None:
         theirs, ref_weights = tokens, weights if ref_weights is None else ref_weights
-        if ref_weights is not weights and ref_weights is not None and not names:
+        if ref_weights is not weights and ref_weights is not None and not every:
             theirs = Tokens.find(layout, counted & (ref_weights != 0), vocab)
         ref_execution = Execution.resolve(workspace_bytes, backend, ref_model)
         with torch.no_grad():
             logp, _ = LogprobCall.of(ref_model, theirs, layout.shift, ref_execution).run()
             sums = layout.sum(logp, ref_weights).to(model.wide)
+            if shares is not None:
+                subsets = PairTokens.of(layout, counted).pilot_subsets(*shares)
+                pilots = Pilots(subsets, layout.sum(logp, subsets).to(model.wide))
     kl = None
     if "kl" in names and ref_model is not None:
         kl = kl_divergence(model, ref_model, tokens, layout.shift, execution)
@@ -138,6 +158,7 @@ def resolve_batch(
         token_weights=weights,
         inputs=PairInputs(sums, lengths, named.get("spo_value"), named),
         kl=kl,
+        pilots=pilots,
         execution=execution,
         token_metrics=token_metrics,
         reduced=reduction != "none",

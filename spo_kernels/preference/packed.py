@@ -22,15 +22,13 @@ def run(batch: PairBatch, plan: PathPlan) -> Outcome:
 def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | None) -> tuple[Tensor, Tensor]:
     """Group by group: logits, the pairs' coefficients, and gradients from the same tile."""
     total = work.accumulator(head_out)
-    groups = [(pairs, *_select(work, pairs)) for pairs in work.plan.groups]
-    tiles = work.tiles(max((tokens.count for _, tokens, _ in groups), default=0))
+    groups = [(pairs, _select(work, pairs)) for pairs in work.plan.groups]
+    tiles = work.tiles(max((tokens.count for _, tokens in groups), default=0))
     found: list[tuple[Tensor, Tensor]] = []
-    for number, (pairs, tokens, weights) in enumerate(groups):
+    for number, (pairs, tokens) in enumerate(groups):
 
-        def coefficients(
-            stats: TokenStats, pairs: range = pairs, tokens: TokenRows = tokens, weights: Tensor | None = weights
-        ) -> Tensor:
-            losses, sums, slopes = work.differentiate_tokens(stats, tokens, weights, pairs)
+        def coefficients(stats: TokenStats, pairs: range = pairs, tokens: TokenRows = tokens) -> Tensor:
+            losses, sums, slopes = work.differentiate_tokens(stats, tokens, pairs)
             found.append((losses, sums.view(2, -1)))
             return slopes
 
@@ -42,12 +40,10 @@ def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | Non
     return torch.cat([losses for losses, _ in found]), torch.cat([sums for _, sums in found], dim=1).flatten()
 
 
-def _select(work: PairWork, pairs: range) -> tuple[TokenRows, Tensor | None]:
-    """The tokens of consecutive pairs, chosen first, and their weights."""
+def _select(work: PairWork, pairs: range) -> TokenRows:
+    """The tokens of consecutive pairs, chosen first."""
     if len(pairs) == work.pairs:
-        return work.tokens, work.weights
-    parts = [slice(work.bounds[first + pairs.start], work.bounds[first + pairs.stop]) for first in (0, work.pairs)]
-    weights = None if work.weights is None else torch.cat([work.weights[part] for part in parts])
-    halves = [work.tokens.part(part.start, part.stop) for part in parts]
+        return work.tokens
+    halves = [work.tokens.part(part.start, part.stop) for part in work.parts(pairs)]
     rows, labels = (torch.cat([getattr(half, name) for half in halves]) for name in ("rows", "labels"))
-    return TokenRows(rows, labels), weights
+    return TokenRows(rows, labels)

@@ -102,7 +102,7 @@ def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
     chosen, rejected = batch.host_lengths[: batch.pairs], batch.host_lengths[batch.pairs :]
     problem = PairProblem(
         coupling=coupling_of(batch.objective),
-        whole_pairs=bool(names),
+        whole_pairs=bool(names) or batch.pilots is not None,
         pair_tokens=tuple(w + l for w, l in zip(chosen, rejected, strict=True)),  # noqa: E741
         space=KeptSpace.of(policy.hidden, policy.slices(), backend, batch.execution.workspace_bytes),
     )

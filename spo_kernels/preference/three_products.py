@@ -49,6 +49,8 @@ class PairWork:
         self.tokens = TokenRows.of(self.batch.tokens, self.batch.layout.shift)
         weights = self.batch.token_weights
         self.weights = None if weights is None else self.tokens.gather(weights)  # [n], what tokens weigh in the sums
+        pilots = self.batch.pilots
+        self.subsets = None if pilots is None else self.tokens.gather(pilots.subsets)  # [n]
         self.kernel = PairKernel.of(self.batch) if weights is None else None
         self.summaries: list[Tensor] = []  # the kernel's, of the pairs so far
         self.token_sums: TokenSums | None = None
@@ -79,11 +81,9 @@ class PairWork:
             (slopes,) = torch.autograd.grad(losses, leaf, torch.full_like(losses, self.batch.scale))
         return losses.detach(), slopes
 
-    def differentiate_tokens(
-        self, stats: TokenStats, tokens: TokenRows, weights: Tensor | None, pairs: range
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def differentiate_tokens(self, stats: TokenStats, tokens: TokenRows, pairs: range) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and sums of consecutive pairs, and the whole loss's derivatives by their tokens, chosen first."""
-        logp, equal = stats.logp, self.equal_length(pairs)
+        logp, weights, equal = stats.logp, self.of_pairs(self.weights, pairs), self.equal_length(pairs)
         lengths = self.lengths(pairs)
         if self.kernel is not None:
             common = lengths if equal is None else equal
@@ -97,14 +97,27 @@ class PairWork:
             return sum_sequences(values.view(-1, equal), None, None if weights is None else weights.view(-1, equal))
 
         sums, names = sums_of(logp, weights), self.batch.token_outputs
-        named = by_side({name: sums_of(getattr(stats, name)) for name in names}) if names else None
-        losses, slopes = self.differentiate(sums, pairs, named)
+        found = {name: sums_of(getattr(stats, name)) for name in names}
+        if self.batch.pilots is not None:
+            reference = self.batch.pilots.reference.view(2, -1)[:, pairs.start : pairs.stop].flatten()
+            found["pilot"] = sums_of(logp, self.of_pairs(self.subsets, pairs)) - reference
+        losses, slopes = self.differentiate(sums, pairs, by_side(found) if found else None)
         if equal is None:
             slopes = slopes.repeat_interleave(lengths, output_size=logp.numel())
         else:
             slopes = slopes[:, None].expand(-1, equal).reshape(-1)
         # weights may be wider than the gradients
         return losses, sums, slopes if weights is None else (slopes * weights).to(slopes.dtype)
+
+    def of_pairs(self, values: Tensor | None, pairs: range) -> Tensor | None:
+        """Per-token values of consecutive pairs, chosen first."""
+        if values is None or len(pairs) == self.pairs:
+            return values
+        return torch.cat([values[part] for part in self.parts(pairs)])
+
+    def parts(self, pairs: range) -> list[slice]:
+        """The tokens of the chosen and of the rejected responses of consecutive pairs."""
+        return [slice(self.bounds[first + pairs.start], self.bounds[first + pairs.stop]) for first in (0, self.pairs)]
 
     def lengths(self, pairs: range) -> Tensor:
         """Tokens of each sequence of consecutive pairs, chosen first."""

@@ -33,6 +33,8 @@ def run(batch: PairBatch, plan: PathPlan) -> Outcome:
     found = {name: layout.sum(values[name].detach()) for name in batch.token_outputs}
     if batch.kl is not None:
         found["kl"] = layout.sum(batch.kl)
+    if batch.pilots is not None:
+        found["pilot"] = layout.sum(logp.detach(), batch.pilots.subsets) - batch.pilots.reference
     if found:
         inputs = replace(inputs, named={**inputs.named, **by_side(found)})
     pairs = inputs.pairs(layout.sum(logp, batch.token_weights))

@@ -7,7 +7,7 @@ from typing import Any
 
 from spo_kernels.losses import Objective, build_loss
 from spo_kernels.losses.needs import needs_inputs, needs_value
-from spo_kernels.losses.pairs import token_outputs_of
+from spo_kernels.losses.pairs import token_outputs_of, token_subsets_of
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
 
@@ -47,6 +47,11 @@ def build_objective(config: TrainConfig) -> Objective | None:
         raise TrainError(
             f"--loss {config.loss} compares whole distributions with the reference's, not log-probs of tokens, "
             "which is what is precomputed: it needs --reference online"
+        )
+    if token_subsets_of(objective) is not None and config.reference != "online":
+        raise TrainError(
+            f"--loss {config.loss} draws tokens anew for every batch and sums both models' log-probs over them: "
+            "it needs --reference online"
         )
     return objective
 

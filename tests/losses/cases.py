@@ -2,6 +2,9 @@
 
 from functools import partial
 
+import numpy as np
+
+from . import batch_forms as of_batch
 from . import closed_forms as f
 from .closed_forms import Case
 
@@ -77,22 +80,35 @@ case("simpo", partial(f.simpo, b=2.0, g=1.0))
 case("simpo", partial(f.simpo, b=2.5, g=0.3, e=0.1), label="smooth", beta=2.5, gamma=0.3, label_smoothing=0.1)
 case("alphapo", partial(f.alphapo, b=2.5, g=0.1, a=0.25))
 case("alphapo", partial(f.alphapo, b=1.0, g=0.0, a=-0.5), label="negative", beta=1.0, gamma=0.0, alpha=-0.5)
-case("alpha_dpo", partial(f.alpha_dpo, b=2.5, g=0.3, a=0.2), beta=2.5, alpha=0.2)
+case("alpha_dpo", partial(of_batch.alpha_dpo, b=2.5, g=0.4, a=0.2), beta=2.5, alpha=0.2)
 case(
     "alpha_dpo_code",
-    partial(f.alpha_dpo_code, b=2.5, g=0.1, a=0.08, e=0.1),
+    partial(of_batch.alpha_dpo_code, b=2.5, g=0.1, a=0.08, e=0.1),
     beta=2.5,
     gamma_beta_ratio=0.1,
     alpha=0.08,
     label_smoothing=0.1,
 )
 case("flex_dpo", partial(f.flex, b_w=0.1, b_l=0.08))
-case("dpo_shift", partial(f.flex, b_w=0.2, b_l=0.1), beta=0.2)
+case("dpo_shift", partial(f.flex, b_w=0.01, b_l=0.007))
+case(
+    "dpo_shift",
+    partial(f.flex, b_w=0.2, b_l=0.1, e=0.1),
+    label="smooth",
+    beta=0.2,
+    shift=0.5,
+    label_smoothing=0.1,
+)
+case("dpo_shift_linear", partial(f.flex, b_w=0.2, b_l=0.18), beta=0.2, first=0.9, last=0.6, batches=3.0)
 case("bdpo", partial(f.bdpo, b=0.1, lam=0.5))
 case("bdpo", partial(f.bdpo, b=0.3, lam=0.1), label="small", beta=0.3, mixture=0.1)
 case("bdpo", f.dpo, label="is-dpo", mixture=1.0)
 case("bpo", partial(f.bpo, b=0.1, a=0.3))
-case("dpop", partial(f.dpop, b=0.1, lam=5.0))
+case("bpo", partial(f.bpo, b=0.2, a=0.5, hinged=True), label="hinge", beta=0.2, alpha=0.5, form="hinge")
+case("dpop", partial(f.dpop, b=0.1, lam=50.0))
+case("dpop", partial(f.dpop, b=0.1, lam=5.0), label="mild", penalty=5.0)
+case("sgdpo", partial(f.sgdpo, b=0.1))
+case("sgdpo", partial(f.sgdpo, b=0.3, e=0.1), label="smooth", beta=0.3, label_smoothing=0.1)
 for space, normalization in (("policy_ratio", "mean"), ("ratio_space", "sum")):
     ratio = builtin(space, normalization, 3.0)
     case(
@@ -128,7 +144,7 @@ case(
 )
 case("h_dpo", partial(f.h_dpo, b=0.1, a=0.9), alpha=0.9)
 case("odpo", lambda x: f.shifted(x, 0.1, 0.5 * x.inputs["offset"]), alpha=0.5)
-case("r_dpo", lambda x: f.shifted(x, 0.1, 0.05 * (x.n_w - x.n_l)))
+case("r_dpo", lambda x: f.shifted(x, 0.1, -0.1 * (x.n_w - x.n_l)))
 case(
     "uncertainty_dpo",
     lambda x: f.shifted(x, 0.1, -2.0 * (x.inputs["chosen_uncertainty"] - x.inputs["rejected_uncertainty"])),
@@ -141,7 +157,13 @@ case(
     penalty="multiplicative",
     scale=0.5,
 )
-case("kto", partial(f.kto_batch, b=0.1, d=1.0, u=1.0))
+case("kto", partial(of_batch.kto_mean, b=0.1, d=1.0, u=1.0))
+case(
+    "kto",
+    partial(of_batch.kto_mean, b=0.1, d=1.0, u=1.0, ratios="mismatched"),
+    label="mismatched",
+    kl="mismatched",
+)
 case(
     "kto",
     lambda x: f.kto(x, 0.2, 1.5, 0.5, f.np.maximum(x.inputs["kl"], 0)),
@@ -153,7 +175,7 @@ case(
 )
 case("kto", partial(f.kto, b=0.1, d=1.0, u=1.0, z=0.0), label="zero", kl="zero")
 case("bco_pair", partial(f.bco, b=0.1))
-case("bco", partial(f.bco_first, b=0.1))
+case("bco", partial(of_batch.bco_first, b=0.1))
 case("nca_pair", partial(f.nca, b=0.1))
 case("sppo", partial(f.sppo, b=0.02, w=1.0, lo=0.0), beta=0.02)
 case(
@@ -164,26 +186,39 @@ case(
     probabilities="input",
 )
 case("sppo_hard", partial(f.sppo, b=0.1, w=1.0, lo=0.0, factor=2.0))
-case("cal_dpo", partial(f.cal_dpo, b=0.1))
+case("cal_dpo", partial(f.cal_dpo, b=0.001))
+case("cal_dpo", partial(f.cal_dpo, b=0.1), label="near", beta=0.1)
 case("apo_zero", partial(f.apo_zero, b=0.1))
 case("apo_down", partial(f.apo_down, b=0.1))
-case("aot", partial(f.aot, b=0.1))
-case("aot", partial(f.aot, b=0.1, e=0.1), label="smooth", label_smoothing=0.1)
-case("aot_unpaired", partial(f.aot_unpaired, b=0.1, e=0.2), label_smoothing=0.2)
+case("aot", partial(of_batch.aot, b=0.1))
+case("aot", partial(of_batch.aot, b=0.1, e=0.1), label="smooth", label_smoothing=0.1)
+case("aot_unpaired", partial(of_batch.aot_unpaired, b=0.1, e=0.2), label_smoothing=0.2)
 case("discopop", partial(f.discopop, b=0.1, tau=0.05))
 case("discopop", partial(f.discopop, b=0.05, tau=1.0), label="tau-1", beta=0.05, tau=1.0)
-case("beta_dpo", partial(f.beta_dpo, b=0.1, a=0.6, decay=0.9))
+case("beta_dpo", of_batch.beta_dpo)
 case(
     "beta_dpo",
-    partial(f.beta_dpo, b=0.1, a=0.2, decay=0.5, detach=False),
-    label="attached",
-    alpha=0.2,
+    partial(of_batch.beta_dpo, b=0.2, a=0.05, share=0.5, decay=0.5, seed=7),
+    label="half",
+    beta=0.2,
+    alpha=0.05,
+    filtered=0.5,
     decay=0.5,
-    detach_beta=False,
+    seed=7,
 )
-case("dr_dpo", partial(f.dr_dpo, b=0.1, prime=1.0))
-case("dr_dpo", partial(f.dr_dpo, b=0.3, prime=5.0), label="mild", beta=0.3, beta_prime=5.0)
-case("chi_po", partial(f.chi_po, b=0.1, limit=20.0))
+case("dr_dpo", partial(of_batch.dr_dpo, b=0.1, prime=1.0))
+case("dr_dpo", partial(of_batch.dr_dpo, b=0.3, prime=5.0), label="mild", beta=0.3, beta_prime=5.0)
+case("chi_po", partial(f.chi_po, b=0.05))
+case(
+    "chi_po",
+    partial(f.chi_po, b=0.1, bound=np.inf, a=0.5, g=0.3, limit=10.0),
+    label="link",
+    beta=0.1,
+    reward_bound=float("inf"),
+    alpha=0.5,
+    gamma=0.3,
+    limit=10.0,
+)
 for kind in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"):
     case("f_divergence", f.divergence(f.dpo, kind), label=kind, divergence=kind)
 case("f_divergence", f.divergence(f.dpo, "reverse_kl"), label="alpha-1", divergence="alpha_divergence", coefficient=1.0)
@@ -214,14 +249,14 @@ case(
 )
 case(
     "spo",
-    f.spo_hinge(partial(f.dpop, b=0.1, lam=5.0), 2.0, 0.1),
+    f.spo_hinge(partial(f.dpop, b=0.1, lam=50.0), 2.0, 0.1),
     label="dpop-hinge",
     base="dpop",
     weight=2.0,
     penalty="hinge",
     epsilon=0.1,
 )
-case("spo", f.weighted((1.0, partial(f.aot, b=0.1)), (1.0, f.sft_mean)), label="aot", base="aot")
+case("spo", f.weighted((1.0, partial(of_batch.aot, b=0.1)), (1.0, f.sft_mean)), label="aot", base="aot")
 case("wpo", f.wpo)
 case("wpo", partial(f.wpo, clamp=False), label="trl", clamp=False)
 case("spo", f.weighted((1.0, f.wpo), (1.0, f.sft_mean)), label="wpo", base="wpo")

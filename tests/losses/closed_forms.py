@@ -162,24 +162,10 @@ def alphapo(x: Points, b: float, g: float, a: float) -> tuple[Array, Array, Arra
     return -logsig(z), -b * s * powers_w * (t_w <= 80) / x.m_w, b * s * powers_l * (t_l <= 80) / x.m_l
 
 
-def alpha_dpo(x: Points, b: float, g: float, a: float) -> tuple[Array, Array, Array]:
-    m = b * x.delta
-    z = b * (x.p_w / x.m_w - x.p_l / x.m_l) - g - a * (m - m.mean()) / m.std(ddof=1)
-    return -logsig(z), -b * sig(-z) / x.m_w, b * sig(-z) / x.m_l
-
-
-def alpha_dpo_code(x: Points, b: float, g: float, a: float, e: float = 0.0) -> tuple[Array, Array, Array]:
-    """The first batch: both statistics are a tenth of the batch's."""
-    gap = x.r_w / x.m_w - x.r_l / x.m_l
-    scores = (gap - 0.1 * gap.mean()) / (0.1 * gap.std(ddof=1))
-    z = b * (x.p_w / x.m_w - x.p_l / x.m_l - g - a * scores)
-    slope = -b * ((1 - e) * sig(-z) - e * sig(z))
-    return -(1 - e) * logsig(z) - e * logsig(-z), slope / x.m_w, -slope / x.m_l
-
-
-def flex(x: Points, b_w: float, b_l: float) -> tuple[Array, Array, Array]:
+def flex(x: Points, b_w: float, b_l: float, e: float = 0.0) -> tuple[Array, Array, Array]:
     z = b_w * x.r_w - b_l * x.r_l
-    return -logsig(z), -b_w * sig(-z), b_l * sig(-z)
+    slope = (1 - e) * sig(-z) - e * sig(z)
+    return -(1 - e) * logsig(z) - e * logsig(-z), -b_w * slope, b_l * slope
 
 
 def bdpo(x: Points, b: float, lam: float) -> tuple[Array, Array, Array]:
@@ -188,10 +174,12 @@ def bdpo(x: Points, b: float, lam: float) -> tuple[Array, Array, Array]:
     return -logsig(z), -b * sig(-z), b * sig(-z) * sig(x.r_l + shift)
 
 
-def bpo(x: Points, b: float, a: float) -> tuple[Array, Array, Array]:
+def bpo(x: Points, b: float, a: float, hinged: bool = False) -> tuple[Array, Array, Array]:
     first = x.r_w < -a * x.r_l
     z = b * np.minimum(x.r_w, -a * x.r_l)
-    return -logsig(z), where(first, -b * sig(-z), 0.0), where(first, 0.0, a * b * sig(-z))
+    slope = 1.0 * (z < 1) if hinged else sig(-z)
+    loss = np.maximum(1 - z, 0) if hinged else -logsig(z)
+    return loss, where(first, -b * slope, 0.0), where(first, 0.0, a * b * slope)
 
 
 def dpop(x: Points, b: float, lam: float) -> tuple[Array, Array, Array]:
@@ -249,18 +237,17 @@ def kto(x: Points, b: float, d: float, u: float, z: Array | float) -> tuple[Arra
     return d * sig(-w) + u * sig(-lo), -d * b * sig(w) * sig(-w), u * b * sig(lo) * sig(-lo)
 
 
-def kto_batch(x: Points, b: float, d: float, u: float) -> tuple[Array, Array, Array]:
-    return kto(x, b, d, u, max(0.0, np.concatenate([x.r_w, x.r_l]).mean()))
+def sgdpo(x: Points, b: float, e: float = 0.0) -> tuple[Array, Array, Array]:
+    z_w, z_l = b * (x.r_w - x.inputs["rejected_pilot"]), b * (x.inputs["chosen_pilot"] - x.r_l)
+    losses, slopes = zip(
+        *[(-(1 - e) * logsig(z) - e * logsig(-z), (1 - e) * sig(-z) - e * sig(z)) for z in (z_w, z_l)], strict=True
+    )
+    return 0.5 * losses[0] + 0.5 * losses[1], -0.5 * b * slopes[0], 0.5 * b * slopes[1]
 
 
 def bco(x: Points, b: float, shift: float = 0.0) -> tuple[Array, Array, Array]:
     w, lo = b * x.r_w - shift, b * x.r_l - shift
     return -logsig(w) - logsig(-lo), -b * sig(-w), b * sig(lo)
-
-
-def bco_first(x: Points, b: float) -> tuple[Array, Array, Array]:
-    """The first batch: δ is its mean reward."""
-    return bco(x, b, b * np.concatenate([x.r_w, x.r_l]).mean())
 
 
 def nca(x: Points, b: float) -> tuple[Array, Array, Array]:
@@ -290,24 +277,6 @@ def apo_down(x: Points, b: float) -> tuple[Array, Array, Array]:
     return sig(w) + sig(-d), b * sig(w) * sig(-w) - inner, inner
 
 
-def aot(x: Points, b: float, e: float = 0.0) -> tuple[Array, Array, Array]:
-    policy = x.p_w - x.p_l
-    order = np.argsort(policy)
-    z = b * (policy[order] - np.sort(x.q_w - x.q_l))
-    slope = np.empty_like(z)
-    slope[order] = -b * ((1 - e) * sig(-z) - e * sig(z))
-    return -(1 - e) * logsig(z) - e * logsig(-z), slope, -slope
-
-
-def aot_unpaired(x: Points, b: float, e: float = 0.0) -> tuple[Array, Array, Array]:
-    first, second = np.argsort(x.r_w), np.argsort(x.r_l)
-    z = b * (x.r_w[first] - x.r_l[second])
-    slope = -b * ((1 - e) * sig(-z) - e * sig(z))
-    g_w, g_l = np.empty_like(z), np.empty_like(z)
-    g_w[first], g_l[second] = slope, -slope
-    return -(1 - e) * logsig(z) - e * logsig(-z), g_w, g_l
-
-
 def discopop(x: Points, b: float, tau: float) -> tuple[Array, Array, Array]:
     z = b * x.delta
     k, rest = sig(z / tau), sig(-z / tau)
@@ -315,26 +284,6 @@ def discopop(x: Points, b: float, tau: float) -> tuple[Array, Array, Array]:
     blend = exp(logsig(z / tau) - z)
     slope = b * (-sig(-z) * rest - blend + rest * (blend + k * logsig(z)) / tau)
     return both(-logsig(z) * rest + blend, slope)
-
-
-def beta_dpo(x: Points, b: float, a: float, decay: float, detach: bool = True) -> tuple[Array, Array, Array]:
-    """The first batch: the running mean is (1 - decay) of the batch's."""
-    raw = b * (1 + a * (x.delta - (1 - decay) * x.delta.mean()))
-    betas = np.maximum(1e-3, raw)
-    z = betas * x.delta
-    inner = betas if detach else betas + where(raw >= 1e-3, a * b * x.delta, 0.0)
-    return both(-logsig(z), -sig(-z) * inner)
-
-
-def dr_dpo(x: Points, b: float, prime: float) -> tuple[Array, Array, Array]:
-    losses, g_w, _ = dpo(x, b)
-    size = len(losses)
-    scaled_losses = -losses / prime
-    top = scaled_losses.max()
-    total = exp(scaled_losses - top).sum()
-    weights = exp(scaled_losses - top) / total
-    value = -prime * (top + log(total) - log(size))
-    return both(np.full(size, value), size * weights * g_w)
 
 
 def score(r: Array, kind: str, a: float = 0.5) -> tuple[Array, Array]:
@@ -363,10 +312,15 @@ def divergence(base: Callable, kind: str, a: float = 0.5) -> Callable:
     return composed
 
 
-def chi_po(x: Points, b: float, limit: float) -> tuple[Array, Array, Array]:
-    e_w, e_l = exp(np.minimum(x.r_w, limit)), exp(np.minimum(x.r_l, limit))
-    z = b * (e_w - e_l + x.delta)
-    return -logsig(z), -b * sig(-z) * (1 + e_w * (x.r_w <= limit)), b * sig(-z) * (1 + e_l * (x.r_l <= limit))
+def chi_po(
+    x: Points, b: float, bound: float = 10.0, a: float = 1.0, g: float = 1.0, limit: float = 20.0
+) -> tuple[Array, Array, Array]:
+    t_w, t_l = a * x.r_w, a * x.r_l
+    e_w, e_l = exp(np.clip(t_w, -88, limit)), exp(np.clip(t_l, -88, limit))
+    raw = b * (e_w - e_l + g * x.delta)
+    z, inside = np.clip(raw, -2 * bound, 2 * bound), np.abs(raw) <= 2 * bound
+    d_w, d_l = (g + a * e * (np.clip(t, -88, limit) == t) for e, t in ((e_w, t_w), (e_l, t_l)))
+    return -logsig(z), -b * sig(-z) * d_w * inside, b * sig(-z) * d_l * inside
 
 
 def spo_hinge(base: Callable, weight: float, epsilon: float) -> Callable:

@@ -17,6 +17,9 @@ INPUTS = {
     "chosen_probability": (0.5, 1.0),
     "rejected_probability": (0.0, 0.5),
     "kl": (-1.0, 4.0),
+    "mismatched_ratio": (-1.0, 4.0),
+    "chosen_pilot": (-8.0, 8.0),
+    "rejected_pilot": (-8.0, 8.0),
 }
 # sums over tokens, which fused_spo_loss finds where an objective asks for them
 TOKEN_INPUTS = {

@@ -52,6 +52,31 @@ def test_every_input_is_named():
             assert f'["{name}"]' in text, name
 
 
-@pytest.mark.parametrize("name", ["spo", "bdpo", "h_dpo", "uncertainty_dpo", "ada_dpo", "balanced_dpo"])
-def test_reconstructions_are_marked(name):
-    assert re.search("reconstructed|inferred", rows()[name][7])
+def read_at():
+    """Rows of the table of sources by the names in their first cell: where, and with what result."""
+    found = {}
+    for line in PAGE.read_text().split("## Where each was read")[1].split("\n## ")[0].splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 4:
+            found.update({name: cells for name in re.findall(r"`(\w+)`", cells[0])})
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_where_each_was_read(name):
+    """The page, the docstring and the folder of the code agree on what is verified."""
+    _, where, result, _ = read_at()[name]
+    unverified = "not verified" in result
+    assert where and (unverified or re.search("agree|differs", result))
+    assert unverified == bool(re.search("reconstructed|inferred", rows()[name][7]))
+    assert unverified == LOSSES[name].__module__.startswith("spo_kernels.losses.reconstructed.")
+
+
+def test_what_is_not_verified_is_on_its_page():
+    text = (PAGE.parent / "unverified.md").read_text()
+    sections = text.split("\n## ")[1:]
+    assert len(sections) == 6
+    for section in sections:
+        assert re.search(r"arXiv \d{4}\.\d{5}", section) and "**Would settle it**" in section
+    for name, (*_, result, _) in read_at().items():
+        assert ("not verified" in result) == (f"`{name}`" in text)

@@ -32,7 +32,7 @@ from spo_kernels.train.objective import build_objective
 from .cases import CASES
 from .points import INPUTS, as_pairs, differentiate, random_points
 
-STATEFUL = {"alpha_dpo_code", "bco", "beta_dpo"}
+STATEFUL = {"alpha_dpo_code", "bco", "beta_dpo", "dpo_shift_linear"}
 NO_REFERENCE = {"alphapo", "cpo", "orpo", "sft", "simpo", "slic"}
 FIELDS = [(name, field) for name, loss in LOSSES.items() for field in dataclasses.fields(loss) if field.init]
 each_name = pytest.mark.parametrize("name", sorted(LOSSES))
@@ -81,7 +81,13 @@ def test_refused(name, given, message):
 def test_every_hyperparameter_is_validated(name, field):
     """One error, which names the hyperparameter and what came."""
     default = getattr(build_loss(name), field.name)
-    wrong = {bool: ["yes", 1], str: ["unheard-of"], float: [math.nan, "0.1", None, -11.0], tuple: [(math.nan,), (DPO,)]}
+    wrong = {
+        bool: ["yes", 1],
+        str: ["unheard-of"],
+        int: [-1, 0.5, True],
+        float: [math.nan, "0.1", None, -11.0],
+        tuple: [(math.nan,), (DPO,)],
+    }
     for value in wrong.get(type(default), [3, DPO]):
         with pytest.raises((ValueError, TypeError)) as caught:
             LOSSES[name](**{field.name: value})
@@ -97,7 +103,7 @@ def test_objectives_are_frozen_and_documented(name):
         setattr(objective, field, 1.0)
 
 
-@pytest.mark.parametrize("name", ["spo", "bdpo", "h_dpo", "uncertainty_dpo", "ada_dpo"])
+@pytest.mark.parametrize("name", ["spo", "h_dpo", "uncertainty_dpo", "ada_dpo"])
 def test_reconstructions_say_so(name):
     text = " ".join(LOSSES[name].__doc__.lower().split())
     assert "reconstruction" in text
@@ -178,7 +184,10 @@ def test_needs_inputs():
     assert {name for name, inputs in found.items() if inputs} == {
         "balanced_dpo-input",
         "kto-input",
+        "kto-mismatched",
         "odpo",
+        "sgdpo",
+        "sgdpo-smooth",
         "sppo-input",
         "uncertainty_dpo",
         "uncertainty_dpo-multiplicative",

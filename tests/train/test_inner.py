@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from accelerate import Accelerator
 
+from spo_kernels.extras import bilevel
 from spo_kernels.train.batches import IGNORE_INDEX, collate
 from spo_kernels.train.checkpoint import capture_rng
 from spo_kernels.train.encode import Example
@@ -111,13 +112,13 @@ def test_nothing_is_disturbed(tokenizer: Any, checkpointing: bool) -> None:
 def test_weights_come_back_after_an_error(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Policy(HeadlessModel(model))
     before = [p.detach().clone() for p in policy.parameters()]
-    step = InnerSteps._step
+    step = bilevel._descend
 
-    def failing(self: InnerSteps, *arguments: Any) -> None:
-        step(self, *arguments)
+    def failing(*arguments: Any) -> None:
+        step(*arguments)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(InnerSteps, "_step", failing)
+    monkeypatch.setattr(bilevel, "_descend", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         InnerSteps(1, 0.5, "mean").values(policy, make_batch(), Accelerator(), shared=True)
     assert all(torch.equal(p, b) for p, b in zip(policy.parameters(), before, strict=True))
