@@ -85,6 +85,12 @@ def test_odpo_offsets():
             odpo_offsets(*arguments)
 
 
+def test_a_batch_of_empty_responses_divides_by_one():
+    rows = [(0.0, 0.0, 0.0, 0.0, 0, 0)] * 2
+    for normalization in ("tokens", "mean"):
+        assert build_loss("sft", normalization=normalization)(pairs_of(rows)).tolist() == [0, 0]
+
+
 # ---- below and beside the pair
 
 
@@ -130,8 +136,8 @@ def test_nthr_by_hand():
 
     g is (½, -½) for label 0 and its opposite for label 1, so <g, g'> is ½ or -½, and a score is the sum over correct
     tokens of that times <h, h'>. The correct tokens' h are (1, 0), (0, 1) and (4, 0), all of label 0: a token of that
-    label has ½ <(5, 1), h>. τ is the smallest mean of a correct response, of 2.5 and ½ or of 10: 1.5. Of the wrong response's
-    2, 1 and, by its label, -5 the first is above, and counts η = 2 |½ - ⅔| times.
+    label has ½ <(5, 1), h>. τ is the smallest mean of a correct response, of 2.5 and ½ or of 10: 1.5. Of the wrong
+    response's 2, 1 and, by its label, -5 the first is above, and counts η = 2 |½ - ⅔| times.
     """
     none = [0.0, 0.0]
     hidden = [[[1, 0], [0, 1], none], [[4, 0], none, none], [[0.8, 0], [0.4, 0], [2, 0]]]
