@@ -85,6 +85,12 @@ def test_odpo_offsets():
             odpo_offsets(*arguments)
 
 
+def test_a_batch_of_empty_responses_divides_by_one():
+    rows = [(0.0, 0.0, 0.0, 0.0, 0, 0)] * 2
+    for normalization in ("tokens", "mean"):
+        assert build_loss("sft", normalization=normalization)(pairs_of(rows)).tolist() == [0, 0]
+
+
 # ---- below and beside the pair
 
 
