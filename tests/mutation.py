@@ -290,7 +290,7 @@ def judge(
 
 
 def survives_pytest(mutant: Mutant) -> bool:
-    """Whether the slow tests pass in a copy of the package that has the change."""
+    """Whether the slow tests pass in a copy of the package that has the change; those that hang do not."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("spo_kernels", "tests"):
             shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
@@ -300,7 +300,10 @@ def survives_pytest(mutant: Mutant) -> bool:
         file, *options = SLOW_TESTS
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/losses/{file}", *options]
         environment = os.environ | {"PYTHONPATH": folder}
-        return not subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode
+        try:
+            return not subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=600).returncode
+        except subprocess.TimeoutExpired:
+            return False
 
 
 def main() -> int:
