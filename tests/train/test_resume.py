@@ -127,32 +127,6 @@ def test_sigkill_half_way(tmp_path: Path, model_dir: Path, pairs_file: Path) -> 
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
 
 
-def test_kill_while_a_checkpoint_is_written(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The half-written folder has another name, so the one before it is the newest."""
-    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
-
-    def save(state: Any, path: Path) -> None:
-        path.write_bytes(b"half")
-        if "checkpoint-6" in str(path):
-            raise Interrupted
-
-    original = torch.save
-    monkeypatch.setattr(
-        checkpoint_module.torch,
-        "save",
-        lambda s, p: save(s, p) if "checkpoint-6" in str(p) else original(s, p),
-    )
-    with pytest.raises(Interrupted):
-        train(*OPTIONS)
-    monkeypatch.undo()
-    output = tmp_path / "out"
-    assert (output / ".checkpoint-6.tmp").exists()
-    assert newest_checkpoint(output, print).step == 4
-    assert train(*OPTIONS, "--resume") == 0
-    assert_same_weights(output, tmp_path / "whole")
-    assert not list(output.glob(".checkpoint*"))
-
-
 def test_resume_of_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:
     assert train(*OPTIONS) == 0
     weights, metrics = read_weights(tmp_path / "out"), read_metrics(tmp_path / "out")
@@ -280,10 +254,7 @@ def test_foreign_pickle_is_not_executed(
     """A state.pt whose checksum is right but that holds code is refused by the weights-only load."""
     interrupted(train, stop_after, 3)
     folder = tmp_path / "out" / "checkpoint-2"
-    torch.save({"optimizer": Malicious(tmp_path / "proof")}, folder / "state.pt")
-    manifest = json.loads((folder / "checkpoint.json").read_text())
-    manifest["files"]["state.pt"] = checkpoint_module._describe(folder / "state.pt")
-    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    forged(folder, {"optimizer": Malicious(tmp_path / "proof")})
     assert "state.pt: damaged checkpoint" in fails(*OPTIONS, "--resume")
     assert not (tmp_path / "proof").exists()
 
@@ -296,13 +267,177 @@ class Malicious:
         return (Path.touch, (Path(self.path),))
 
 
-def test_incomplete_folder_is_passed_over(tmp_path: Path) -> None:
+def test_incomplete_folder_is_renamed(tmp_path: Path) -> None:
     said: list[str] = []
     save_checkpoint(tmp_path, 3, {"w": torch.ones(2)}, {"a": 1}, {}, keep=0)
-    (tmp_path / "checkpoint-7").mkdir()
-    found = newest_checkpoint(tmp_path, said.append)
+    for _ in range(2):
+        (tmp_path / "checkpoint-7").mkdir()
+        found = newest_checkpoint(tmp_path, said.append)
     assert found is not None and found.step == 3 and torch.equal(found.weights()["w"], torch.ones(2))
-    assert "checkpoint-7 is incomplete" in said[0]
+    assert "checkpoint-7 is incomplete (no checkpoint.json) and is now called checkpoint-7.incomplete" in said[0]
+    assert said[1].endswith("checkpoint-7.incomplete-2")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "broken link"])
+def test_incomplete_checkpoint_is_not_in_the_way(train: Train, tmp_path: Path, stop_after: Any, kind: str) -> None:
+    """Neither of the step where the run will save next, nor of one that --keep-checkpoints counts."""
+    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
+    interrupted(train, stop_after, 5)
+    for step in (6, 100):
+        path = tmp_path / "out" / f"checkpoint-{step}"
+        if kind == "folder":
+            path.mkdir()
+            (path / "model.safetensors").write_bytes(b"half")
+        elif kind == "file":
+            path.write_text("")
+        else:
+            path.symlink_to(tmp_path / "none")
+    assert train(*OPTIONS, "--resume", "--keep-checkpoints", 2) == 0
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+    names = {p.name for p in (tmp_path / "out").glob("*checkpoint*")}
+    assert names == {"checkpoint-8", "checkpoint-9", "checkpoint-6.incomplete", "checkpoint-100.incomplete"}
+
+
+def test_incomplete_checkpoint_that_appears_later(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    save_checkpoint(tmp_path, 3, {"w": torch.ones(2)}, {}, {}, keep=1)
+    assert newest_checkpoint(tmp_path, print).step == 3
+    assert (tmp_path / "checkpoint-3.incomplete").exists()
+
+
+def forged(folder: Path, state: Any) -> None:
+    """Another state.pt with a checksum that is right."""
+    torch.save(state, folder / "state.pt")
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    manifest["files"]["state.pt"] = checkpoint_module._describe(folder / "state.pt")
+    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+
+
+STATES: dict[str, Any] = {
+    "a list": [1, 2],
+    "a number": 7,
+    "nothing in it": {},
+    "no processes": {"optimizer": {"state": {}, "param_groups": []}},
+    "tensor": torch.ones(3),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_state_of_another_structure(train: Train, tmp_path: Path, stop_after: Any, fails: Fails, name: str) -> None:
+    interrupted(train, stop_after, 3)
+    forged(tmp_path / "out" / "checkpoint-2", STATES[name])
+    assert "checkpoint-2/state.pt: damaged checkpoint (" in fails(*OPTIONS, "--resume")
+
+
+PARTS = {
+    "optimizer": lambda s: s["optimizer"].update(param_groups=[{}]),
+    "scheduler": lambda s: s.update(scheduler=[]),
+    "random state": lambda s: s["processes"][0]["rng"].update(torch=torch.ones(3)),
+    "window": lambda s: s["processes"][0].update(window={"sums": 3}),
+    "processes": lambda s: s.update(processes=[]),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_part_of_the_state_of_another_structure(
+    train: Train, tmp_path: Path, stop_after: Any, fails: Fails, name: str
+) -> None:
+    interrupted(train, stop_after, 3)
+    folder = tmp_path / "out" / "checkpoint-2"
+    state = torch.load(folder / "state.pt", weights_only=True)
+    PARTS[name](state)
+    forged(folder, state)
+    assert "checkpoint-2/state.pt: damaged checkpoint (" in fails(*OPTIONS, "--resume")
+
+
+ENTRY = {"bytes": 1, "sha256": "0"}
+MANIFESTS: dict[str, Any] = {
+    "a list": [1],
+    "null": None,
+    "files a list": {"files": [1, 2]},
+    "files a number": {"files": 3},
+    "no files": {"files": {}},
+    "other files": {"files": {"../../secret": ENTRY}},
+    "entries numbers": {"files": {"model.safetensors": 1, "state.pt": 2}},
+    "entries lists": {"files": {"model.safetensors": [], "state.pt": []}},
+    "entries empty": {"files": {"model.safetensors": {}, "state.pt": {}}},
+    "sizes text": {"files": {n: {"bytes": "x", "sha256": []} for n in ("model.safetensors", "state.pt")}},
+    "identity a list": {"identity": []},
+    "step text": {"step": "2"},
+    "format a list": {"format": [2]},
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifest_of_other_types(train: Train, tmp_path: Path, stop_after: Any, fails: Fails, name: str) -> None:
+    interrupted(train, stop_after, 3)
+    path = tmp_path / "out" / "checkpoint-2" / "checkpoint.json"
+    changed = MANIFESTS[name]
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed} if isinstance(changed, dict) else changed))
+    message = fails(*OPTIONS, "--resume")
+    assert "damaged checkpoint (" in message and "checkpoint-2" in message
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[" * 200_000, b"\0\0", b"", b'{"step": ' + b"9" * 5000 + b"}"])
+def test_manifest_that_is_no_json(train: Train, tmp_path: Path, stop_after: Any, fails: Fails, content: bytes) -> None:
+    interrupted(train, stop_after, 3)
+    (tmp_path / "out" / "checkpoint-2" / "checkpoint.json").write_bytes(content)
+    assert "checkpoint-2/checkpoint.json: damaged checkpoint (" in fails(*OPTIONS, "--resume")
+
+
+@pytest.mark.parametrize("value", ["many", [3], -1])
+def test_identity_of_other_types(train: Train, tmp_path: Path, stop_after: Any, fails: Fails, value: Any) -> None:
+    interrupted(train, stop_after, 3)
+    path = tmp_path / "out" / "checkpoint-2" / "checkpoint.json"
+    manifest = json.loads(path.read_text())
+    manifest["identity"]["max_steps"] = value
+    path.write_text(json.dumps(manifest))
+    assert f"--max-steps was {value!r} and is now" in fails(*OPTIONS, "--resume")
+
+
+LINES = {"not UTF-8": b'{"step": 1\xff}\n', "NUL": b"\0\0\0\n", "deep": b"[" * 200_000 + b"\n"}
+LINES |= {"long number": b'{"step": ' + b"9" * 5000 + b', "split": "train"}\n', "no step": b"{}\n"}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_bad_line_of_metrics_is_named(train: Train, tmp_path: Path, stop_after: Any, fails: Fails, name: str) -> None:
+    interrupted(train, stop_after, 5)
+    path = tmp_path / "out" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + LINES[name] + b'{"step": 9, "split": "train"}\n')
+    assert re.search(r"metrics\.jsonl:4: not a line of metrics: '.*remove the line", fails(*OPTIONS, "--resume"))
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 100, b'{"step": 7, "sp', b"\xff\xfe"])
+def test_cut_last_line_of_metrics(train: Train, tmp_path: Path, stop_after: Any, tail: bytes) -> None:
+    """As a kill or a power failure leaves it: those steps run again."""
+    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
+    interrupted(train, stop_after, 5)
+    path = tmp_path / "out" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + tail)
+    assert train(*OPTIONS, "--resume") == 0
+    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+
+
+def test_finished_run_goes_on(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a constant learning rate, to the same weights as a longer run."""
+    longer = ("--schedule", "constant", "--max-steps", 14)
+    assert train(*OPTIONS, *longer, output_dir=tmp_path / "whole") == 0
+    assert train(*OPTIONS, "--schedule", "constant") == 0
+    assert train(*OPTIONS, *longer, "--resume") == 0
+    assert "finished after 9 steps and goes on to 14" in capsys.readouterr().err
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert without_times(tmp_path / "out")[-1] == without_times(tmp_path / "whole")[-1]
+
+
+def test_finished_run_goes_on_for_epochs(train: Train, tmp_path: Path, fails: Fails) -> None:
+    epochs = ("--max-steps", 0, "--batch-size", 9, "--grad-accum", 1, "--save-steps", 3)
+    assert train(*OPTIONS, *epochs, "--epochs", 1) == 0
+    assert train(*OPTIONS, *epochs, "--epochs", 2, "--resume") == 0
+    lines = read_metrics(tmp_path / "out", "train")
+    assert lines[-1]["step"] == 8 and lines[-1]["epoch"] == 2
+    # The schedule over 8 steps, from its middle.
+    assert [line["lr"] for line in lines][-1] == 0 and lines[-2]["lr"] == pytest.approx(1e-2 * 2 / 8)
+    assert "--epochs was 2.0 and is now 1.0" in fails(*OPTIONS, "--resume", *epochs, "--epochs", 1, "--max-steps", 0)
 
 
 def test_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
