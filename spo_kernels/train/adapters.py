@@ -31,18 +31,20 @@ def base_of_adapter(name: str) -> str | None:
 def load_adapter(base: nn.Module, name: str, trained: bool) -> Any:
     """The base with the adapter on it, which is what is trained."""
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise TrainError(f"{name} is a PEFT adapter, which needs the package peft: pip install peft") from error
+    folder = str(Path(name).expanduser())
     try:
-        model = PeftModel.from_pretrained(base, str(Path(name).expanduser()), is_trainable=trained)
+        settings = PeftConfig.from_pretrained(folder)
+        if settings.is_prompt_learning:
+            raise TrainError(f"{name}: a {settings.peft_type} adapter changes the input, which is not supported")
+        model = PeftModel.from_pretrained(base, folder, is_trainable=trained)
+    except TrainError:
+        raise
     # Missing or damaged weights, or those of another base.
     except Exception as error:
         raise TrainError(f"adapter {name!r} can't be loaded ({type(error).__name__}): {error}") from error
-    if model.active_peft_config.is_prompt_learning:
-        raise TrainError(
-            f"{name}: a {model.active_peft_config.peft_type.value} adapter changes the input; merge it first"
-        )
     check_tied(model, name)
     return model
 

@@ -23,12 +23,12 @@ def switch_off(model: nn.Module) -> None:
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         for name, value in _numbers(module):
-            setattr(module, name, 0.0 * value)
+            setattr(module, name, 0 * value)
     put_back: list[tuple[Any, str, float]] = []
     for config in _configurations(model.config):
         for name, value in _numbers(config):
             put_back.append((config, name, value))
-            setattr(config, name, 0.0 * value)
+            setattr(config, name, 0 * value)
     model._spo_dropout = put_back  # type: ignore[assignment]
 
 
@@ -42,15 +42,15 @@ def saved_configuration(model: Any) -> Iterator[None]:
         yield
     finally:
         for config, name, value in put_back:
-            setattr(config, name, 0.0 * value)
+            setattr(config, name, 0 * value)
 
 
 def _numbers(holder: Any) -> list[tuple[str, float]]:
-    """Attributes that are called dropout or the like and hold a probability above 0."""
+    """Attributes that are called dropout or the like and hold a probability above 0; MPT has whole ones."""
     return [
         (name, value)
         for name, value in vars(holder).items()
-        if isinstance(value, float) and value > 0 and any(word in name for word in _WORDS)
+        if isinstance(value, int | float) and 0 < value <= 1 and any(word in name for word in _WORDS)
     ]
 
 

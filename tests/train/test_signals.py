@@ -51,7 +51,7 @@ def test_signal_finishes_the_step_and_saves(
     train: Train,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     name: str,
     save_steps: int,
 ) -> None:
@@ -60,7 +60,7 @@ def test_signal_finishes_the_step_and_saves(
     # Into a step between those that are logged and saved.
     signal_in(monkeypatch, "_optimizer_step", 4, name)
     assert train(*options) == SIGNALS[name]
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
     assert f"spo-train: {name}: finishing the step and saving; a second signal leaves at once" in error
     assert f"{name}: stopped after step 5 of 9, which is saved; the same command with --resume goes on" in error
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -192,28 +192,36 @@ def finish(folder: Path, whole: Path, options: tuple[Any, ...]) -> None:
     assert {p.name for p in folder.glob(".*")} == {".lock"}
 
 
+def interrupt(folder: Path, how: str, draw: random.Random, *options: Any) -> None:
+    """Start or resume a run, and end it during a save, or by a signal at a random moment after the first step."""
+    before = len(read_metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
+    if how == "save":
+        step = 5 * draw.randrange(1, 13)
+        process = start(step, *options, "--output-dir", folder, program=("-c", WATCHED))
+        assert process.wait(200) == -signal.SIGKILL
+        assert list(folder.glob(f".checkpoint-{step}.*.tmp"))
+        return
+    process = start(*options, "--output-dir", folder)
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0, 3.0 if before else 1.0))
+    process.send_signal(getattr(signal, how))
+    # 0: it had finished; -15: before the first line of ours ran.
+    assert process.wait(100) in (0, -getattr(signal, how), SIGNALS.get(how)), process.stderr.read()
+
+
 def test_kills_and_signals(tmp_path: Path, options: tuple[Any, ...]) -> None:
-    """SIGKILL during a save, SIGKILL and SIGTERM at random moments after the first step."""
+    """One run that is killed in a save, ended by SIGTERM and, in the thorough form, by SIGKILL at random moments."""
     process = start(*options, "--output-dir", tmp_path / "whole")
     assert process.wait(200) == 0
     seed = random.SystemRandom().randrange(10**6)
-    draw = random.Random(seed)
-    for kill in range(KILLS):
-        step = 5 * draw.randrange(1, 13)
-        process = start(step, *options, "--output-dir", tmp_path / f"save-{kill}", program=("-c", WATCHED))
-        assert process.wait(200) == -signal.SIGKILL
-        assert list((tmp_path / f"save-{kill}").glob(f".checkpoint-{step}.*.tmp"))
-        finish(tmp_path / f"save-{kill}", tmp_path / "whole", options)
-        for name, code in (("SIGKILL", -9), ("SIGTERM", 143)):
-            folder = tmp_path / f"{name}-{kill}"
-            process = start(*options, "--output-dir", folder)
-            while not (folder / "metrics.jsonl").exists():
-                assert process.poll() is None
-                time.sleep(0.001)
-            time.sleep(draw.uniform(0, 2.0))
-            process.send_signal(getattr(signal, name))
-            assert process.wait(100) in (code, 0), f"seed {seed}: {process.stderr.read()}"
-            finish(folder, tmp_path / "whole", options)
+    print(f"seed {seed}")
+    for number in range(KILLS):
+        folder, draw = tmp_path / str(number), random.Random(seed + number)
+        interrupt(folder, "save", draw, *options)
+        for how in ("SIGTERM", "SIGKILL")[: min(KILLS, 2)]:
+            interrupt(folder, how, draw, *options, "--resume")
+        finish(folder, tmp_path / "whole", options)
 
 
 def test_leftovers_of_kills_are_removed(train: Train, tmp_path: Path) -> None:
