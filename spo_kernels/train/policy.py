@@ -127,7 +127,7 @@ class Policy(nn.Module):
         rows = len(labels) // 2
         weights = pair_token_weights(labels, self._ld_alpha)
         # without the padding that only rejected responses need
-        length = int((labels[:rows] != IGNORE_INDEX).any(0).nonzero().max()) + 1
+        length = max((labels[:rows] != IGNORE_INDEX).any(0).nonzero().flatten().tolist(), default=0) + 1
         input_ids, labels = input_ids[:rows, :length], labels[:rows, :length]
         return sequence_logps(
             self.headless.hidden(input_ids),
