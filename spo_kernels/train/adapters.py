@@ -16,7 +16,11 @@ def base_of_adapter(name: str) -> str | None:
     from transformers.utils import find_adapter_config_file
 
     folder = Path(name).expanduser()
-    path = find_adapter_config_file(str(folder) if folder.is_dir() else name)
+    try:
+        path = find_adapter_config_file(str(folder) if folder.is_dir() else name)
+    # No such name, no network: loading it as a model will say so.
+    except Exception:
+        return None
     if path is None:
         return None
     try:

@@ -50,11 +50,14 @@ def whole(path: Path, folder: bool = False, after: str = "") -> Iterator[Path]:
 
 @contextmanager
 def whole_files(folder: Path, name: str) -> Iterator[Path]:
-    """A folder to write files in; at the end all are flushed and then move into `folder`, over what is there."""
+    """A folder to write in; at the end all in it is flushed and then moves into `folder`, over what is there."""
     with _staged(folder / name, True, "") as temporary:
         yield temporary
         _flush_all(temporary)
         for file in sorted(temporary.iterdir()):
+            # A folder, such as a tokenizer's additional_chat_templates, replaces only an empty one.
+            if (folder / file.name).is_dir():
+                remove(folder / file.name)
             os.replace(file, folder / file.name)
         _flush(folder)
 

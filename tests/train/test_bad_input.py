@@ -245,6 +245,10 @@ def test_unknown_model(fails: Fails) -> None:
     assert "tokenizer of 'nobody/no-such-model' can't be loaded" in fails(model="nobody/no-such-model")
 
 
+def test_unknown_reference_model(fails: Fails) -> None:
+    assert "model 'nobody/no-such-model' can't be loaded" in fails("--ref-model", "nobody/no-such-model")
+
+
 def test_damaged_model(fails: Fails, tmp_path: Path, model_dir: Path) -> None:
     model = Path(shutil.copytree(model_dir, tmp_path / "model"))
     (model / "model.safetensors").write_bytes(b"half a file")

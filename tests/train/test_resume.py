@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,16 @@ from spo_kernels.train.checkpoint import capture_rng, newest_checkpoint, restore
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.loop import Trainer
 
-from .conftest import ENVIRONMENT, Fails, Train, assert_same_weights, read_metrics, read_weights
+from .conftest import (
+    CHAT_TEMPLATE,
+    ENVIRONMENT,
+    Fails,
+    Train,
+    assert_same_weights,
+    build_tokenizer,
+    read_metrics,
+    read_weights,
+)
 
 TIMES = {"tokens_per_second", "peak_memory_mib"}
 OPTIONS = (
@@ -183,8 +193,6 @@ def test_changed_data_and_model_are_noticed(
     pairs_file: Path,
     fails: Fails,
 ) -> None:
-    import shutil
-
     import transformers as tf
 
     data, model = Path(shutil.copy(pairs_file, tmp_path / "d.jsonl")), tmp_path / "m"
@@ -427,6 +435,20 @@ def test_finished_run_goes_on(train: Train, tmp_path: Path, capsys: pytest.Captu
     assert "finished after 9 steps and goes on to 14" in capsys.readouterr().err
     assert_same_weights(tmp_path / "out", tmp_path / "whole")
     assert without_times(tmp_path / "out")[-1] == without_times(tmp_path / "whole")[-1]
+
+
+def test_tokenizer_with_a_folder_is_saved_again(train: Train, tmp_path: Path, model_dir: Path) -> None:
+    """Several chat templates are a folder, which a rename does not replace."""
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tools": CHAT_TEMPLATE}
+    tokenizer.save_pretrained(model)
+    assert train(*OPTIONS, model=model) == 0
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").exists()
+    assert train(*OPTIONS, "--resume", model=model) == 0
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").exists()
+    assert not list((tmp_path / "out").glob(".*.old"))
 
 
 def test_finished_run_goes_on_for_epochs(train: Train, tmp_path: Path, fails: Fails) -> None:

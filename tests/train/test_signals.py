@@ -145,11 +145,15 @@ def test_second_signal_leaves_at_once(tmp_path: Path, model_dir: Path, pairs_fil
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-@pytest.mark.parametrize("seconds", [0.5, 1.5, 3.0])
-def test_signal_in_the_first_seconds(tmp_path: Path, name: str, seconds: float) -> None:
+@pytest.mark.parametrize("program", ["-m spo_kernels.train", "spo-train"])
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
+def test_signal_in_the_first_seconds(tmp_path: Path, name: str, seconds: float, program: str) -> None:
     """During the imports. Python itself needs some 0.05 s before it runs the first line of ours."""
     options = ("--model", "m", "--dataset", "d", "--output-dir", tmp_path / "out")
-    process = start(*options)
+    # What pip installs as the command.
+    script = tmp_path / "spo-train"
+    script.write_text("import sys\nfrom spo_kernels.train.cli import main\nsys.exit(main())\n")
+    process = start(*options, program=(str(script),) if program == "spo-train" else tuple(program.split()))
     time.sleep(seconds)
     process.send_signal(getattr(signal, name))
     _, error = process.communicate(timeout=100)
@@ -222,6 +226,18 @@ def test_kills_and_signals(tmp_path: Path, options: tuple[Any, ...]) -> None:
         for how in ("SIGTERM", "SIGKILL")[: min(KILLS, 2)]:
             interrupt(folder, how, draw, *options, "--resume")
         finish(folder, tmp_path / "whole", options)
+
+
+def test_other_programs_keep_their_signals() -> None:
+    """An import of the package, also of its trainer, changes nothing."""
+    code = (
+        "import signal, spo_kernels.train.cli; "
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler; "
+        "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL"
+    )
+    process = start(program=("-c", code))
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 0, error
 
 
 def test_leftovers_of_kills_are_removed(train: Train, tmp_path: Path) -> None:
