@@ -246,6 +246,11 @@ class Trainer:
         with reading(checkpoint) as state:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
+            # A finished run's rate was the last of a shorter schedule; any other's is the same bits again.
+            for group, rate, factor in zip(
+                self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = rate * factor(checkpoint.step)
             own = state["processes"][self.accelerator.process_index]
             self.window.load_state_dict(own["window"], self.accelerator.device)
             policy.load_objective_state(own["objective"])

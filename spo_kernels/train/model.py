@@ -102,7 +102,11 @@ def _load(name: str, config: TrainConfig, frozen: bool, device: torch.device) ->
             raise TrainError(f"{name}: an encoder-decoder model ({settings.model_type}); only decoders can be trained")
         quantised = getattr(settings, "quantization_config", None)
         if quantised is not None and not frozen:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+            method = (
+                quantised.get("quant_method", "bitsandbytes")
+                if isinstance(quantised, dict)
+                else type(quantised).__name__
+            )
             raise TrainError(
                 f"{name} is quantised ({method}): such weights can't be trained; --lora-r 16 trains adapters on them"
             )

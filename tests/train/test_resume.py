@@ -437,6 +437,14 @@ def test_finished_run_goes_on(train: Train, tmp_path: Path, capsys: pytest.Captu
     assert without_times(tmp_path / "out")[-1] == without_times(tmp_path / "whole")[-1]
 
 
+def test_first_step_of_a_run_that_goes_on_learns(train: Train, tmp_path: Path) -> None:
+    """With the rate of the longer schedule, not with the 0 that the shorter one ended with."""
+    assert train(*OPTIONS) == 0
+    before = {n: t.clone() for n, t in read_weights(tmp_path / "out").items()}
+    assert train(*OPTIONS, "--max-steps", 10, "--resume") == 0
+    assert any(not torch.equal(before[n], t) for n, t in read_weights(tmp_path / "out").items())
+
+
 def test_tokenizer_with_a_folder_is_saved_again(train: Train, tmp_path: Path, model_dir: Path) -> None:
     """Several chat templates are a folder, which a rename does not replace."""
     model = tmp_path / "model"
