@@ -1,5 +1,6 @@
 """Fused LM-head log-probabilities and preference losses for PyTorch; no full-vocabulary logits."""
 
+from spo_kernels import startup  # noqa: F401 before the slow imports
 from spo_kernels._version import __version__
 from spo_kernels.backends.registry import BackendStatus, backend_info
 from spo_kernels.head import LMHead

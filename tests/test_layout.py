@@ -14,7 +14,7 @@ FOLDERS = (PACKAGE, "arithmetic", *LEAVES, "tests")
 # From the bottom to the top; a name stands for the module or for everything in the package. What is not listed stands
 # at the top: the command line.
 LAYERS = {
-    "backends": ("_version", "backends"),
+    "backends": ("_version", "startup", "backends"),
     "values": ("head", "sparsity"),
     "engine": ("engine",),
     "losses": ("losses",),
@@ -22,7 +22,7 @@ LAYERS = {
     "public functions": ("logprob", "loss", "kl", "sequences", "testing", "__init__"),
     "extras": ("extras",),
     "integrations": ("integrations",),
-    "train": ("train", "__main__"),
+    "train": ("train", "commands", "__main__"),
 }
 ORDER = list(LAYERS)
 # Beyond the order: what may not be imported though it lies below or beside.

@@ -39,7 +39,7 @@ def bilevel_value(
             return -logps / batch["chosen_lengths"]
 
         value = bilevel_value(model, nll, batch, learning_rate=1e-3)
-        loss, metrics = fused_spo_loss(..., loss=SPO(penalty="hinge", value="input"), spo_value=value)
+        loss, metrics = fused_spo_loss(..., loss=SPO(penalty="hinge", value="input"), pair_inputs={"spo_value": value})
 
     Afterwards weights, `.grad`, the modes of modules and the random state are what they were, bit for bit, also after
     an exception. Dropout is off meanwhile: the value is a function of the weights. A step costs a forward and a

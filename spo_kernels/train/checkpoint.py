@@ -1,7 +1,7 @@
 """Checkpoints that are either complete or absent, and resume bit for bit.
 
-A checkpoint is written into a hidden temporary folder, flushed to disk and renamed: a kill at any moment
-leaves the earlier ones intact. checkpoint.json lists size and SHA-256 of the other files. Nothing is
+A checkpoint is written beside its place, flushed to disk and renamed: a kill at any moment leaves the earlier ones
+intact. checkpoint.json lists size and SHA-256 of the other files. Nothing is
 unpickled: tensors are safetensors, the rest is read with `torch.load(weights_only=True)`.
 """
 
@@ -12,8 +12,8 @@ import json
 import os
 import random
 import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spo_kernels.train.errors import TrainError
+from spo_kernels.train.files import remove, set_aside, whole
 
 FORMAT = 2
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "checkpoint.json"
 # Key of the identity that may change, with a warning: versions and threads decide the order of sums.
 SOFTWARE = "software"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 
 
 @dataclass(frozen=True)
@@ -63,40 +64,32 @@ def save_checkpoint(
     identity: dict[str, Any],
     keep: int,
 ) -> None:
-    """Write OUTPUT/checkpoint-STEP as a whole, then remove all but the newest `keep` (0: none)."""
+    """Write OUTPUT/checkpoint-STEP as a whole, then remove all but the newest `keep` whole ones (0: none)."""
     final = output / f"checkpoint-{step}"
-    temporary = output / f".{final.name}.tmp"
-    if final.exists():
+    if (final / MANIFEST).exists():
         raise TrainError(f"{final} exists already and is not overwritten")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    if os.path.lexists(final):
+        set_aside(final)
+    with whole(final, folder=True, after="; earlier checkpoints are intact") as temporary:
         save_file(weights, temporary / WEIGHTS)
         torch.save(state, temporary / STATE)
         files = {name: _describe(temporary / name) for name in (WEIGHTS, STATE)}
         manifest = {"format": FORMAT, "step": step, "files": files, "identity": identity}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        for name in (WEIGHTS, STATE, MANIFEST):
-            _flush(temporary / name)
-        _flush(temporary)
-        temporary.rename(final)
-        _flush(output)
-    # torch.save reports a full disk as RuntimeError.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainError(f"{final}: can't be written ({error}); earlier checkpoints are intact") from error
     if keep:
-        for _, old in sorted(_numbered(output))[:-keep]:
-            _remove(old)
+        for _, old in sorted(n for n in _numbered(output) if (n[1] / MANIFEST).exists())[:-keep]:
+            remove(old)
 
 
 def newest_checkpoint(output: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest complete checkpoint, verified; a damaged one is an error, never skipped silently."""
+    """The newest complete checkpoint, verified; a damaged one is an error, never skipped silently.
+
+    Incomplete ones, which a copy that was cut off leaves, are renamed.
+    """
     for step, path in sorted(_numbered(output), reverse=True):
-        if not (path / MANIFEST).exists():
-            warn(f"{path} is incomplete (no {MANIFEST}) and is passed over")
-            continue
-        return _verify(path, step)
+        if (path / MANIFEST).exists():
+            return _verify(path, step)
+        warn(f"{path} is incomplete (no {MANIFEST}) and is now called {set_aside(path).name}")
     return None
 
 
@@ -158,23 +151,39 @@ def check_identity(
 
 def _verify(path: Path, step: int) -> Checkpoint:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_bytes())
         files, identity = manifest["files"], manifest["identity"]
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path / MANIFEST, str(error)) from error
-    if version != FORMAT or manifest.get("step") != step:
-        raise _damaged(path / MANIFEST, f"format {version!r}, step {manifest.get('step')!r}")
-    for name, expected in files.items():
+        version, found_step = manifest["format"], manifest["step"]
+        if not isinstance(identity, dict) or files.keys() != {WEIGHTS, STATE}:
+            raise ValueError(f"expected the files {WEIGHTS} and {STATE} and an identity, got {str(files)[:80]}")
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    # RecursionError: thousands of brackets.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path / MANIFEST, f"{type(error).__name__}: {error}") from error
+    if version != FORMAT or found_step != step:
+        raise _damaged(path / MANIFEST, f"format {version!r}, step {found_step!r}")
+    for name, (size, checksum) in expected.items():
         try:
             found = _describe(path / name)
         except OSError as error:
             raise _damaged(path / name, error.strerror or str(error)) from error
-        if found["bytes"] != expected["bytes"]:
-            raise _damaged(path / name, f"{found['bytes']} bytes instead of {expected['bytes']}")
-        if found != expected:
+        if found["bytes"] != size:
+            raise _damaged(path / name, f"{found['bytes']} bytes instead of {size}")
+        if found["sha256"] != checksum:
             raise _damaged(path / name, "its checksum differs")
     return Checkpoint(path, step, identity)
+
+
+@contextmanager
+def reading(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """Its state; whatever goes wrong with what is in it is a damaged checkpoint."""
+    try:
+        yield checkpoint.state()
+    except TrainError:
+        raise
+    # A structure of other keys, types or lengths raises many types, in torch too.
+    except Exception as error:
+        raise _damaged(checkpoint.path / STATE, f"{type(error).__name__}: {error}") from error
 
 
 def _damaged(file: Path, reason: str) -> TrainError:
@@ -184,7 +193,7 @@ def _damaged(file: Path, reason: str) -> TrainError:
 def _numbered(output: Path) -> list[tuple[int, Path]]:
     if not output.is_dir():
         return []
-    return [(int(m[1]), p) for p in output.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [(int(m[1]), p) for p in output.iterdir() if (m := _NAME.fullmatch(p.name))]
 
 
 def _describe(file: Path) -> dict[str, Any]:
@@ -193,20 +202,3 @@ def _describe(file: Path) -> dict[str, Any]:
         while block := stream.read(1 << 22):
             digest.update(block)
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    """Rename first: a kill in the middle never leaves half a checkpoint under a complete one's name."""
-    doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

@@ -1,6 +1,4 @@
-"""The command line: TrainConfig's fields as options, other commands by their name, and errors as one line with exit
-status 2.
-"""
+"""The command line: TrainConfig's fields as options, and errors as one line with exit status 2."""
 
 from __future__ import annotations
 
@@ -8,66 +6,62 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
-from importlib import import_module
+from difflib import get_close_matches
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
+from spo_kernels.train.signals import Stopped, StopSignals
 
 PROGRAM = "spo-train"
-
-
-# Modules of commands other than training: each has add_arguments(parser) and run(arguments).
-COMMANDS = {
-    "extrapolate": "go on from one round's weights in the direction of the next one's (APO, arXiv 2410.06293)",
-    "rso": "preference pairs from scored candidates by rejection sampling (RSO, arXiv 2309.06657)",
-    "plot": "draw metrics.jsonl",
+# What other trainers call our options.
+ELSEWHERE = {
+    "--lr": "--learning-rate",
+    "--loss-type": "--loss",
+    "--model-name-or-path": "--model",
+    "--model-id": "--model",
+    "--dataset-name": "--dataset",
+    "--train-file": "--dataset",
+    "--output": "--output-dir",
+    "--per-device-train-batch-size": "--batch-size",
+    "--micro-batch-size": "--batch-size",
+    "--gradient-accumulation-steps": "--grad-accum",
+    "--num-train-epochs": "--epochs",
+    "--max-seq-length": "--max-length",
+    "--lr-scheduler-type": "--schedule",
+    "--torch-dtype": "--dtype",
+    "--use-peft": "--lora-r",
+    "--lora-target-modules": "--lora-targets",
+    "--resume-from-checkpoint": "--resume",
+    "--save-total-limit": "--keep-checkpoints",
+    "--use-flash-attention": "--attn-implementation",
 }
+# Commands that stood here before they had names of their own.
+MOVED = ("plot", "rso", "extrapolate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, or 2 for an error that the user can put right."""
+    """Run the command line; the exit status is 0, 2 for an error that the user can put right, or 128 + a signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else None
     try:
-        if command is None:
-            _train(arguments)
-        else:
-            _run_command(command, arguments)
+        with StopSignals() as stop:
+            options: dict[str, Any] = vars(build_parser().parse_args(arguments))
+            options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+            config = TrainConfig(**options).check()
+            _runner()(config, stop)
     except TrainError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        goes_on = "; --resume goes on from the newest checkpoint" if command is None else ""
-        print(f"{PROGRAM}: interrupted{goes_on}", file=sys.stderr)
-        return 130
+    except Stopped as stopped:
+        # Empty in all processes but one.
+        if str(stopped):
+            print(f"{PROGRAM}: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     return 0
 
 
-def _train(arguments: list[str]) -> None:
-    options: dict[str, Any] = vars(build_parser().parse_args(arguments))
-    options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
-    config = TrainConfig(**options).check()
-    _runner()(config)
-
-
-def _run_command(command: str, arguments: list[str]) -> None:
-    try:
-        module = import_module(f"spo_kernels.train.{command}")
-    except ModuleNotFoundError as error:
-        raise TrainError(f"{error}; {PROGRAM} needs more packages: pip install 'spo_kernels[train]'") from error
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} {command}",
-        allow_abbrev=False,
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
-    module.run(parser.parse_args(arguments))
-
-
-def _runner() -> Callable[[TrainConfig], None]:
+def _runner() -> Callable[[TrainConfig, StopSignals], None]:
     """Import what trains: it takes seconds, so only once the options are known to be good."""
     try:
         from spo_kernels.train.run import run
@@ -76,22 +70,38 @@ def _runner() -> Callable[[TrainConfig], None]:
     return run
 
 
-class _Formatter(argparse.HelpFormatter):
-    """Wraps texts but the list of commands."""
+class _Parser(argparse.ArgumentParser):
+    """Names the option that was perhaps meant."""
 
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text if "\n" in text else super()._fill_text(text, width, indent)
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """First the unknown options: a misspelt required one is not also missing."""
+        args = sys.argv[1:] if args is None else args
+        known = self._option_string_actions
+        flags = [a.partition("=")[0] for a in args if a.startswith("--") and a != "--"]
+        unknown = [_meant(flag, list(known)) for flag in flags if flag not in known]
+        if unknown:
+            self.error(f"unrecognized arguments: {', '.join(unknown)}")
+        if args and args[0] in MOVED:
+            self.error(f"spo-train {args[0]} is now the command spo-{args[0]}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: error: {message} (--help lists all options)\n")
+
+
+def _meant(flag: str, known: list[str]) -> str:
+    dashed = flag.replace("_", "-").lower()
+    close = [ELSEWHERE[dashed]] if dashed in ELSEWHERE else get_close_matches(dashed, known, n=1)
+    return f"{flag} (did you mean {close[0]}?)" if close else flag
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM,
         allow_abbrev=False,
         description="Fine-tune a causal language model on examples (sft) or preference pairs, "
         "without ever materialising its logits.",
-        epilog="other commands, each with its own --help:\n"
-        + "".join(f"  {PROGRAM} {name:13}{text}\n" for name, text in COMMANDS.items()),
-        formatter_class=_Formatter,
+        epilog="Other commands, each with its own --help: spo-plot, spo-rso, spo-extrapolate.",
     )
     hints = get_type_hints(TrainConfig)
     groups: dict[str, argparse._ArgumentGroup] = {}

@@ -38,7 +38,7 @@ def option(default: Any, help: str, group: str, choices: tuple[str, ...] = ()) -
 class TrainConfig:
     """Settings of one run; field `grad_accum` is option `--grad-accum`."""
 
-    model: str = option(MISSING, "model to train: hub id or local folder", "model")
+    model: str = option(MISSING, "model, or PEFT adapter, to train: hub id or local folder", "model")
     dataset: str = option(MISSING, "training data: hub id, or a .jsonl, .json or .parquet file", "data")
     output_dir: str = option(MISSING, "folder for the model, metrics.jsonl and checkpoints", "output")
 
@@ -53,6 +53,19 @@ class TrainConfig:
         "all-linear", "modules that get adapters, comma separated (all-linear: all but the head)", "model"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward to save memory", "model")
+    dropout: bool = option(
+        False, "keep the dropout that the model's configuration has; --lora-dropout is apart", "model"
+    )
+    dtype: str | None = option(
+        None,
+        "of the weights; float16 only for the frozen base of adapters (default: float32; with --bf16, bfloat16 for "
+        "the frozen base of adapters)",
+        "model",
+        ("float32", "bfloat16", "float16"),
+    )
+    attn_implementation: str | None = option(
+        None, "attention of transformers, such as sdpa, eager, flash_attention_2 (default: the model's)", "model"
+    )
     bf16: bool = option(False, "compute in bfloat16; trained weights stay float32", "model")
 
     stage: str = option(
@@ -161,7 +174,9 @@ class TrainConfig:
         None, "probability mass per token that --sparsity may leave out or sample (default: 2^-8)", "kernels"
     )
 
-    save_steps: int = option(500, "optimizer steps between checkpoints; 0: none, so no --resume", "output")
+    save_steps: int = option(
+        500, "optimizer steps between checkpoints; 0: only one, when a signal ends the run", "output"
+    )
     keep_checkpoints: int = option(2, "newest checkpoints to keep; 0: all", "output")
     resume: bool = option(False, "go on from the newest complete checkpoint in OUTPUT_DIR", "output")
     diagnostics: bool = option(
@@ -179,7 +194,7 @@ class TrainConfig:
         _check_numbers(self)
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value not in (*choices, f.default):
                 raise TrainError(f"--{_dashes(f.name)} must be one of {', '.join(choices)}, got {value!r}")
         if self.eval_dataset is not None and self.eval_fraction > 0:
             raise TrainError("--eval-dataset and --eval-fraction exclude each other: give one of them")
@@ -188,8 +203,6 @@ class TrainConfig:
                 f"--max-prompt-length {self.max_prompt_length} leaves no room for a response "
                 f"within --max-length {self.max_length}"
             )
-        if self.resume and self.save_steps == 0:
-            raise TrainError("--resume needs checkpoints, and --save-steps 0 writes none")
         if self.stage == "sft" and self.ref_model is not None:
             raise TrainError("--ref-model is for --stage preference: sft has no reference")
         if (self.spo_inner_steps > 0) != (self.spo_inner_lr is not None):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import gather_object
@@ -18,6 +18,7 @@ from spo_kernels.train.batches import collate, micro_batches, step_indices
 from spo_kernels.train.checkpoint import (
     Checkpoint,
     capture_rng,
+    reading,
     restore_rng,
     restore_weights,
     save_checkpoint,
@@ -28,6 +29,7 @@ from spo_kernels.train.encode import Example
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.metrics import MetricsLog, Window, peak_memory_mib
+from spo_kernels.train.signals import BEFORE_THE_FIRST_STEP, Stopped, StopSignals
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Trainer:
     identity: dict[str, Any]
     max_steps: int
     inner: InnerSteps | None = None
+    stop: StopSignals = field(default_factory=StopSignals)
+    warn: Callable[[str], None] = print
     step: int = 0
     window: Window = field(default_factory=Window)
 
@@ -85,13 +89,13 @@ class Trainer:
         return self.config.batch_size * self.config.grad_accum * self.accelerator.num_processes
 
     def run(self, checkpoint: Checkpoint | None) -> None:
-        """Train from the start or from a checkpoint up to max_steps."""
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        log = MetricsLog(self.output, -1 if checkpoint is None else self.step) if self._is_main else None
-        if self.step == 0:
-            self._evaluate(log)
-        config, started, grad_norm = self.config, time.perf_counter(), None
+        """Train from the start or from a checkpoint up to max_steps; a signal raises Stopped after the step."""
+        due = self.step == 0 if checkpoint is None else self._restore(checkpoint)
+        self.stop.finish_first = True
+        log = MetricsLog(self.output, self.warn, -1 if checkpoint is None else self.step) if self._is_main else None
+        if due and not self._evaluate(log):
+            self._leave()
+        config, started = self.config, time.perf_counter()
         with self._progress() as bar:
             while self.step < self.max_steps:
                 grad_norm = self._optimizer_step()
@@ -102,11 +106,21 @@ class Trainer:
                     self._log(log, bar, time.perf_counter() - started, grad_norm)
                     started = time.perf_counter()
                 paused = time.perf_counter()
-                if last or (config.eval_steps and self.step % config.eval_steps == 0):
-                    self._evaluate(log)
-                if config.save_steps and (last or self.step % config.save_steps == 0):
-                    self._save()
+                due = last or bool(config.eval_steps and self.step % config.eval_steps == 0)
+                if due:
+                    due = not self._evaluate(log)
+                stopped = self.stop.agreed(self.accelerator)
+                if stopped or (config.save_steps and (last or self.step % config.save_steps == 0)):
+                    self._save(due)
+                if stopped and (due or not last):
+                    self._leave()
                 started += time.perf_counter() - paused
+
+    def _leave(self) -> NoReturn:
+        number = self.stop.agreed(self.accelerator) or 0
+        state = f"stopped after step {self.step} of {self.max_steps}, which is saved"
+        state = f"{state}; the same command with --resume goes on" if self.step else BEFORE_THE_FIRST_STEP
+        raise Stopped(number, state if self._is_main else "")
 
     def _optimizer_step(self) -> Tensor | float | None:
         config, accelerator = self.config, self.accelerator
@@ -135,10 +149,10 @@ class Trainer:
         return grad_norm
 
     @torch.no_grad()
-    def _evaluate(self, log: MetricsLog | None) -> None:
-        """Every held-out record once; the window of the training metrics is not touched."""
+    def _evaluate(self, log: MetricsLog | None) -> bool:
+        """Every held-out record once; the window of the training metrics is not touched. False: a signal came first."""
         if self.evaluation is None:
-            return
+            return True
         accelerator, window = self.accelerator, Window()
         # Not the wrapped module: processes may have different numbers of batches.
         policy = accelerator.unwrap_model(self.policy)
@@ -148,16 +162,21 @@ class Trainer:
         batches = micro_batches(everything, rank, world, self.config.batch_size)
         # A process without a record of its own evaluates one for the names of the metrics.
         for batch in batches or [everything[:1]]:
+            if self.stop.received:
+                break
             arguments = self._batch(self.evaluation, batch, training=False)
             with accelerator.autocast():
                 _, sums, pair_logps = policy(**arguments)
             window.add(sums if batches else {name: torch.zeros_like(value) for name, value in sums.items()})
             if batches:
                 self._add_pairs(window, self.evaluation, batch, pair_logps)
+        if self.stop.agreed(accelerator):
+            return False
         window.count(self.evaluation.units(everything, per_token=self.config.stage == "sft"), 0)
         means = window.means(accelerator) | window.diagnostics()
         if log is not None:
             log.write({"step": self.step, "split": "eval", **means})
+        return True
 
     def _batch(self, split: Split, indices: list[int], training: bool) -> dict[str, Any]:
         """Keyword arguments of Policy.forward, the lower level's values included where the run has inner steps."""
@@ -201,7 +220,7 @@ class Trainer:
                 "before that; a lower --learning-rate or a longer --warmup-steps may help"
             )
 
-    def _save(self) -> None:
+    def _save(self, evaluation_due: bool) -> None:
         window = self.window.state_dict()
         if self.window.sums:
             self._check_finite(self.window.means(self.accelerator)["loss"])
@@ -212,23 +231,31 @@ class Trainer:
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
+                "evaluation due": evaluation_due,
                 "processes": each,
             }
             keep = self.config.keep_checkpoints
             save_checkpoint(self.output, self.step, trained_weights(model), state, self.identity, keep)
         self.accelerator.wait_for_everyone()
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state()
+    def _restore(self, checkpoint: Checkpoint) -> bool:
+        """Whether the evaluation of the checkpoint's step is still to be done."""
         policy = self.accelerator.unwrap_model(self.policy)
         restore_weights(policy.headless.model, checkpoint.weights(), checkpoint.path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        own = state["processes"][self.accelerator.process_index]
-        self.window.load_state_dict(own["window"], self.accelerator.device)
-        policy.load_objective_state(own["objective"])
-        restore_rng(own["rng"])
-        self.step = checkpoint.step
+        with reading(checkpoint) as state:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            # A finished run's rate was the last of a shorter schedule; any other's is the same bits again.
+            for group, rate, factor in zip(
+                self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = rate * factor(checkpoint.step)
+            own = state["processes"][self.accelerator.process_index]
+            self.window.load_state_dict(own["window"], self.accelerator.device)
+            policy.load_objective_state(own["objective"])
+            restore_rng(own["rng"])
+            self.step = checkpoint.step
+            return bool(state.get("evaluation due"))
 
     def _progress(self) -> Any:
         hidden = self.config.quiet or not self._is_main

@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from spo_kernels.extras.diagnostics import summarize
 from spo_kernels.losses import PairLogps
-from spo_kernels.train.errors import TrainError
+from spo_kernels.train.files import FAILURES, whole, writing
+from spo_kernels.train.metric_lines import read_lines
 
 FILE = "metrics.jsonl"
 
@@ -78,23 +81,39 @@ class Window:
 class MetricsLog:
     """Appends lines to metrics.jsonl, and the same numbers to TensorBoard where it is installed."""
 
-    def __init__(self, output: Path, last_step: int = -1) -> None:
+    def __init__(self, output: Path, warn: Callable[[str], None], last_step: int = -1) -> None:
         """On resume, lines after `last_step` are removed: those steps run again."""
         self.path = output / FILE
-        _drop_after(self.path, last_step)
-        self._board = _tensorboard(output / "tensorboard", last_step)
+        self._warn = warn
+        self._board: Any = None
+        if self.path.exists():
+            kept = [line for line, record in read_lines(self.path) if record["step"] <= last_step]
+            with whole(self.path) as temporary:
+                temporary.write_bytes(b"".join(kept))
+        with self._optional():
+            self._board = _tensorboard(output / "tensorboard", last_step)
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, on disk before a checkpoint of the same step can be."""
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        if self._board is not None:
-            for name, value in record.items():
-                if name not in ("step", "split"):
-                    self._board.add_scalar(f"{record['split']}/{name}", value, record["step"])
-            self._board.flush()
+        with self._optional():
+            if self._board is not None:
+                for name, value in record.items():
+                    if name not in ("step", "split"):
+                        self._board.add_scalar(f"{record['split']}/{name}", value, record["step"])
+                self._board.flush()
+
+    @contextmanager
+    def _optional(self) -> Iterator[None]:
+        """TensorBoard's files are a copy: where they can't be written, the run goes on without."""
+        try:
+            yield
+        except FAILURES as error:
+            self._board = None
+            self._warn(f"TensorBoard's files can't be written ({error}): going on with {FILE} alone")
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -104,21 +123,6 @@ def peak_memory_mib(device: torch.device) -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts KiB, macOS bytes.
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def _drop_after(path: Path, last_step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError) as error:
-            raise TrainError(f"{path}: not a line of metrics: {line.strip()[:60]!r}") from error
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
 
 
 def _tensorboard(folder: Path, last_step: int) -> Any:

@@ -14,13 +14,21 @@ from torch import Tensor, nn
 
 from spo_kernels import LMHead, linear_logprob
 from spo_kernels.head import inner_model
+from spo_kernels.train.adapters import base_of_adapter, check_tied, load_adapter
 from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.dropout import switch_off
 from spo_kernels.train.errors import TrainError
+from spo_kernels.train.experts import router_loss
 
 
 def load_tokenizer(name: str, config: TrainConfig) -> Any:
     from transformers import AutoTokenizer
 
+    _check_no_checkpoint(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).exists() for file in ("tokenizer_config.json", "tokenizer.json")):
+        # Adapters are often saved without.
+        name = base_of_adapter(name) or name
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     # transformers raises many types; what the user can do is the same for all.
@@ -31,28 +39,63 @@ def load_tokenizer(name: str, config: TrainConfig) -> Any:
     return tokenizer
 
 
-def load_model(name: str, config: TrainConfig) -> nn.Module:
-    """The model on the CPU in float32, except that --bf16 keeps a LoRA's frozen base in bfloat16."""
+def _check_no_checkpoint(name: str) -> None:
+    if (Path(name).expanduser() / "checkpoint.json").exists():
+        raise TrainError(f"{name} is a checkpoint: --resume goes on from it, and no model can be loaded from it")
+
+
+def load_model(name: str, config: TrainConfig, device: torch.device, trained: bool = True) -> nn.Module:
+    """The model, or the base with the adapter where `name` is one, on its device, with dropout as the options say.
+
+    Weights are in --dtype, or float32, except that --bf16 keeps a LoRA's frozen base in bfloat16.
+    """
+    _check_no_checkpoint(name)
+    base = base_of_adapter(name)
+    if base is not None and config.lora_r and trained:
+        raise TrainError(f"{name} is an adapter and is trained itself: leave --lora-r out, or merge it into {base}")
+    adapted = bool(config.lora_r) or base is not None
+    model = _load(base or name, config, adapted or not trained, device)
+    if base is not None:
+        model = load_adapter(model, name, trained)
+    if not config.dropout:
+        switch_off(model)
+    model.config.use_cache = False
+    return model.to(device) if not getattr(model, "is_quantized", False) else model
+
+
+def _load(name: str, config: TrainConfig, frozen: bool, device: torch.device) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = Path(name).expanduser()
-    if folder.is_dir() and (folder / "adapter_config.json").exists():
-        raise TrainError(f"{name}: a PEFT adapter, not a model; merge it into its base (merge_and_unload) first")
-    dtype = torch.bfloat16 if config.bf16 and config.lora_r else torch.float32
+    if config.dtype == "float16" and not frozen:
+        raise TrainError("--dtype float16: gradients underflow in it; it is for the frozen base of adapters only")
+    dtype = getattr(torch, config.dtype or ("bfloat16" if config.bf16 and frozen else "float32"))
     try:
         settings = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
         if settings.is_encoder_decoder:
             raise TrainError(f"{name}: an encoder-decoder model ({settings.model_type}); only decoders can be trained")
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=settings, dtype=dtype, trust_remote_code=config.trust_remote_code
+        quantised = getattr(settings, "quantization_config", None)
+        if quantised is not None and not frozen:
+            method = (
+                quantised.get("quant_method", "bitsandbytes")
+                if isinstance(quantised, dict)
+                else type(quantised).__name__
+            )
+            raise TrainError(
+                f"{name} is quantised ({method}): such weights can't be trained; --lora-r 16 trains adapters on them"
+            )
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            config=settings,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            device_map={"": device} if quantised is not None else None,
         )
     except TrainError:
         raise
     # transformers raises many types (missing, damaged, unknown architecture); all are about this name.
     except Exception as error:
         raise TrainError(f"model {name!r} can't be loaded ({type(error).__name__}): {error}") from error
-    model.config.use_cache = False
-    return model
 
 
 def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
@@ -63,7 +106,7 @@ def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
         raise TrainError("--lora-r needs the package peft: pip install peft") from error
     names = [t.strip() for t in config.lora_targets.split(",") if t.strip()]
     try:
-        return get_peft_model(
+        adapted = get_peft_model(
             model,
             LoraConfig(
                 r=config.lora_r,
@@ -73,6 +116,8 @@ def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
                 task_type="CAUSAL_LM",
             ),
         )
+        check_tied(adapted, f"--lora-targets {config.lora_targets}")
+        return adapted
     except ValueError as error:
         raise TrainError(f"--lora-targets {config.lora_targets}: {error}") from error
 
@@ -96,6 +141,7 @@ class HeadlessModel(nn.Module):
             _ = self.head
         except (TypeError, ValueError) as error:
             raise TrainError(str(error)) from error
+        self.router_loss = router_loss(inner)
 
     @property
     def head(self) -> LMHead:
@@ -105,6 +151,13 @@ class HeadlessModel(nn.Module):
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Last hidden states [rows, T, H], after the final norm; no attention mask, see `collate`."""
         return self._backbone[0](input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def hidden_and_router_loss(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Also the auxiliary loss of a mixture of experts whose configuration asks for it."""
+        if self.router_loss is None:
+            return self.hidden(input_ids), None
+        output = self._backbone[0](input_ids=input_ids, use_cache=False, output_router_logits=True)
+        return output.last_hidden_state, self.router_loss(output.router_logits, labels)
 
     def freeze_unused(self) -> None:
         """Parts that text never reaches, such as a vision tower, get no gradient: DDP would wait for it."""

@@ -84,8 +84,9 @@ class Policy(nn.Module):
             return *self._sft(input_ids, labels), None
         (reference,) = self._reference
         online = {} if reference is None or ref_logps is not None else reference.inputs(input_ids)
+        hidden, router_loss = self.headless.hidden_and_router_loss(input_ids, labels)
         loss, metrics = fused_spo_loss(
-            self.headless.hidden(input_ids),
+            hidden,
             self.headless.head,
             labels,
             loss=self.objective,
@@ -102,8 +103,8 @@ class Policy(nn.Module):
         chosen, rejected = pair_logps.chunk(2)
         # before training, policy and reference are equal and reward accuracy is rounding noise; this is not
         metrics["logps/accuracies"] = (chosen > rejected).float().mean()
-        sums = {**{k: v * len(chosen) for k, v in metrics.items()}, "loss": loss.detach()}
-        return loss, sums, pair_logps
+        sums = {k: v * len(chosen) for k, v in metrics.items()}
+        return *_add_router_loss(loss, sums, router_loss, len(chosen)), pair_logps
 
     def objective_state(self) -> dict[str, Any]:
         """Running statistics of the objective, where it has any."""
@@ -122,7 +123,7 @@ class Policy(nn.Module):
         rows = len(labels) // 2
         weights = pair_token_weights(labels, self._ld_alpha)
         # without the padding that only rejected responses need
-        length = int((labels[:rows] != IGNORE_INDEX).any(0).nonzero().max()) + 1
+        length = max((labels[:rows] != IGNORE_INDEX).any(0).nonzero().flatten().tolist(), default=0) + 1
         input_ids, labels = input_ids[:rows, :length], labels[:rows, :length]
         return sequence_logps(
             self.headless.hidden(input_ids),
@@ -135,22 +136,23 @@ class Policy(nn.Module):
     def _sft(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sparsity = self._next_sparsity()
         sparse = sparsity.mode != "exact"
+        hidden, router_loss = self.headless.hidden_and_router_loss(input_ids, labels)
         logp, extra = linear_logprob(
-            self.headless.hidden(input_ids),
+            hidden,
             self.headless.head,
             labels,
             outputs=("correct", "kept_share", "dropped_mass") if sparse else ("correct",),
             sparsity=sparsity,
             **self._options,
         )
-        loss = -logp.sum()
-        sums = {"loss": loss.detach(), "mean_token_accuracy": extra["correct"].sum().float()}
+        sums = {"mean_token_accuracy": extra["correct"].sum().float()}
         if sparse:
             sums |= {
                 "sparsity/kept": extra["kept_share"].sum(),
                 "sparsity/dropped_mass_mean": extra["dropped_mass"].sum(),
             }
-        return loss, sums
+        units = (labels[:, 1:] != IGNORE_INDEX).sum()
+        return _add_router_loss(-logp.sum(), sums, router_loss, units)
 
     def _next_sparsity(self) -> Sparsity:
         """With a seed of its own for every batch, from torch's generator: checkpoints keep that one's state."""
@@ -159,3 +161,13 @@ class Policy(nn.Module):
         if self._sparsity.mode != "unbiased":
             return self._sparsity
         return replace(self._sparsity, seed=int(torch.randint(2**62, ())))
+
+
+def _add_router_loss(
+    loss: Tensor, sums: dict[str, Tensor], router_loss: Tensor | None, units: int | Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The batch's auxiliary loss weighs as much as the batch has units, so that their mean is over all batches."""
+    if router_loss is not None:
+        loss = loss + router_loss * units
+        sums = {**sums, "router_loss": router_loss.detach() * units}
+    return loss, {**sums, "loss": loss.detach()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from spo_kernels import sequence_logps
 from spo_kernels.train.batches import collate, micro_batches
 from spo_kernels.train.encode import Example
-from spo_kernels.train.errors import TrainError
+from spo_kernels.train.files import whole, writing
 from spo_kernels.train.model import HeadlessModel
 from spo_kernels.train.policy import pair_token_weights
 
@@ -96,14 +95,25 @@ def score(
 
 
 def model_hash(model: Any) -> str:
-    """SHA-256 of every parameter and buffer, and of the configuration without where it was loaded from."""
+    """SHA-256 of every parameter and buffer, and of the configurations without where they were loaded from."""
     digest = hashlib.sha256()
-    settings = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    settings = model.config.to_dict()
+    # Scale and rank of an adapter stand there, not in its weights.
+    adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+    for each in (settings, *adapters.values()):
+        for key in ("_name_or_path", "base_model_name_or_path"):
+            each.pop(key, None)
+    if adapters:
+        settings["adapters"] = {n: {k: _ordered(v) for k, v in each.items()} for n, each in adapters.items()}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _ordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
 
 
 def data_hash(examples: Iterable[Example]) -> str:
@@ -143,12 +153,8 @@ def _load(path: Path, key: str, shape: tuple[int, ...], warn: Callable[[str], No
 
 
 def _save(path: Path, key: str, logps: Tensor) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     metadata = {"key": key, "sha256": hashlib.sha256(_bytes(logps)).hexdigest()}
-    try:
+    with writing(f"reference log-probs: {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
         save_file({"logps": logps.contiguous()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise TrainError(f"{path}: reference log-probs can't be cached: {error}") from error

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,10 +23,11 @@ import spo_kernels
 from spo_kernels import backend_info
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
-from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity, newest_checkpoint
+from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity
 from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
 from spo_kernels.train.encode import Example, encode
-from spo_kernels.train.errors import TrainError
+from spo_kernels.train.errors import StorageError, TrainError
+from spo_kernels.train.files import whole
 from spo_kernels.train.inner import InnerSteps, build_inner
 from spo_kernels.train.loop import Split, Trainer
 from spo_kernels.train.model import (
@@ -39,16 +38,16 @@ from spo_kernels.train.model import (
     load_tokenizer,
 )
 from spo_kernels.train.objective import build_objective, input_columns
+from spo_kernels.train.output import CACHE_FOLDER, SETTINGS, claimed, rescue, save_model, warn_of_space
 from spo_kernels.train.policy import Policy, Reference
 from spo_kernels.train.records import read_rows
 from spo_kernels.train.reference import data_hash, model_hash, reference_logps
 from spo_kernels.train.samples import Sample, count_same, preference_sample, sft_sample, split_by_prompt
+from spo_kernels.train.signals import StopSignals
 
-CACHE_FOLDER = "reference-cache"
 
-
-def run(config: TrainConfig) -> None:
-    """Train as `config` says; raises TrainError for what the user can put right."""
+def run(config: TrainConfig, stop: StopSignals | None = None) -> None:
+    """Train as `config` says; raises TrainError for what the user can put right, Stopped after a signal."""
     objective = build_objective(config)
     _check_backend(config)
     accelerator = _accelerator(config)
@@ -58,27 +57,51 @@ def run(config: TrainConfig) -> None:
     def warn(message: str) -> None:
         accelerator.print(f"spo-train: {message}", file=sys.stderr)
 
-    output = Path(config.output_dir).expanduser()
-    checkpoint = _open_output(output, config, accelerator, warn)
+    with claimed(config, accelerator, warn) as (output, checkpoint):
+        trainer, tokenizer = _prepare(config, objective, accelerator, warn, output, checkpoint)
+        trainer.stop = stop or trainer.stop
+        model = accelerator.unwrap_model(trainer.policy).headless.model
+        try:
+            trainer.run(checkpoint)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                save_model(model, tokenizer, output)
+        except StorageError as error:
+            raise TrainError(f"{error}; {rescue(model, tokenizer, output, trainer.step)}") from error
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def _prepare(
+    config: TrainConfig,
+    objective: Objective | None,
+    accelerator: Accelerator,
+    warn: Callable[[str], None],
+    output: Path,
+    checkpoint: Checkpoint | None,
+) -> tuple[Trainer, Any]:
+    """Everything that comes before the first step; also the tokenizer."""
     # The same on all processes until the model is made (adapters), different after (dropout).
     set_seed(config.seed, deterministic=config.deterministic)
     train, evaluation = _samples(config, objective, warn)
     tokenizer = load_tokenizer(config.model, config)
     examples = [encode(samples, tokenizer, config, warn) for samples in (train, evaluation) if samples]
-    model = load_model(config.model, config).to(accelerator.device)
-    headless = HeadlessModel(model)
+    headless = HeadlessModel(load_model(config.model, config, accelerator.device))
     _check_fits(headless, examples, config.model)
     first = examples[0][0]
     tokens = torch.tensor([*first.prompt, *first.responses[0]], dtype=torch.int64, device=accelerator.device)
     check_against_own_logits(headless, tokens, config.backend)
-    identity = _identity(config, examples, model, accelerator)
+    identity = _identity(config, examples, headless.model, accelerator)
     if checkpoint is not None:
-        check_identity(checkpoint, identity, RESUME_MAY_CHANGE, warn)
+        _check_resumed(checkpoint, identity, config, examples[0], warn)
     if accelerator.is_main_process:
-        (output / "args.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        with whole(output / SETTINGS) as temporary:
+            temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     splits, reference = _references(config, objective, headless, examples, accelerator, warn, identity["model content"])
     headless, reference = _trainable(headless, reference, config)
+    if accelerator.is_main_process:
+        warn_of_space(headless.model, output, warn)
     policy = Policy(
         headless,
         objective,
@@ -89,13 +112,9 @@ def run(config: TrainConfig) -> None:
         backend=config.backend,
     )
     trainer = _trainer(config, accelerator, policy, splits, output, identity, build_inner(config, objective))
+    trainer.warn = warn
     set_seed(config.seed, device_specific=True)
-    trainer.run(checkpoint)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _save_model(accelerator.unwrap_model(trainer.policy).headless.model, tokenizer, output)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    return trainer, tokenizer
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -116,31 +135,6 @@ def _check_backend(config: TrainConfig) -> None:
         raise TrainError(f"--backend {config.backend}: unknown; the backends are {', '.join(known)}")
     if not known[config.backend].available:
         raise TrainError(f"--backend {config.backend}: not available: {known[config.backend].detail}")
-
-
-def _open_output(
-    output: Path, config: TrainConfig, accelerator: Accelerator, warn: Callable[[str], None]
-) -> Checkpoint | None:
-    """Make the output folder, or find what to resume in it; refuse to mix two runs."""
-    used = output.is_dir() and any(p.name != CACHE_FOLDER for p in output.iterdir())
-    if output.exists() and not output.is_dir():
-        raise TrainError(f"--output-dir {output} is not a folder")
-    checkpoint = newest_checkpoint(output, warn) if config.resume else None
-    if config.resume and checkpoint is None:
-        if not (output / "args.json").exists():
-            raise TrainError(f"--resume: {output} holds no run")
-        warn(f"{output} holds no complete checkpoint yet: starting again from step 0")
-    if used and not config.resume:
-        raise TrainError(f"--output-dir {output} is not empty; give another, or --resume to go on with that run")
-    # No process may create the folder before all have looked at it.
-    accelerator.wait_for_everyone()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not os.access(output, os.W_OK):
-            raise PermissionError("no permission to write")
-    except OSError as error:
-        raise TrainError(f"--output-dir {output} can't be used: {error}") from error
-    return checkpoint
 
 
 def _samples(
@@ -201,6 +195,36 @@ def _identity(
     }
 
 
+def _planned_steps(identity: dict[str, Any], records: int) -> int:
+    per_step = identity["batch_size"] * identity["grad_accum"] * identity["number of processes"]
+    return identity["max_steps"] or math.ceil(identity["epochs"] * records / per_step)
+
+
+def _check_resumed(
+    checkpoint: Checkpoint,
+    identity: dict[str, Any],
+    config: TrainConfig,
+    examples: list[Example],
+    warn: Callable[[str], None],
+) -> None:
+    """The same run, except that one which is finished may go on for longer."""
+    longer = {"max_steps", "epochs"}
+    check_identity(checkpoint, identity, RESUME_MAY_CHANGE | longer, warn)
+    now = _planned_steps(identity, len(examples))
+    try:
+        before = _planned_steps(checkpoint.identity, len(examples))
+    # Not numbers, in a manifest that was edited.
+    except (TypeError, ValueError, OverflowError):
+        before = -1
+    if before != now and (checkpoint.step != before or now < before):
+        check_identity(checkpoint, identity, RESUME_MAY_CHANGE, lambda _: None)
+    if before < now:
+        warn(
+            f"the run was finished after {before} steps and goes on to {now}; its learning rate is the one that "
+            f"--schedule {config.schedule} has at step {before} of {now}"
+        )
+
+
 def _references(
     config: TrainConfig,
     objective: Objective | None,
@@ -216,11 +240,9 @@ def _references(
         return [Split(part) for part in examples], None
     other, content = headless, own_hash
     if config.ref_model is not None:
-        other = HeadlessModel(load_model(config.ref_model, config).to(accelerator.device))
+        other = HeadlessModel(load_model(config.ref_model, config, accelerator.device, trained=False))
         content = model_hash(other.model)
         _check_fits(other, examples, config.ref_model)
-        if other.transform != headless.transform and config.reference == "online":
-            raise TrainError("--ref-model transforms its logits differently; use --reference precompute")
     reference = None
     if needed and config.reference == "online":
         copied = config.ref_model is None and not config.lora_r
@@ -292,8 +314,7 @@ def _trainer(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
-    per_step = config.batch_size * config.grad_accum * accelerator.num_processes
-    max_steps = config.max_steps or math.ceil(config.epochs * len(splits[0].examples) / per_step)
+    max_steps = _planned_steps(identity, len(splits[0].examples))
     schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     scheduler = get_scheduler(schedule, optimizer, config.warmup_steps, max_steps)
     prepared, optimizer = accelerator.prepare(policy, optimizer)
@@ -310,18 +331,3 @@ def _trainer(
         max_steps=max_steps,
         inner=inner,
     )
-
-
-def _save_model(model: Any, tokenizer: Any, output: Path) -> None:
-    """save_pretrained into a temporary folder, then replace file by file."""
-    temporary = output / ".final.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.config.use_cache = True
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for file in sorted(temporary.iterdir()):
-            os.replace(file, output / file.name)
-        temporary.rmdir()
-    except OSError as error:
-        raise TrainError(f"{output}: the trained model can't be saved: {error}") from error

@@ -10,8 +10,6 @@ import pytest
 import torch
 import transformers as tf
 
-from spo_kernels.train.loop import Trainer
-
 from .conftest import Fails, Train, build_tokenizer, pair, write_jsonl
 
 GOOD = pair(0)
@@ -195,12 +193,19 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "tiny fraction": (("--eval-fraction", 0.001), "--eval-fraction 0.001 of"),
     "prompt limit": (("--max-prompt-length", 1024), "--max-prompt-length 1024 leaves no room for a response"),
     "two eval sets": (("--eval-fraction", 0.1, "--eval-dataset", "x.jsonl"), "exclude each other"),
-    "no checkpoints": (("--resume", "--save-steps", 0), "--resume needs checkpoints"),
     "sft reference": (("--stage", "sft", "--ref-model", "x"), "sft has no reference"),
     "backend": (("--backend", "tpu"), "--backend tpu: unknown; the backends are torch, cpp"),
     "not a number": (("--batch-size", "many"), "argument --batch-size: invalid int value: 'many'"),
     "not a choice": (("--stage", "rl"), "argument --stage: invalid choice: 'rl'"),
-    "unknown option": (("--learning_rat", 1), "unrecognized arguments: --learning_rat"),
+    "unknown option": (("--learning_rat", 1), "arguments: --learning_rat (did you mean --learning-rate?)"),
+    "others' lr": (("--lr", 1), "unrecognized arguments: --lr (did you mean --learning-rate?)"),
+    "others' loss": (("--loss-type=dpo",), "unrecognized arguments: --loss-type (did you mean --loss?)"),
+    "others' batch": (("--per_device_train_batch_size", 1), "(did you mean --batch-size?)"),
+    "underscores": (("--batch_size", 1), "--batch_size (did you mean --batch-size?)"),
+    "two unknown": (("--lr", 1, "--zzz", 2), "--lr (did you mean --learning-rate?), --zzz (--help lists"),
+    "float16": (("--dtype", "float16"), "--dtype float16: gradients underflow in it"),
+    "dtype": (("--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
+    "attention": (("--attn-implementation", "none"), 'attn_implementation="none"` is not supported'),
 }
 
 
@@ -236,19 +241,12 @@ def test_backend_of_the_environment(fails: Fails, monkeypatch: pytest.MonkeyPatc
     assert "the fused loss can't run: SPO_BACKEND = 'abacus' is not a backend" in fails()
 
 
-def test_interrupt_from_the_keyboard(
-    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(self: Trainer) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "_optimizer_step", interrupt)
-    assert train() == 130
-    assert "interrupted; --resume goes on" in capsys.readouterr().err
-
-
 def test_unknown_model(fails: Fails) -> None:
     assert "tokenizer of 'nobody/no-such-model' can't be loaded" in fails(model="nobody/no-such-model")
+
+
+def test_unknown_reference_model(fails: Fails) -> None:
+    assert "model 'nobody/no-such-model' can't be loaded" in fails("--ref-model", "nobody/no-such-model")
 
 
 def test_damaged_model(fails: Fails, tmp_path: Path, model_dir: Path) -> None:
@@ -257,10 +255,20 @@ def test_damaged_model(fails: Fails, tmp_path: Path, model_dir: Path) -> None:
     assert f"model '{model}' can't be loaded" in fails(model=model)
 
 
-def test_adapter_instead_of_a_model(fails: Fails, tmp_path: Path, model_dir: Path) -> None:
-    model = Path(shutil.copytree(model_dir, tmp_path / "model"))
-    (model / "adapter_config.json").write_text("{}")
-    assert "a PEFT adapter, not a model; merge it" in fails(model=model)
+def test_checkpoint_instead_of_a_model(fails: Fails, train: Train, tmp_path: Path) -> None:
+    assert train("--max-steps", 1) == 0
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    assert f"{checkpoint} is a checkpoint: --resume goes on from it" in fails(
+        model=checkpoint, output_dir=tmp_path / "o"
+    )
+
+
+def test_misspelt_required_option(capsys: pytest.CaptureFixture[str]) -> None:
+    from spo_kernels.train.cli import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["--modell", "m", "--dataset", "d", "--output-dir", "o"])
+    assert "unrecognized arguments: --modell (did you mean --model?)" in capsys.readouterr().err
 
 
 def test_encoder_decoder(fails: Fails, tmp_path: Path, tokenizer: Any) -> None:

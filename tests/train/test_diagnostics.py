@@ -1,4 +1,4 @@
-"""`--diagnostics` in runs, and `spo-train plot`."""
+"""`--diagnostics` in runs, and `spo-plot`."""
 
 import json
 import sys
@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers as tf
 
+from spo_kernels.commands.plot import main
 from spo_kernels.extras.diagnostics import summarize
 from spo_kernels.losses import PairLogps
-from spo_kernels.train.cli import main
 
 from .conftest import Train, assert_same_weights, read_metrics
 from .test_resume import OPTIONS, interrupted, stop_after, without_times
@@ -74,7 +74,7 @@ def test_resumed_run_logs_the_same(train: Train, tmp_path: Path, stop_after: Any
 
 
 def plot(*arguments: Any) -> int:
-    return main(["plot", *map(str, arguments)])
+    return main([*map(str, arguments)])
 
 
 @pytest.fixture
@@ -98,6 +98,10 @@ BAD_METRICS = {
     "not JSON": ("{", "metrics.jsonl:1: not a line of metrics: '{'"),
     "no step": ('{"loss": 1}', "metrics.jsonl:1: not a line of metrics"),
     "a list": ("[1]", "metrics.jsonl:1: not a line of metrics"),
+    "NUL": ("\0\0", "metrics.jsonl:1: not a line of metrics"),
+    "deep": ("[" * 200_000, "metrics.jsonl:1: not a line of metrics"),
+    "number as text": ('{"step": "1", "split": "eval"}', "metrics.jsonl:1: not a line of metrics"),
+    "metric as text": ('{"step": 1, "split": "eval", "loss": "low"}', "metrics.jsonl:1: not a line of metrics"),
     "empty": ("", "no lines of split train; it has none"),
 }
 
@@ -106,7 +110,7 @@ BAD_METRICS = {
 def test_plot_of_a_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     pytest.importorskip("matplotlib")
     content, message = BAD_METRICS[name]
-    (tmp_path / "metrics.jsonl").write_text(content)
+    (tmp_path / "metrics.jsonl").write_text(content and content + "\n")
     assert plot(tmp_path, "--output", tmp_path / "o.png") == 2
     assert message in capsys.readouterr().err
 

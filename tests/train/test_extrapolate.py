@@ -1,4 +1,4 @@
-"""`spo-train extrapolate`: weights, shards, adapters, memory, and what it refuses."""
+"""`spo-extrapolate`: weights, shards, adapters, memory, and what it refuses."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from spo_kernels.train import extrapolate as module
-from spo_kernels.train.cli import main
+from spo_kernels.commands import extrapolate as module
+from spo_kernels.commands.extrapolate import main
 
 from .conftest import ENVIRONMENT
 
@@ -21,9 +21,7 @@ ALPHA = 0.3
 
 
 def command(earlier: Path, later: Path, output: Path, *options: Any) -> int:
-    return main(
-        ["extrapolate", "--from", str(earlier), "--to", str(later), "--output-dir", str(output), *map(str, options)]
-    )
+    return main(["--from", str(earlier), "--to", str(later), "--output-dir", str(output), *map(str, options)])
 
 
 @pytest.fixture
@@ -35,7 +33,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Any:
         error = capsys.readouterr().err
         assert "Traceback" not in error and not output.exists()
         assert not list(output.parent.glob(".*.tmp"))
-        return error.split("spo-train: error: ")[1]
+        return error.split("spo-extrapolate: error: ")[1]
 
     return run
 
@@ -119,17 +117,14 @@ def test_peak_memory_is_a_few_chunks(tmp_path: Path) -> None:
         write(tmp_path / name, {"w": torch.zeros(64 << 20, dtype=torch.float32).fill_(len(name))})
     program = (
         "import resource, sys\n"
-        "from spo_kernels.train.cli import main\n"
-        "import spo_kernels.train.extrapolate\n"
+        "from spo_kernels.commands.extrapolate import main\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak()\n"
         "assert main(sys.argv[1:]) == 0\n"
         "print(peak() - before)"
     )
     options = ["--from", tmp_path / "a", "--to", tmp_path / "b", "--output-dir", tmp_path / "o"]
-    done = subprocess.run(
-        [sys.executable, "-c", program, "extrapolate", *options], env=ENVIRONMENT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, *options], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kib = int(done.stdout) / (1 if sys.platform != "darwin" else 1024)
     assert kib < 128 * 1024

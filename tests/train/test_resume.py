@@ -1,7 +1,7 @@
 """A killed and resumed run ends bit for bit like one that was not; checkpoints are whole or absent."""
 
-import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +17,16 @@ from spo_kernels.train.checkpoint import capture_rng, newest_checkpoint, restore
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.loop import Trainer
 
-from .conftest import ENVIRONMENT, Fails, Train, assert_same_weights, read_metrics, read_weights
+from .conftest import (
+    CHAT_TEMPLATE,
+    ENVIRONMENT,
+    Fails,
+    Train,
+    assert_same_weights,
+    build_tokenizer,
+    read_metrics,
+    read_weights,
+)
 
 TIMES = {"tokens_per_second", "peak_memory_mib"}
 OPTIONS = (
@@ -127,32 +136,6 @@ def test_sigkill_half_way(tmp_path: Path, model_dir: Path, pairs_file: Path) -> 
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
 
 
-def test_kill_while_a_checkpoint_is_written(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The half-written folder has another name, so the one before it is the newest."""
-    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
-
-    def save(state: Any, path: Path) -> None:
-        path.write_bytes(b"half")
-        if "checkpoint-6" in str(path):
-            raise Interrupted
-
-    original = torch.save
-    monkeypatch.setattr(
-        checkpoint_module.torch,
-        "save",
-        lambda s, p: save(s, p) if "checkpoint-6" in str(p) else original(s, p),
-    )
-    with pytest.raises(Interrupted):
-        train(*OPTIONS)
-    monkeypatch.undo()
-    output = tmp_path / "out"
-    assert (output / ".checkpoint-6.tmp").exists()
-    assert newest_checkpoint(output, print).step == 4
-    assert train(*OPTIONS, "--resume") == 0
-    assert_same_weights(output, tmp_path / "whole")
-    assert not list(output.glob(".checkpoint*"))
-
-
 def test_resume_of_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:
     assert train(*OPTIONS) == 0
     weights, metrics = read_weights(tmp_path / "out"), read_metrics(tmp_path / "out")
@@ -209,8 +192,6 @@ def test_changed_data_and_model_are_noticed(
     pairs_file: Path,
     fails: Fails,
 ) -> None:
-    import shutil
-
     import transformers as tf
 
     data, model = Path(shutil.copy(pairs_file, tmp_path / "d.jsonl")), tmp_path / "m"
@@ -247,62 +228,48 @@ def test_other_software_is_mentioned(
     assert re.search(r"resumed with .* 2 threads a run that began with .* 1 threads", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
-@pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
-def test_damaged_checkpoint_is_named(
-    train: Train,
-    tmp_path: Path,
-    stop_after: Any,
-    fails: Fails,
-    damage: str,
-    file: str,
-) -> None:
-    interrupted(train, stop_after, 5)
-    folder = tmp_path / "out" / "checkpoint-4"
-    path = folder / ("checkpoint.json" if damage == "manifest" else file)
-    whole = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(whole[:-9] if damage != "flipped" else bytes([whole[0] ^ 1]) + whole[1:])
-    reason = {"cut": f"{len(whole) - 9} bytes instead of {len(whole)}", "flipped": "its checksum differs"}
-    message = fails(*OPTIONS, "--resume")
-    assert f"{path}: damaged checkpoint ({reason.get(damage, '')}" in message
-    assert f"remove {folder} to resume from the one before" in message
+def test_finished_run_goes_on(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a constant learning rate, to the same weights as a longer run."""
+    longer = ("--schedule", "constant", "--max-steps", 14)
+    assert train(*OPTIONS, *longer, output_dir=tmp_path / "whole") == 0
+    assert train(*OPTIONS, "--schedule", "constant") == 0
+    assert train(*OPTIONS, *longer, "--resume") == 0
+    assert "finished after 9 steps and goes on to 14" in capsys.readouterr().err
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert without_times(tmp_path / "out")[-1] == without_times(tmp_path / "whole")[-1]
 
 
-def test_foreign_pickle_is_not_executed(
-    train: Train,
-    tmp_path: Path,
-    stop_after: Any,
-    fails: Fails,
-) -> None:
-    """A state.pt whose checksum is right but that holds code is refused by the weights-only load."""
-    interrupted(train, stop_after, 3)
-    folder = tmp_path / "out" / "checkpoint-2"
-    torch.save({"optimizer": Malicious(tmp_path / "proof")}, folder / "state.pt")
-    manifest = json.loads((folder / "checkpoint.json").read_text())
-    manifest["files"]["state.pt"] = checkpoint_module._describe(folder / "state.pt")
-    (folder / "checkpoint.json").write_text(json.dumps(manifest))
-    assert "state.pt: damaged checkpoint" in fails(*OPTIONS, "--resume")
-    assert not (tmp_path / "proof").exists()
+def test_first_step_of_a_run_that_goes_on_learns(train: Train, tmp_path: Path) -> None:
+    """With the rate of the longer schedule, not with the 0 that the shorter one ended with."""
+    assert train(*OPTIONS) == 0
+    before = {n: t.clone() for n, t in read_weights(tmp_path / "out").items()}
+    assert train(*OPTIONS, "--max-steps", 10, "--resume") == 0
+    assert any(not torch.equal(before[n], t) for n, t in read_weights(tmp_path / "out").items())
 
 
-class Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
+def test_tokenizer_with_a_folder_is_saved_again(train: Train, tmp_path: Path, model_dir: Path) -> None:
+    """Several chat templates are a folder, which a rename does not replace."""
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tools": CHAT_TEMPLATE}
+    tokenizer.save_pretrained(model)
+    assert train(*OPTIONS, model=model) == 0
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").exists()
+    assert train(*OPTIONS, "--resume", model=model) == 0
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").exists()
+    assert not list((tmp_path / "out").glob(".*.old"))
 
-    def __reduce__(self) -> Any:
-        return (Path.touch, (Path(self.path),))
 
-
-def test_incomplete_folder_is_passed_over(tmp_path: Path) -> None:
-    said: list[str] = []
-    save_checkpoint(tmp_path, 3, {"w": torch.ones(2)}, {"a": 1}, {}, keep=0)
-    (tmp_path / "checkpoint-7").mkdir()
-    found = newest_checkpoint(tmp_path, said.append)
-    assert found is not None and found.step == 3 and torch.equal(found.weights()["w"], torch.ones(2))
-    assert "checkpoint-7 is incomplete" in said[0]
+def test_finished_run_goes_on_for_epochs(train: Train, tmp_path: Path, fails: Fails) -> None:
+    epochs = ("--max-steps", 0, "--batch-size", 9, "--grad-accum", 1, "--save-steps", 3)
+    assert train(*OPTIONS, *epochs, "--epochs", 1) == 0
+    assert train(*OPTIONS, *epochs, "--epochs", 2, "--resume") == 0
+    lines = read_metrics(tmp_path / "out", "train")
+    assert lines[-1]["step"] == 8 and lines[-1]["epoch"] == 2
+    # The schedule over 8 steps, from its middle.
+    assert [line["lr"] for line in lines][-1] == 0 and lines[-2]["lr"] == pytest.approx(1e-2 * 2 / 8)
+    assert "--epochs was 2.0 and is now 1.0" in fails(*OPTIONS, "--resume", *epochs, "--epochs", 1, "--max-steps", 0)
 
 
 def test_checkpoint_is_never_overwritten(tmp_path: Path) -> None:

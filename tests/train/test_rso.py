@@ -1,4 +1,4 @@
-"""`spo-train rso`: from scored candidates to pairs."""
+"""`spo-rso`: from scored candidates to pairs."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spo_kernels.train.cli import main
+from spo_kernels.commands.rso import main
 from spo_kernels.train.records import read_rows
 from spo_kernels.train.samples import preference_sample
 
@@ -26,7 +26,7 @@ def rewards(row: dict[str, Any]) -> dict[str, float]:
 def run(tmp_path: Path, rows: list[Any], *options: Any, name: str = "pairs.jsonl") -> list[dict[str, Any]]:
     source = write_jsonl(tmp_path / "candidates.jsonl", rows)
     output = tmp_path / name
-    assert main(["rso", "--candidates", str(source), "--output", str(output), *map(str, options)]) == 0
+    assert main(["--candidates", str(source), "--output", str(output), *map(str, options)]) == 0
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
@@ -127,7 +127,7 @@ def test_bad_record_names_file_and_line(tmp_path: Path, capsys: pytest.CaptureFi
     row, message = BAD[name]
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps(record(0)) + "\n" + (row if isinstance(row, str) else json.dumps(row)) + "\n")
-    assert main(["rso", "--candidates", str(path), "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert main(["--candidates", str(path), "--output", str(tmp_path / "out.jsonl")]) == 2
     error = capsys.readouterr().err
     assert f"{path}:2: " in error and message in error and "Traceback" not in error
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl"]
@@ -145,13 +145,13 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 def test_bad_option(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     options, message = OPTIONS[name]
     path = write_jsonl(tmp_path / "c.jsonl", [record(0)])
-    assert main(["rso", "--candidates", str(path), "--output", str(tmp_path / "o"), *map(str, options)]) == 2
+    assert main(["--candidates", str(path), "--output", str(tmp_path / "o"), *map(str, options)]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_output_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_jsonl(tmp_path / "c.jsonl", [record(0)])
-    assert main(["rso", "--candidates", str(path), "--output", str(path)]) == 2
+    assert main(["--candidates", str(path), "--output", str(path)]) == 2
     assert "exists already and is not overwritten" in capsys.readouterr().err
-    assert main(["rso", "--candidates", str(path), "--output", str(tmp_path / "none" / "o.jsonl")]) == 2
+    assert main(["--candidates", str(path), "--output", str(tmp_path / "none" / "o.jsonl")]) == 2
     assert "can't be written" in capsys.readouterr().err

@@ -1,14 +1,17 @@
-"""`spo-train plot`: the curves of one or more metrics.jsonl as an image."""
+"""`spo-plot`: the curves of one or more metrics.jsonl as an image."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spo_kernels.commands import call
 from spo_kernels.train.errors import TrainError
+from spo_kernels.train.metric_lines import read_lines
 
 # Titles of the panels and the metrics in them; a panel without data is left out.
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -95,18 +98,7 @@ def _draw_buckets(axes: Any, runs: dict[Path, list[dict[str, Any]]], names: dict
 def _records(path: Path, split: str | None) -> list[dict[str, Any]]:
     """The lines of a split that hold numbers."""
     file = path / "metrics.jsonl" if path.is_dir() else path
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainError(f"{file}: can't be read: {error}") from error
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            record["step"], record["split"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise TrainError(f"{file}:{number}: not a line of metrics: {line.strip()[:60]!r}") from error
-        records.append(record)
+    records = [record for _, record in read_lines(file)]
     splits = {r["split"] for r in records}
     wanted = split or ("eval" if "eval" in splits else "train")
     chosen = [r for r in records if r["split"] == wanted]
@@ -120,3 +112,11 @@ def _labels(paths: list[Path]) -> dict[Path, str]:
     short = {path: (path if path.is_dir() else path.resolve().parent).name for path in paths}
     unique = len(set(short.values())) == len(paths)
     return short if unique else {path: str(path) for path in paths}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return call(sys.modules[__name__], argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

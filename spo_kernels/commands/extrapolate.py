@@ -1,4 +1,4 @@
-"""`spo-train extrapolate`: the step between rounds of Accelerated Preference Optimization (arXiv 2410.06293, eq. 3.6).
+"""`spo-extrapolate`: the step between rounds of Accelerated Preference Optimization (arXiv 2410.06293, eq. 3.6).
 
     θ_{t+1} = θ̂_{t+1} + α (θ̂_{t+1} - θ̂_t)
 
@@ -13,17 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from spo_kernels.commands import call
+from spo_kernels.commands.lora_extrapolate import ADAPTER_CONFIG, extrapolate_adapter
+from spo_kernels.commands.weight_files import FLOATS, WeightFiles, WeightWriter
 from spo_kernels.train.errors import TrainError
-from spo_kernels.train.lora_extrapolate import ADAPTER_CONFIG, extrapolate_adapter
-from spo_kernels.train.weight_files import FLOATS, WeightFiles, WeightWriter
+from spo_kernels.train.files import whole, writing
 
 CHUNK_BYTES = 16 << 20
 # What of a model folder is not weights, but needed to load it.
@@ -67,7 +68,11 @@ def extrapolate(earlier: Path, later: Path, alpha: float, output: Path) -> None:
     if adapters[0] != adapters[1]:
         which = earlier if adapters[0] else later
         raise TrainError(f"{which} is a PEFT adapter and the other is a model; merge it into its base first")
-    with new_folder(output) as folder:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise TrainError(f"--output-dir {output} exists already and is not overwritten")
+    with writing(f"--output-dir {output}"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with whole(output, folder=True) as folder:
         if adapters[0]:
             extrapolate_adapter(earlier, later, alpha, folder)
         else:
@@ -118,36 +123,16 @@ def _check_same(earlier: WeightFiles, later: WeightFiles) -> None:
             raise TrainError(f"{name} is {tensor.dtype}: quantised weights can't be extrapolated without their scales")
 
 
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output` that becomes it at the end; nothing is left behind by an error."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise TrainError(f"--output-dir {output} exists already and is not overwritten")
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, output)
-    except OSError as error:
-        raise TrainError(f"--output-dir {output} can't be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Everything on disk before the name that says so."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _copy_companions(source: Path, folder: Path) -> None:
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return call(sys.modules[__name__], argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""`spo-train rso`: preference pairs from scored candidates by statistical rejection sampling (RSO, arXiv 2309.06657).
+"""`spo-rso`: preference pairs from scored candidates by statistical rejection sampling (RSO, arXiv 2309.06657).
 
 Of each prompt's candidates, sampled from the SFT model and scored by a reward model, algorithm 1 accepts some as if
 they had been sampled from `π(y|x) ∝ π_sft(y|x) exp(r(x, y) / β)`; these are made into pairs.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from spo_kernels.commands import call
 from spo_kernels.extras.rejection_sampling import rso_select
 from spo_kernels.train.errors import TrainError
+from spo_kernels.train.files import whole
 from spo_kernels.train.records import Row, read_rows
 from spo_kernels.train.samples import Text, check_number, check_text
 
@@ -71,26 +72,17 @@ def run(arguments: argparse.Namespace) -> None:
         raise TrainError(f"--seed must be at least 0, got {arguments.seed}")
     if output.exists():
         raise TrainError(f"--output {output} exists already and is not overwritten")
-    temporary = output.with_name(f".{output.name}.tmp")
     prompts = written = 0
-    try:
-        with temporary.open("w") as file:
-            for where, row in read_rows(arguments.candidates, "train"):
-                record = read_candidates(where, row, samples)
-                for pair in make_pairs(record, samples, beta, arguments.pairing, [arguments.seed, prompts]):
-                    file.write(json.dumps(pair) + "\n")
-                    written += 1
-                prompts += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
-    except OSError as error:
-        raise TrainError(f"--output {output} can't be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(output) as temporary, temporary.open("w") as file:
+        for where, row in read_rows(arguments.candidates, "train"):
+            record = read_candidates(where, row, samples)
+            for pair in make_pairs(record, samples, beta, arguments.pairing, [arguments.seed, prompts]):
+                file.write(json.dumps(pair) + "\n")
+                written += 1
+            prompts += 1
     most = prompts * (samples // 2 if arguments.pairing == "first-round" else 1)
     print(
-        f"spo-train: {written} pairs of {prompts} prompts; {most - written} left out: equal rewards or equal texts",
+        f"spo-rso: {written} pairs of {prompts} prompts; {most - written} left out: equal rewards or equal texts",
         file=sys.stderr,
     )
 
@@ -153,3 +145,11 @@ def read_candidates(where: str, row: Row, num_samples: int) -> Candidates:
             f"{where}: rewards from {min(rewards)} to {max(rewards)}: their difference is no finite number"
         )
     return Candidates(where, prompt, texts, rewards)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return call(sys.modules[__name__], argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

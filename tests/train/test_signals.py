@@ -1,0 +1,280 @@
+"""A signal ends a run after its step, with everything saved; kills at any moment lose nothing either."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spo_kernels.train.loop import Trainer
+
+from .conftest import ENVIRONMENT, Train, assert_same_weights, read_metrics
+from .test_resume import OPTIONS, without_times
+
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+# One moment in the tests; `SPO_KILLS=12` for a thorough run.
+KILLS = int(os.environ.get("SPO_KILLS", "1"))
+
+
+def allow_signals() -> None:
+    """A test runner in the background, or under nohup, ignores some, and its children would too."""
+    for name in SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+def start(*options: Any, program: tuple[str, ...] = ("-m", "spo_kernels.train"), **settings: Any) -> Any:
+    command = [sys.executable, *program, *map(str, options)]
+    settings = {"env": ENVIRONMENT, "preexec_fn": allow_signals, **settings}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **settings)
+
+
+def signal_in(monkeypatch: pytest.MonkeyPatch, method: str, step: int, name: str = "SIGTERM") -> None:
+    """The signal comes in the middle of a method, in the given step."""
+    original = getattr(Trainer, method)
+
+    def wrapped(self: Trainer, *arguments: Any) -> Any:
+        if self.step == step:
+            os.kill(os.getpid(), getattr(signal, name))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Trainer, method, wrapped)
+
+
+@pytest.mark.parametrize("save_steps", [2, 0])
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signal_finishes_the_step_and_saves(
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    save_steps: int,
+) -> None:
+    options = (*OPTIONS, "--save-steps", save_steps)
+    assert train(*options, output_dir=tmp_path / "whole") == 0
+    # Into a step between those that are logged and saved.
+    signal_in(monkeypatch, "_optimizer_step", 4, name)
+    assert train(*options) == SIGNALS[name]
+    error = capfd.readouterr().err
+    assert f"spo-train: {name}: finishing the step and saving; a second signal leaves at once" in error
+    assert f"{name}: stopped after step 5 of 9, which is saved; the same command with --resume goes on" in error
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    monkeypatch.undo()
+    assert train(*options, "--resume") == 0
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("step", [0, 3, 9])
+def test_signal_in_an_evaluation(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int
+) -> None:
+    """It is broken off and done again by the resumed run, whose checkpoint says so."""
+    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
+    signal_in(monkeypatch, "_evaluate", step)
+    assert train(*OPTIONS) == 143
+    expected = f"stopped after step {step} of 9" if step else "stopped before the first step of this run"
+    assert expected in capsys.readouterr().err
+    assert step not in [r["step"] for r in (read_metrics(tmp_path / "out", "eval") if step else [])]
+    monkeypatch.undo()
+    assert train(*OPTIONS, "--resume") == 0
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+
+
+def test_signal_in_the_final_save(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training is complete, and so is the model."""
+    from spo_kernels.train import output
+
+    original = output._write_model
+
+    def write(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(*arguments)
+
+    monkeypatch.setattr(output, "_write_model", write)
+    assert train(*OPTIONS) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_signal_while_a_model_is_loaded(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from spo_kernels.train import run
+
+    monkeypatch.setattr(run, "load_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGHUP))
+    assert train(*OPTIONS) == 129
+    assert "SIGHUP: stopped before the first step of this run" in capsys.readouterr().err
+
+
+def test_ignored_signal_stays_ignored(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signal_in(monkeypatch, "_optimizer_step", 4, "SIGHUP")
+        assert train(*OPTIONS) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+SECOND = """
+import os, signal, sys
+from spo_kernels.train.cli import main
+from spo_kernels.train.loop import Trainer
+def step(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    raise SystemExit("still here")
+Trainer._optimizer_step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_second_signal_leaves_at_once(tmp_path: Path, model_dir: Path, pairs_file: Path) -> None:
+    options = ("--model", model_dir, "--dataset", pairs_file, "--output-dir", tmp_path / "out", "--quiet")
+    process = start(*options, program=("-c", SECOND))
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert "SIGINT: left at once; the newest checkpoint is whole" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("program", ["-m spo_kernels.train", "spo-train"])
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
+def test_signal_in_the_first_seconds(tmp_path: Path, name: str, seconds: float, program: str) -> None:
+    """During the imports. Python itself needs some 0.05 s before it runs the first line of ours."""
+    options = ("--model", "m", "--dataset", "d", "--output-dir", tmp_path / "out")
+    # What pip installs as the command.
+    script = tmp_path / "spo-train"
+    script.write_text("import sys\nfrom spo_kernels.train.cli import main\nsys.exit(main())\n")
+    process = start(*options, program=(str(script),) if program == "spo-train" else tuple(program.split()))
+    time.sleep(seconds)
+    process.send_signal(getattr(signal, name))
+    _, error = process.communicate(timeout=100)
+    if process.returncode != 2:
+        assert process.returncode == SIGNALS[name], error
+        assert f"spo-train: {name}: stopped before the first step" in error
+    assert "Traceback" not in error
+
+
+WATCHED = """
+import os, random, signal, sys, torch
+from spo_kernels.train import checkpoint
+from spo_kernels.train.cli import main
+original = torch.save
+def save(state, path):
+    original(state, path)
+    if "checkpoint-" + sys.argv[1] in str(path):
+        with open(path, "r+b") as file:
+            file.truncate(100)
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.torch.save = save
+sys.exit(main(sys.argv[2:]))
+"""
+RUN = ("--max-steps", 60, "--save-steps", 5, "--batch-size", 4, "--learning-rate", 1e-3, "--quiet")
+RUN += ("--eval-fraction", 0.2, "--loss", "dpo")
+
+
+@pytest.fixture
+def options(model_dir: Path, pairs_file: Path) -> tuple[Any, ...]:
+    return (*RUN, "--model", model_dir, "--dataset", pairs_file)
+
+
+def finish(folder: Path, whole: Path, options: tuple[Any, ...]) -> None:
+    """Resume to the end: the same bits, and nothing left of what the kill interrupted."""
+    process = start(*options, "--output-dir", folder, "--resume")
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert_same_weights(folder, whole)
+    assert without_times(folder) == without_times(whole)
+    assert {p.name for p in folder.glob(".*")} == {".lock"}
+
+
+def interrupt(folder: Path, how: str, draw: random.Random, *options: Any) -> None:
+    """Start or resume a run, and end it during a save, or by a signal at a random moment after the first step."""
+    before = len(read_metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
+    if how == "save":
+        step = 5 * draw.randrange(1, 13)
+        process = start(step, *options, "--output-dir", folder, program=("-c", WATCHED))
+        assert process.wait(200) == -signal.SIGKILL
+        assert list(folder.glob(f".checkpoint-{step}.*.tmp"))
+        return
+    process = start(*options, "--output-dir", folder)
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0, 3.0 if before else 1.0))
+    process.send_signal(getattr(signal, how))
+    # 0: it had finished; -15: before the first line of ours ran.
+    assert process.wait(100) in (0, -getattr(signal, how), SIGNALS.get(how)), process.stderr.read()
+
+
+def test_kills_and_signals(tmp_path: Path, options: tuple[Any, ...]) -> None:
+    """One run that is killed in a save, ended by SIGTERM and, in the thorough form, by SIGKILL at random moments."""
+    process = start(*options, "--output-dir", tmp_path / "whole")
+    assert process.wait(200) == 0
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    for number in range(KILLS):
+        folder, draw = tmp_path / str(number), random.Random(seed + number)
+        interrupt(folder, "save", draw, *options)
+        for how in ("SIGTERM", "SIGKILL")[: min(KILLS, 2)]:
+            interrupt(folder, how, draw, *options, "--resume")
+        finish(folder, tmp_path / "whole", options)
+
+
+def test_other_programs_keep_their_signals() -> None:
+    """An import of the package, also of its trainer, changes nothing."""
+    code = (
+        "import signal, spo_kernels.train.cli; "
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler; "
+        "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL"
+    )
+    process = start(program=("-c", code))
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 0, error
+
+
+def test_leftovers_of_kills_are_removed(train: Train, tmp_path: Path) -> None:
+    assert train(*OPTIONS) == 0
+    output = tmp_path / "out"
+    for name in (".checkpoint-4.old", ".checkpoint-6.99.old", ".checkpoint-8.99.tmp"):
+        (output / name).mkdir()
+        (output / name / "model.safetensors").write_bytes(b"half")
+    (output / ".metrics.jsonl.77.tmp").write_text("half")
+    (output / "reference-cache" / ".reference-ab.safetensors.99.tmp").write_text("half")
+    (output / ".notes").write_text("the user's own")
+    assert train(*OPTIONS, "--resume") == 0
+    assert {p.name for p in output.glob(".*")} == {".lock", ".notes"}
+    assert not list((output / "reference-cache").glob(".*"))
+
+
+def test_signal_to_one_of_two_processes_stops_both(tmp_path: Path, model_dir: Path, pairs_file: Path) -> None:
+    """They leave after the same step, whichever got it."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys\n"
+        "from spo_kernels.train.cli import main\n"
+        "from spo_kernels.train.loop import Trainer\n"
+        "original = Trainer._optimizer_step\n"
+        "def step(self):\n"
+        "    if self.step == 3 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return original(self)\n"
+        "Trainer._optimizer_step = step\n"
+        "code = main(sys.argv[1:])\n"
+        "open('code-' + os.environ['RANK'], 'w').write(str(code))\n"
+    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program)
+    options = ("--model", model_dir, "--dataset", pairs_file, "--output-dir", "out", "--max-steps", 9, "--quiet")
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    process = start(*options, "--eval-fraction", 0.2, program=launcher, cwd=tmp_path, env=environment)
+    _, error = process.communicate(timeout=200)
+    assert [(tmp_path / f"code-{rank}").read_text() for rank in (0, 1)] == ["143", "143"], error
+    assert error.count("stopped after step 4 of 9") == 1
+    assert (tmp_path / "out" / "checkpoint-4" / "checkpoint.json").exists()
