@@ -131,10 +131,10 @@ class KeptSpace:
         return max(0, left) // (self.row_bytes + self.columns * self.cell_bytes)
 
 
-def plan_moment_tiles(
+def plan_score_tiles(
     tokens: int, classes: int, like: Tensor, head: HeadSlices, backend: Backend, workspace_bytes: int | None
 ) -> TileShape:
-    """Tiles beside which a column holds a row of the head and one of a moment, and a row two of hidden states.
+    """Tiles beside which a column holds a row of the head and one of the sum M, and a row two of hidden states.
 
     All in the dtype of `like`; see `extras/nthr.py`.
     """

@@ -24,7 +24,7 @@ from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.renamed import refuses_old_names
 from spo_kernels.engine.tokens import LabelLayout, TokenRows, Tokens
-from spo_kernels.engine.workspace import plan_moment_tiles, spans
+from spo_kernels.engine.workspace import plan_score_tiles, spans
 from spo_kernels.head import LMHead
 from spo_kernels.losses.pairs import check_not_negative
 
@@ -159,20 +159,20 @@ def _scores(
     tokens: _Tokens, head: HeadSlices, used: Tensor, correct: Tensor, backend: Backend, workspace_bytes: int | None
 ) -> Tensor:
     """Scores `[n]`; they are sums over the columns V*, which are taken slice by slice."""
-    shape = plan_moment_tiles(tokens.rows.count, used.numel(), tokens.lse, head, backend, workspace_bytes)
+    shape = plan_score_tiles(tokens.rows.count, used.numel(), tokens.lse, head, backend, workspace_bytes)
     scores = torch.zeros_like(tokens.lse)
     chosen = tokens.select(correct)
     for columns in spans(used.numel(), shape.columns):
         part = head.of_classes(used[columns], scores.dtype)
         tile = scores.new_empty(shape.rows, part.vocab)
-        moments = torch.zeros_like(part.weight)
+        correct_sum = torch.zeros_like(part.weight)  # M
         for rows in spans(chosen.rows.count, shape.rows):
             states, g = _residuals(chosen, part, rows, columns.start, tile, backend)
-            backend.products.matmul(g.t(), states, out=moments, accumulate=True)
+            backend.products.matmul(g.t(), states, out=correct_sum, accumulate=True)
         for rows in spans(tokens.rows.count, shape.rows):
             states, g = _residuals(tokens, part, rows, columns.start, tile, backend)
             pulled = torch.empty_like(states)
-            backend.products.matmul(g, moments, out=pulled)
+            backend.products.matmul(g, correct_sum, out=pulled)
             scores[rows] += pulled.mul_(states).sum(-1)
     return scores
 

@@ -131,16 +131,16 @@ class HeadlessModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        try:
+            _ = self.head
+        except (TypeError, ValueError) as error:
+            raise TrainError(str(error)) from error
         inner = inner_model(model)
         backbone, kind = inner.get_decoder(), type(inner).__name__
         if backbone is None or backbone is inner:
             raise TrainError(f"{kind} does not tell its backbone from its head, so hidden states can't be had")
         # In a tuple, so that torch does not register it a second time beside `model`.
         self._backbone: tuple[Any] = (backbone,)
-        try:
-            _ = self.head
-        except (TypeError, ValueError) as error:
-            raise TrainError(str(error)) from error
         self.router_loss = router_loss(inner)
 
     @property
