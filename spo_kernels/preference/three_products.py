@@ -53,7 +53,8 @@ class PairWork:
         self.subsets = None if pilots is None else self.tokens.gather(pilots.subsets)  # [n]
         self.kernel = PairKernel.of(self.batch) if weights is None else None
         self.summaries: list[Tensor] = []  # the kernel's, of the pairs so far
-        self.token_sums: TokenSums | None = None
+        zero = self.hidden.new_zeros((), dtype=self.batch.policy.wide) if self.batch.token_metrics else None
+        self.token_sums = None if zero is None else TokenSums(zero, zero)
 
     def tiles(self, rows: int) -> KeptTiles:
         """A tile of `rows` tokens."""
@@ -133,13 +134,10 @@ class PairWork:
 
     def count_metrics(self, stats: TokenStats, chosen: int) -> None:
         """Add a tile's tokens to the token metrics; the first `chosen` of them belong to chosen responses."""
-        if self.batch.token_metrics:
-            entropy, correct = stats.entropy.sum(), (stats.label_logit == stats.max)[:chosen].sum()
+        if self.token_sums is not None:
+            correct = (stats.label_logit == stats.max)[:chosen].sum()
             before = self.token_sums
-            self.token_sums = TokenSums(
-                entropy if before is None else before.entropy + entropy,
-                correct if before is None else before.correct_chosen + correct,
-            )
+            self.token_sums = TokenSums(before.entropy + stats.entropy.sum(), before.correct_chosen + correct)
 
 
 # writes gradients of hidden ([rows, H], zero where no token counts) and of the head; gives losses [B] and sums [2B]
