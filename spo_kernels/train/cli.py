@@ -12,6 +12,7 @@ from importlib import import_module
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from spo_kernels.data.errors import DataError
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _train(arguments)
         else:
             _run_command(command, arguments)
-    except TrainError as error:
+    except (TrainError, DataError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
