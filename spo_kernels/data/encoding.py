@@ -164,7 +164,7 @@ class _Encoder:
             room = encoding.max_length - length
             row["cut"] += len(whole) > room
             kept.append(whole[:room])
-            scored.append([x for a, b in spans if a < room for x in (a, min(b, room))])
+            scored.append([x for a, b in spans if a < min(b, room) for x in (a, min(b, room))])
             if spans and not scored[-1]:
                 problem = f"response {k + 1}: no turn of the assistant begins within --max-length {encoding.max_length}"
         if problem is not None:
@@ -189,19 +189,24 @@ class _Encoder:
     def _response(
         self, sample: Sample, text: Rendered, k: int, full: list[int], n: int
     ) -> tuple[list[int], list[Span]]:
-        """Ids of a response, and the parts that are scored: none given means all."""
-        messages = not isinstance(sample.prompt, str)
-        spans = text.scored[k]
-        if spans is not None:
-            spans = [(max(a - n, 0), b - n) for a, b in self._tokens.token_spans(text.full[k], full, spans)]
-        ids = full[n:]
-        if spans is not None and (not spans or spans[-1][1] < len(ids)):
-            # Something follows the assistant's last turn, which nobody has to predict the end of.
-            return ids, spans or [(len(ids), len(ids))]
-        ids, end = self._tokens.end_turn(ids, messages)
-        if spans is None:
-            return ids, [] if end == len(ids) else [(0, end)]
-        return ids, [*spans[:-1], (spans[-1][0], end)]
+        """Ids of a response, and the parts that are scored: none given means all.
+
+        End-of-sequence follows, unless the text or the chat template has ended the turn already.
+        """
+        tokens, ids = self._tokens, full[n:]
+        places = [(0, len(ids))]
+        if text.scored[k] is not None:
+            spans = tokens.token_spans(text.full[k], full, text.scored[k] or [])
+            places = [(max(a - n, 0), b - n) for a, b in spans if b > n]
+        if isinstance(sample.prompt, str):
+            ended = len(ids) if ids[-1] == tokens.eos else 0
+        else:
+            places = [(a, a + tokens.end_of_turn(ids[a:b]) or b) for a, b in places]
+            ended = tokens.end_of_turn(ids)
+        if not ended and places and places[-1][1] == len(ids):
+            places[-1] = (places[-1][0], len(ids) + 1)
+            ids = [*ids, tokens.eos]
+        return ids, [] if places == [(0, len(ids))] else places or [(len(ids), len(ids))]
 
 
 def _schema(encoding: Encoding) -> pyarrow.Schema:

@@ -95,10 +95,10 @@ class Examples(Sequence[Example]):
         keys = self._whole.data.column("key").to_numpy()
         chosen = held_out_prompts(keys, fraction, seed)[self._rows]
         if chosen.all() or not chosen.any():
-            prompts, out = len(np.unique(keys)), int(chosen.sum())
+            prompts, n = len(np.unique(keys)), int(chosen.sum())
             raise DataError(
-                f"--eval-fraction {fraction} of {prompts} different prompts leaves {len(self) - out} records "
-                f"to train on and {out} to evaluate on"
+                f"--eval-fraction {fraction} of {prompts} different prompts leaves {len(self) - n} records "
+                f"to train on and {n} to evaluate on"
             )
         sides = (self._rows[~chosen], self._rows[chosen])
         rest, out = (Examples(self._whole, rows, self._inputs) for rows in sides)

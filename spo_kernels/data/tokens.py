@@ -25,7 +25,7 @@ class Tokens:
         self._tokenizer, self._limit = tokenizer, limit
         self.eos: int = tokenizer.eos_token_id
         self.prefix = _special_prefix(tokenizer)
-        self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = {self.eos, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
         self._blank: dict[int, bool] = {}
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -79,21 +79,15 @@ class Tokens:
                 return given["offset_mapping"]
             size *= 2
 
-    def end_turn(self, ids: list[int], messages: bool) -> tuple[list[int], int]:
-        """(ids, scored): end-of-sequence follows, unless the text or the chat template has ended the turn already.
+    def end_of_turn(self, ids: list[int]) -> int:
+        """Where a turn ends that a chat template has ended: after its last special token; 0 where it has not.
 
-        White space that a template writes after its end-of-turn token is not scored: there generation has stopped.
+        White space that the template writes after that token is not the turn's: there generation has stopped.
         """
-        if ids[-1] == self.eos:
-            return ids, len(ids)
         n = len(ids)
-        while messages and n:
-            if ids[n - 1] in self._special:
-                return ids, n
-            if not self._is_blank(ids[n - 1]):
-                break
+        while n and ids[n - 1] not in self._special and self._is_blank(ids[n - 1]):
             n -= 1
-        return [*ids, self.eos], len(ids) + 1
+        return n if n and ids[n - 1] in self._special else 0
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
