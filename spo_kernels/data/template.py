@@ -34,7 +34,7 @@ def frozen(template: str, date: datetime.date) -> str:
     """The template with `strftime_now` answering `date`: what it prints does not change from day to day."""
     if "strftime_now" not in template:
         return template
-    replaced = "".join(f' | replace("{code}", "{date.strftime(code)}")' for code in _CODES)
+    replaced = "".join(f' | replace("{code}", "{date.strftime(code)}")' for code in _CODES if code in template)
     # The line break is the one that the environment takes away after a block.
     return "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro %}\n" + template
 
