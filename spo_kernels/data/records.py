@@ -117,7 +117,7 @@ def read_records(
     elif not path.is_file():
         raise DataError(f"{source}: no such file")
     elif suffix == ".parquet":
-        records = _select(str(path), _load_parquet(path, wanted), wanted, columns)
+        records = _load_parquet(path, wanted, columns)
     elif suffix == ".json" and _first_byte(path) == b"[":
         records = as_records(_parse(_read(path).removeprefix(_BYTE_ORDER_MARK), str(path)), str(path), columns)
     else:
@@ -174,15 +174,17 @@ def _select(
     return Records(source, table, table._fingerprint, unread=unread, columns=columns)
 
 
-def _load_parquet(path: Path, wanted: Collection[str] | None) -> datasets.Dataset:
+def _load_parquet(path: Path, wanted: Collection[str] | None, columns: Mapping[str, str]) -> Records:
     try:
-        # Known to `_select` as left out only if they are in the table, and columns of a table cost nothing until read.
+        # A parquet file is converted once, so only what is needed.
         names = pyarrow.parquet.read_schema(path).names
-        table = datasets.Dataset.from_parquet(str(path), columns=[n for n in names if wanted is None or n in wanted])
+        needed = [name for name in names if wanted is None or name in wanted] or names[:1]
+        table = datasets.Dataset.from_parquet(str(path), columns=needed)
     # Dataset.from_parquet wraps what pyarrow says in exceptions of its own.
     except (OSError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
-    return table
+    unread = tuple(name for name in names if name not in needed)
+    return Records(str(path), table, table._fingerprint, unread=unread, columns=columns)
 
 
 def _load(source: str, split: str, config: str | None) -> datasets.Dataset:
