@@ -48,7 +48,9 @@ class ChatTemplate:
 
     @cached_property
     def _variables(self) -> dict[str, Any]:
-        return self._tokenizer.special_tokens_map
+        """Special tokens that it names."""
+        mentioned = self.source() + self.source(tools=True)
+        return {name: token for name, token in self._tokenizer.special_tokens_map.items() if name in mentioned}
 
     def source(self, tools: bool = False) -> str:
         """Its text; some tokenizers have another one for tools."""
