@@ -87,8 +87,7 @@ def encode(
     Raises:
         DataError: the first record that can't be used, by file and line.
     """
-    rows = [row for _, row in islice(records, _LOOK_AT)]
-    repeated = repeats_prompt(rows, encoding.stage)
+    repeated = repeats_prompt((row for _, row in islice(records, _LOOK_AT)), encoding.stage)
     dated = "strftime_now" in json.dumps(tokenizer.chat_template or "")
     key = _key(records, tokenizer, encoding, encoding.date if dated else None, repeated)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "spo_kernels"
