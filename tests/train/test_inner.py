@@ -9,10 +9,10 @@ import torch
 import transformers as tf
 from accelerate import Accelerator
 
+from spo_kernels.data import Example
 from spo_kernels.extras import bilevel
 from spo_kernels.train.batches import IGNORE_INDEX, collate
 from spo_kernels.train.checkpoint import capture_rng
-from spo_kernels.train.encode import Example
 from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.loop import Trainer
 from spo_kernels.train.model import HeadlessModel
