@@ -147,13 +147,14 @@ def print_table(output: Path, runs: list[str]) -> None:
 
 def print_length_baseline(data: Path) -> None:
     """What a judge scores on the same held-out pairs who only looks at length."""
-    from spo_kernels.train.records import read_rows
-    from spo_kernels.train.samples import preference_sample, split_by_prompt
+    from spo_kernels.data import preference_sample, read_records
+    from spo_kernels.data.examples import held_out_prompts
 
-    samples = [preference_sample(where, row) for where, row in read_rows(str(data), "train")]
-    _, held_out = split_by_prompt(samples, PREFERENCE["eval-fraction"], seed=0)
+    samples = [preference_sample(where, row) for where, row in read_records(str(data))]
+    out = held_out_prompts([s.key for s in samples], PREFERENCE["eval-fraction"], seed=0)
+    held_out = [sample for sample, chosen in zip(samples, out, strict=True) if chosen]
     longer = sum(len(s.responses[0]) > len(s.responses[1]) for s in held_out) / len(held_out)
-    prompts = len({str(s.prompt) for s in held_out})
+    prompts = len({s.key for s in held_out})
     print(f"  {len(held_out)} held-out pairs of {prompts} prompts; the chosen one is longer in {longer:.4f} of them")
 
 

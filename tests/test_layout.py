@@ -22,13 +22,13 @@ LAYERS = {
     "public functions": ("logprob", "loss", "kl", "sequences", "testing", "__init__"),
     "extras": ("extras",),
     "integrations": ("integrations",),
-    "train": ("train", "commands", "__main__"),
+    "train": ("train", "commands", "data", "__main__"),
 }
 ORDER = list(LAYERS)
 # Beyond the order: what may not be imported though it lies below or beside.
 NEVER = {"backends": ("losses",), "losses": ("backends", "engine")}
 # Packages whose functions users call, beside the modules at the root.
-USERS = ("losses", "extras", "integrations")
+USERS = ("losses", "extras", "integrations", "data")
 TRAINING_LIBRARIES = ("transformers", "datasets", "accelerate", "peft", "trl")
 
 MOST_MODULES = 11

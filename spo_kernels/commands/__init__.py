@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from spo_kernels.data.errors import DataError
 from spo_kernels.train.errors import TrainError
 
 
@@ -25,7 +26,7 @@ def call(module: Any, argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     try:
         module.run(parser.parse_args(argv))
-    except TrainError as error:
+    except (TrainError, DataError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from spo_kernels.commands import call
+from spo_kernels.data.messages import Row, Text, check_number, check_text
+from spo_kernels.data.records import read_records
 from spo_kernels.extras.rejection_sampling import rso_select
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.files import whole
-from spo_kernels.train.records import Row, read_rows
-from spo_kernels.train.samples import Text, check_number, check_text
 
 PAIRINGS = ("first-round", "best-worst")
 
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise TrainError(f"--output {output} exists already and is not overwritten")
     prompts = written = 0
     with whole(output) as temporary, temporary.open("w") as file:
-        for where, row in read_rows(arguments.candidates, "train"):
+        for where, row in read_records(arguments.candidates):
             record = read_candidates(where, row, samples)
             for pair in make_pairs(record, samples, beta, arguments.pairing, [arguments.seed, prompts]):
                 file.write(json.dumps(pair) + "\n")

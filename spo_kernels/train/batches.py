@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spo_kernels.train.encode import Example
+from spo_kernels.data import Example
 
 IGNORE_INDEX = -100
 
@@ -42,12 +42,13 @@ def collate(examples: Iterable[Example], device: torch.device) -> tuple[Tensor, 
     mask: at 32k tokens an explicit one costs a gigabyte a row and the fast attention kernels.
     """
     examples = list(examples)
-    rows = [(e.prompt, e.responses[k]) for k in range(len(examples[0].responses)) for e in examples]
-    length = max(len(prompt) + len(response) for prompt, response in rows)
+    rows = [(e, k) for k in range(len(examples[0].responses)) for e in examples]
+    length = max(len(e.prompt) + len(e.responses[k]) for e, k in rows)
     input_ids = np.zeros((len(rows), length), dtype=np.int64)
     labels = np.full((len(rows), length), IGNORE_INDEX, dtype=np.int64)
-    for i, (prompt, response) in enumerate(rows):
-        n, end = len(prompt), len(prompt) + len(response)
-        input_ids[i, :n], input_ids[i, n:end] = prompt, response
-        labels[i, n:end] = response
+    for i, (example, k) in enumerate(rows):
+        n, response = len(example.prompt), example.responses[k]
+        input_ids[i, :n], input_ids[i, n : n + len(response)] = example.prompt, response
+        for start, end in example.spans(k):
+            labels[i, n + start : n + end] = response[start:end]
     return torch.from_numpy(input_ids).to(device), torch.from_numpy(labels).to(device)

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+from spo_kernels.data.errors import DataError
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.signals import Stopped, StopSignals
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
             config = TrainConfig(**options).check()
             _runner()(config, stop)
-    except TrainError as error:
+    except (TrainError, DataError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:

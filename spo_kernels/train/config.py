@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import date
 from typing import Any
 
+from spo_kernels.data.columns import COLUMNS
 from spo_kernels.losses import LOSSES
 from spo_kernels.sparsity import MODES, Sparsity
 from spo_kernels.train.errors import TrainError
@@ -15,6 +17,7 @@ RESUME_MAY_CHANGE = frozenset(
     {
         "output_dir",
         "cache_dir",
+        "dataset_processes",
         "resume",
         "save_steps",
         "keep_checkpoints",
@@ -39,7 +42,7 @@ class TrainConfig:
     """Settings of one run; field `grad_accum` is option `--grad-accum`."""
 
     model: str = option(MISSING, "model, or PEFT adapter, to train: hub id or local folder", "model")
-    dataset: str = option(MISSING, "training data: hub id, or a .jsonl, .json or .parquet file", "data")
+    dataset: str = option(MISSING, "training data: hub id, folder, or a .jsonl, .json or .parquet file", "data")
     output_dir: str = option(MISSING, "folder for the model, metrics.jsonl and checkpoints", "output")
 
     ref_model: str | None = option(
@@ -125,6 +128,17 @@ class TrainConfig:
         None, "folder of cached log-probs (default: OUTPUT_DIR/reference-cache)", "objective"
     )
 
+    dataset_config: str | None = option(None, "configuration of a hub data set that has several", "data")
+    columns: tuple[str, ...] = option(
+        (), "columns that are called something else in the data, such as chosen=win,rejected=lose", "data"
+    )
+    dataset_processes: int = option(1, "processes that tokenise the data", "data")
+    template_date: str | None = option(
+        None,
+        "day that chat templates which print the date take for today, as YYYY-MM-DD (default: the day on which the run "
+        "began, also when it is resumed)",
+        "data",
+    )
     split: str = option("train", "split of a hub data set to train on", "data")
     eval_dataset: str | None = option(None, "evaluation data: hub id or file", "data")
     eval_split: str = option("test", "split of a hub data set to evaluate on", "data")
@@ -198,6 +212,12 @@ class TrainConfig:
                 raise TrainError(f"--{_dashes(f.name)} must be one of {', '.join(choices)}, got {value!r}")
         if self.eval_dataset is not None and self.eval_fraction > 0:
             raise TrainError("--eval-dataset and --eval-fraction exclude each other: give one of them")
+        _ = self.column_names
+        if self.template_date is not None:
+            try:
+                date.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise TrainError(f"--template-date must be YYYY-MM-DD, got {self.template_date!r}") from error
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise TrainError(
                 f"--max-prompt-length {self.max_prompt_length} leaves no room for a response "
@@ -216,8 +236,16 @@ class TrainConfig:
         return self
 
     @property
-    def prompt_limit(self) -> int:
-        return self.max_prompt_length or self.max_length - 1
+    def column_names(self) -> dict[str, str]:
+        """What `--columns` says: the data's name for each of ours."""
+        pairs = [pair.strip().partition("=") for given in self.columns for pair in given.split(",") if pair.strip()]
+        for name, equals, column in pairs:
+            known = COLUMNS[self.stage]
+            if not equals or not column:
+                raise TrainError(f"--columns must be NAME=COLUMN,..., got {name + equals!r}")
+            if name not in known:
+                raise TrainError(f"--columns {name}={column}: {name} is not read; read are {', '.join(known)}")
+        return {name: column for name, _, column in pairs}
 
     @property
     def backward(self) -> Sparsity:
@@ -242,6 +270,7 @@ _RANGES = {
     "eval_fraction": _SHARE,
     "max_length": _at_least(2),
     "max_prompt_length": _at_least(1),
+    "dataset_processes": _at_least(1),
     "max_steps": _at_least(0),
     "epochs": _ABOVE_ZERO,
     "batch_size": _at_least(1),

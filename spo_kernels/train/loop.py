@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from spo_kernels.data import Example
 from spo_kernels.train.batches import collate, micro_batches, step_indices
 from spo_kernels.train.checkpoint import (
     Checkpoint,
@@ -25,7 +26,6 @@ from spo_kernels.train.checkpoint import (
     trained_weights,
 )
 from spo_kernels.train.config import TrainConfig
-from spo_kernels.train.encode import Example
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.metrics import MetricsLog, Window, peak_memory_mib
@@ -38,7 +38,7 @@ class Split:
     diagnostics compare with.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     ref_logps: Tensor | None = None
     baseline: Tensor | None = None
 
@@ -191,7 +191,7 @@ class Trainer:
     def _add_pairs(self, window: Window, split: Split, indices: list[int], pair_logps: Tensor | None) -> None:
         if split.baseline is None or pair_logps is None:
             return
-        lengths = [[len(split.examples[i].responses[k]) for i in indices] for k in range(2)]
+        lengths = [[split.examples[i].response_length(k) for i in indices] for k in range(2)]
         window.add_pairs(pair_logps, split.baseline[indices].T.reshape(-1), torch.tensor(lengths).flatten())
 
     def _log(self, log: MetricsLog | None, bar: Any, seconds: float, grad_norm: Any) -> None:

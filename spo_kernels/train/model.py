@@ -24,7 +24,6 @@ from spo_kernels.train.experts import router_loss
 def load_tokenizer(name: str, config: TrainConfig) -> Any:
     from transformers import AutoTokenizer
 
-    _check_no_checkpoint(name)
     folder = Path(name).expanduser()
     if folder.is_dir() and not any((folder / file).exists() for file in ("tokenizer_config.json", "tokenizer.json")):
         # Adapters are often saved without.
@@ -39,17 +38,11 @@ def load_tokenizer(name: str, config: TrainConfig) -> Any:
     return tokenizer
 
 
-def _check_no_checkpoint(name: str) -> None:
-    if (Path(name).expanduser() / "checkpoint.json").exists():
-        raise TrainError(f"{name} is a checkpoint: --resume goes on from it, and no model can be loaded from it")
-
-
 def load_model(name: str, config: TrainConfig, device: torch.device, trained: bool = True) -> nn.Module:
     """The model, or the base with the adapter where `name` is one, on its device, with dropout as the options say.
 
     Weights are in --dtype, or float32, except that --bf16 keeps a LoRA's frozen base in bfloat16.
     """
-    _check_no_checkpoint(name)
     base = base_of_adapter(name)
     if base is not None and config.lora_r and trained:
         raise TrainError(f"{name} is an adapter and is trained itself: leave --lora-r out, or merge it into {base}")

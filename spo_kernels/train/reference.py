@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo_kernels import sequence_logps
+from spo_kernels.data import Example
 from spo_kernels.train.batches import collate, micro_batches
-from spo_kernels.train.encode import Example
 from spo_kernels.train.files import whole, writing
 from spo_kernels.train.model import HeadlessModel
 from spo_kernels.train.policy import pair_token_weights
@@ -31,7 +31,7 @@ CACHE_FORMAT = 1
 
 def reference_logps(
     headless: HeadlessModel,
-    examples: list[Example],
+    examples: Sequence[Example],
     accelerator: Any,
     folder: Path,
     warn: Callable[[str], None],
@@ -65,7 +65,7 @@ def reference_logps(
 @torch.no_grad()
 def score(
     headless: HeadlessModel,
-    examples: list[Example],
+    examples: Sequence[Example],
     accelerator: Any,
     batch_size: int,
     quiet: bool = True,
@@ -124,6 +124,8 @@ def data_hash(examples: Iterable[Example]) -> str:
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(ids.tobytes())
         digest.update(repr(sorted(example.inputs.items())).encode())
+        if example.scored:
+            digest.update(repr(example.scored).encode())
     return digest.hexdigest()
 
 

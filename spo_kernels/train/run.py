@@ -6,11 +6,12 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from accelerate import Accelerator
@@ -21,11 +22,12 @@ from transformers.utils.logging import disable_progress_bar
 
 import spo_kernels
 from spo_kernels import backend_info
+from spo_kernels.data import Example
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
 from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity
 from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
-from spo_kernels.train.encode import Example, encode
+from spo_kernels.train.data import check_not_checkpoint, dated, load_examples
 from spo_kernels.train.errors import StorageError, TrainError
 from spo_kernels.train.files import whole
 from spo_kernels.train.inner import InnerSteps, build_inner
@@ -40,9 +42,7 @@ from spo_kernels.train.model import (
 from spo_kernels.train.objective import build_objective, input_columns
 from spo_kernels.train.output import CACHE_FOLDER, SETTINGS, claimed, rescue, save_model, warn_of_space
 from spo_kernels.train.policy import Policy, Reference
-from spo_kernels.train.records import read_rows
 from spo_kernels.train.reference import data_hash, model_hash, reference_logps
-from spo_kernels.train.samples import Sample, count_same, preference_sample, sft_sample, split_by_prompt
 from spo_kernels.train.signals import StopSignals
 
 
@@ -53,6 +53,7 @@ def run(config: TrainConfig, stop: StopSignals | None = None) -> None:
     accelerator = _accelerator(config)
     if config.quiet or not accelerator.is_main_process:
         disable_progress_bar()
+        datasets.disable_progress_bars()
 
     def warn(message: str) -> None:
         accelerator.print(f"spo-train: {message}", file=sys.stderr)
@@ -83,9 +84,12 @@ def _prepare(
     """Everything that comes before the first step; also the tokenizer."""
     # The same on all processes until the model is made (adapters), different after (dropout).
     set_seed(config.seed, deterministic=config.deterministic)
-    train, evaluation = _samples(config, objective, warn)
+    config = dated(config, checkpoint)
+    for name in filter(None, (config.model, config.ref_model)):
+        check_not_checkpoint(name)
     tokenizer = load_tokenizer(config.model, config)
-    examples = [encode(samples, tokenizer, config, warn) for samples in (train, evaluation) if samples]
+    with accelerator.local_main_process_first():
+        examples = load_examples(config, input_columns(config, objective), tokenizer, warn)
     headless = HeadlessModel(load_model(config.model, config, accelerator.device))
     _check_fits(headless, examples, config.model)
     first = examples[0][0]
@@ -137,31 +141,7 @@ def _check_backend(config: TrainConfig) -> None:
         raise TrainError(f"--backend {config.backend}: not available: {known[config.backend].detail}")
 
 
-def _samples(
-    config: TrainConfig, objective: Objective | None, warn: Callable[[str], None]
-) -> tuple[list[Sample], list[Sample]]:
-    """Checked training and evaluation samples; the latter may be none."""
-    columns = input_columns(config, objective)
-
-    def read(source: str, split: str) -> list[Sample]:
-        rows = read_rows(source, split)
-        if config.stage == "sft":
-            return [sft_sample(where, row) for where, row in rows]
-        return [preference_sample(where, row, columns) for where, row in rows]
-
-    train, evaluation = read(config.dataset, config.split), []
-    if config.eval_dataset is not None:
-        evaluation = read(config.eval_dataset, config.eval_split)
-    elif config.eval_fraction:
-        train, evaluation = split_by_prompt(train, config.eval_fraction, config.seed)
-    same = count_same([*train, *evaluation])
-    if same:
-        warn(f"{same} pairs have equal chosen and rejected responses: they teach nothing")
-    warn(f"{len(train)} records to train on, {len(evaluation)} to evaluate on")
-    return train, evaluation
-
-
-def _check_fits(headless: HeadlessModel, examples: list[list[Example]], name: str) -> None:
+def _check_fits(headless: HeadlessModel, examples: list[Sequence[Example]], name: str) -> None:
     """Token ids and lengths that the model can take."""
     model: Any = headless.model
     vocabulary = min(len(model.get_input_embeddings().weight), len(headless.head.weight))
@@ -177,7 +157,7 @@ def _check_fits(headless: HeadlessModel, examples: list[list[Example]], name: st
 
 
 def _identity(
-    config: TrainConfig, examples: list[list[Example]], model: Any, accelerator: Accelerator
+    config: TrainConfig, examples: list[Sequence[Example]], model: Any, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Everything that a resumed run must share with the one that it goes on with."""
     # As it will be read back from JSON.
@@ -204,7 +184,7 @@ def _check_resumed(
     checkpoint: Checkpoint,
     identity: dict[str, Any],
     config: TrainConfig,
-    examples: list[Example],
+    examples: Sequence[Example],
     warn: Callable[[str], None],
 ) -> None:
     """The same run, except that one which is finished may go on for longer."""
@@ -229,7 +209,7 @@ def _references(
     config: TrainConfig,
     objective: Objective | None,
     headless: HeadlessModel,
-    examples: list[list[Example]],
+    examples: list[Sequence[Example]],
     accelerator: Accelerator,
     warn: Callable[[str], None],
     own_hash: str,

@@ -2,12 +2,15 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Encoded data of these tests go where nothing is left of them.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="spo-tests-")
 
 import pytest
 
@@ -15,15 +18,17 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
+import datasets
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 import spo_kernels
 from spo_kernels.train.cli import main
 
+datasets.disable_progress_bars()
 # For processes that tests start: this checkout, one thread.
 ROOT = str(Path(spo_kernels.__file__).parents[1])
 ENVIRONMENT = {
@@ -79,6 +84,24 @@ def build_tokenizer(bos: bool = False, chat: bool = True) -> PreTrainedTokenizer
     if chat:
         fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def build_metaspace(scheme: str) -> PreTrainedTokenizerFast:
+    """As SentencePiece: a space in front of a text ("first", "always"), or as Llama 2's normaliser does it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    if scheme == "llama-2":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["Paris", *WORDS, "say no x = 12"] * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def scored_ids(example: Any, k: int) -> list[int]:
+    """Ids of response k that count."""
+    return [int(i) for start, end in example.spans(k) for i in example.responses[k][start:end]]
 
 
 @pytest.fixture(scope="session")

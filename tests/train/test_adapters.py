@@ -159,7 +159,7 @@ def test_adapted_embeddings(
 
 
 HEADS: dict[str, tuple[dict[str, Any], str]] = {
-    "adapter on the head": ({"target_modules": ["q_proj", "lm_head"]}, "the head carries a LoRA adapter"),
+    "adapter on the head": ({"target_modules": ["q_proj", "lm_head"]}, "the head carries an adapter"),
     "trained head": ({"modules_to_save": ["lm_head"]}, "or a trained copy (modules_to_save)"),
 }
 

@@ -9,10 +9,10 @@ import torch
 import transformers as tf
 from accelerate import Accelerator
 
+from spo_kernels.data import Example
 from spo_kernels.extras import bilevel
 from spo_kernels.train.batches import IGNORE_INDEX, collate
 from spo_kernels.train.checkpoint import capture_rng
-from spo_kernels.train.encode import Example
 from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.loop import Trainer
 from spo_kernels.train.model import HeadlessModel
@@ -212,7 +212,7 @@ def test_options_that_do_not_fit(fails: Fails, name: str) -> None:
 
 
 def test_changed_inner_steps_do_not_resume(train: Train, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_evaluate", lambda self, log: None)
+    monkeypatch.setattr(Trainer, "_evaluate", lambda self, log: True)
     assert train(*QUICK, *INNER, "--save-steps", 1) == 0
     message = fails(*QUICK[2:], *INNER, "--save-steps", 1, "--max-steps", 3, "--spo-inner-steps", 2, "--resume")
     assert "--spo-inner-steps was 1 and is now 2" in message

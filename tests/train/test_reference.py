@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spo_kernels.data import Example
 from spo_kernels.train import reference
 from spo_kernels.train.reference import cache_key, data_hash, model_hash
 
 from .conftest import Train, assert_same_weights
-from .test_encode import config
+from .test_encode import encode_rows
 from .test_model import build
 from .test_training import run
 
@@ -91,9 +92,12 @@ def test_keys_see_every_part() -> None:
 
 
 def test_data_hash_sees_boundaries(tokenizer: Any) -> None:
-    from spo_kernels.train.encode import encode
-    from spo_kernels.train.samples import Sample
-
-    texts = [("ab", "c"), ("a", "bc")]
-    parts = [encode([Sample("x", p, (r,))], tokenizer, config(), print) for p, r in texts]
+    texts = [("abc", "d"), ("ab", "cd")]
+    parts = [encode_rows([{"prompt": p, "completion": r}], tokenizer, stage="sft") for p, r in texts]
     assert data_hash(parts[0]) != data_hash(parts[1])
+
+
+def test_data_hash_sees_what_is_scored(tokenizer: Any) -> None:
+    ids = torch.arange(4).numpy()
+    examples = [Example(ids, (ids,)), Example(ids, (ids,), scored=(((1, 4),),))]
+    assert data_hash(examples[:1]) != data_hash(examples[1:])

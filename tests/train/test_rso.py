@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from spo_kernels.commands.rso import main
-from spo_kernels.train.records import read_rows
-from spo_kernels.train.samples import preference_sample
+from spo_kernels.data import preference_sample, read_records
 
 from .conftest import Train, write_jsonl
 
@@ -93,7 +92,7 @@ def test_pairs_are_training_data(train: Train, tmp_path: Path) -> None:
     chat = {**record(2), "prompt": [{"role": "user", "content": "hello"}]}
     pairs = run(tmp_path, [record(0), chat])
     assert pairs[-1]["chosen"][0]["role"] == "assistant"
-    for where, row in read_rows(str(tmp_path / "pairs.jsonl"), "train"):
+    for where, row in read_records(str(tmp_path / "pairs.jsonl")):
         preference_sample(where, row, {"offset": "score_margin"})
     options = ("--loss", "odpo", "--pair-input", "offset=score_margin", "--max-steps", 2, "--batch-size", 4)
     assert train(*options, dataset=tmp_path / "pairs.jsonl") == 0

@@ -7,16 +7,17 @@ from typing import Any
 import datasets
 import pytest
 
-from spo_kernels.train.errors import TrainError
-from spo_kernels.train.records import read_rows
-from spo_kernels.train.samples import Sample, count_same, preference_sample, sft_sample, split_by_prompt
+from spo_kernels.data import DataError, Sample, preference_sample, read_records, sft_sample
+from spo_kernels.data.examples import held_out_prompts
+
+from .test_encode import encode_rows
 
 USER = {"role": "user", "content": "say cat"}
 YES, NO = {"role": "assistant", "content": "cat"}, {"role": "assistant", "content": "no"}
 
 
 def rows_of(path: Path, split: str = "train") -> list[dict[str, Any]]:
-    return [row for _, row in read_rows(str(path), split)]
+    return [row for _, row in read_records(str(path), split)]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
@@ -35,13 +36,13 @@ def test_file_types_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
 def test_json_lines_in_a_json_file_with_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}\n{"a": 2}\n')
-    assert [where for where, _ in read_rows(str(path), "train")] == [f"{path}:1", f"{path}:2"]
+    assert [where for where, _ in read_records(str(path))] == [f"{path}:1", f"{path}:2"]
 
 
 def test_folder_goes_through_load_dataset(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "train-00000.parquet"))
-    assert list(read_rows(str(tmp_path), "train")) == [(f"{tmp_path}[train]: record 1", rows[0])]
+    assert list(read_records(str(tmp_path))) == [(f"{tmp_path}[train]: record 1", rows[0])]
 
 
 def test_chat_rows_from_parquet(tmp_path: Path) -> None:
@@ -76,18 +77,16 @@ def test_sft_forms() -> None:
 
 
 def test_hold_out_keeps_a_prompts_records_together() -> None:
-    samples = [Sample(str(i), f"prompt {i % 40}", ("a", "b")) for i in range(200)]
-    train, held_out = split_by_prompt(samples, 0.25, seed=3)
-    assert len(train) == 150 and len(held_out) == 50
-    assert not {s.prompt for s in train} & {s.prompt for s in held_out}
-    assert split_by_prompt(samples, 0.25, seed=3) == (train, held_out)
-    assert split_by_prompt(samples, 0.25, seed=4) != (train, held_out)
+    keys = [f"prompt {i % 40}" for i in range(200)]
+    out = held_out_prompts(keys, 0.25, seed=3)
+    assert out.sum() == 50
+    held_out = {key for key, chosen in zip(keys, out, strict=True) if chosen}
+    assert not held_out & {key for key, chosen in zip(keys, out, strict=True) if not chosen}
+    assert (held_out_prompts(keys, 0.25, seed=3) == out).all()
+    assert (held_out_prompts(keys, 0.25, seed=4) != out).any()
 
 
-def test_hold_out_of_nothing_is_an_error() -> None:
-    with pytest.raises(TrainError, match=r"0\.1 of 2 different prompts leaves 2 records to train on and 0"):
-        split_by_prompt([Sample("x", p, ("a", "b")) for p in "pq"], 0.1, seed=0)
-
-
-def test_equal_responses_are_counted() -> None:
-    assert count_same([Sample("x", "p", ("a", "a")), Sample("x", "p", ("a", "b")), Sample("x", "p", ("a",))]) == 1
+def test_hold_out_of_nothing_is_an_error(tokenizer: Any) -> None:
+    rows = [{"prompt": p, "chosen": "cat", "rejected": "no"} for p in ("say\n", "do\n")]
+    with pytest.raises(DataError, match=r"0\.1 of 2 different prompts leaves 2 records to train on and 0"):
+        encode_rows(rows, tokenizer).hold_out(0.1, seed=0)
