@@ -110,7 +110,7 @@ def test_into_the_loss(model):
             states, model.head.weight, labels, loss=objective, ref_logps=torch.zeros(2), shift=True, **options
         )[0]
         for objective, options in (
-            (SPO(weight=2.0, penalty="hinge", value="input"), {"spo_value": value}),
+            (SPO(weight=2.0, penalty="hinge", value="input"), {"pair_inputs": {"spo_value": value}}),
             (SPO(weight=0.0), {}),
         )
     ]

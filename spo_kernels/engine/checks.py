@@ -38,7 +38,9 @@ def check_tensor(name: str, value: object, labels: Tensor | None = None) -> None
     came = _unreadable(value)
     if came is not None:
         raise TypeError(f"{name} must be a dense torch.Tensor with memory of its own, got {came}")
-    if labels is not None and (type(value) is FakeTensor) != (type(labels) is FakeTensor):
+    if labels is None or value.device != labels.device:  # where devices differ, that is what is wrong
+        return
+    if (type(value) is FakeTensor) != (type(labels) is FakeTensor):
         fake, real = (name, "labels") if type(value) is FakeTensor else ("labels", name)
         raise TypeError(f"{fake} is a FakeTensor, but {real} is not: convert all tensors, or none")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Objective, PairLogps, token_outputs_of, token_subsets_of
+from spo_kernels.losses.pairs import Objective, PairLogps, token_outputs_of
 
 
 def needs_reference(objective: Objective) -> bool:
@@ -26,7 +26,8 @@ def needs_value(objective: Objective) -> bool:
 def needs_inputs(objective: Objective) -> tuple[str, ...]:
     """Names of the `pair_inputs` that it reads: its attribute `needs_inputs`, or those that it asks for when tried.
 
-    Sums over tokens and pilots, which `fused_spo_loss` finds itself, are not among them; see `Objective` and `SGDPO`.
+    Sums over tokens, which `fused_spo_loss` finds itself, are not among them; see `Objective`. SGDPO's pilots are, which
+    it finds where it evaluates the reference.
     """
     declared = getattr(objective, "needs_inputs", None)
     if declared is not None:
@@ -34,8 +35,6 @@ def needs_inputs(objective: Objective) -> tuple[str, ...]:
     asked = _Asked()
     _works(objective, inputs=asked)
     found = {f"{side}_{name}" for side in ("chosen", "rejected") for name in token_outputs_of(objective)}
-    if token_subsets_of(objective) is not None:
-        found |= {"chosen_pilot", "rejected_pilot"}
     return tuple(name for name in asked.names if name not in found)
 
 

@@ -53,7 +53,7 @@ class PairWork:
         self.subsets = None if pilots is None else self.tokens.gather(pilots.subsets)  # [n]
         self.kernel = PairKernel.of(self.batch) if weights is None else None
         self.summaries: list[Tensor] = []  # the kernel's, of the pairs so far
-        zero = self.hidden.new_zeros((), dtype=self.batch.policy.wide) if self.batch.token_metrics else None
+        zero = torch.zeros((), device=self.hidden.device) if self.batch.token_metrics else None
         self.token_sums = None if zero is None else TokenSums(zero, zero)
 
     def tiles(self, rows: int) -> KeptTiles:
@@ -135,7 +135,7 @@ class PairWork:
     def count_metrics(self, stats: TokenStats, chosen: int) -> None:
         """Add a tile's tokens to the token metrics; the first `chosen` of them belong to chosen responses."""
         if self.token_sums is not None:
-            correct = (stats.label_logit == stats.max)[:chosen].sum()
+            correct = (stats.label_logit == stats.max)[:chosen].sum().float()
             before = self.token_sums
             self.token_sums = TokenSums(before.entropy + stats.entropy.sum(), before.correct_chosen + correct)
 

@@ -11,6 +11,7 @@ from spo_kernels.losses.pairs import token_outputs_of, token_subsets_of
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
 
+_PILOTS = ("chosen_pilot", "rejected_pilot")
 _SPO_OPTIONS = ("spo_weight", "spo_penalty", "spo_value", "spo_epsilon", "spo_normalization")
 
 
@@ -65,7 +66,9 @@ def input_columns(config: TrainConfig, objective: Objective | None) -> dict[str,
     if objective is not None:
         # the value is computed, not read, where the run has inner steps
         read = needs_value(objective) and not config.spo_inner_steps
-        names = [*needs_inputs(objective), *(["spo_value"] if read else [])]
+        # pilots are found in the step, too: their reference is online
+        found = _PILOTS if token_subsets_of(objective) is not None else ()
+        names = [name for name in needs_inputs(objective) if name not in found] + (["spo_value"] if read else [])
     columns = {name: name for name in names}
     for pair in config.pair_input:
         name, equals, column = pair.partition("=")
