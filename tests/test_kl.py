@@ -187,7 +187,7 @@ def test_the_operators():
     inputs, labels = make_inputs(torch.float32)
     layout, found = LabelLayout(labels, -100, True), heads(inputs, logit_scale=0.7, logit_softcap=3.0)
     sides = [ModelInputs.resolve(found[f"{p}hidden"], found[f"{p}head"], labels, p) for p in ("", "ref_")]
-    tensors = [value for side in sides for value in (side.hidden, side.weight, side.bias, side.transform)]
+    tensors = [value for side in sides for value in side.tensors()]
     common = (*tensors, *Tokens.find(layout, layout.counted(), VOCAB), True, None, "torch")
     kl, *lses = torch.ops.spo_kernels.linear_kl_fwd(*common)
     torch.library.opcheck(torch.ops.spo_kernels.linear_kl_fwd.default, common)

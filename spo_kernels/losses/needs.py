@@ -26,8 +26,8 @@ def needs_value(objective: Objective) -> bool:
 def needs_inputs(objective: Objective) -> tuple[str, ...]:
     """Names of the `pair_inputs` that it reads: its attribute `needs_inputs`, or those that it asks for when tried.
 
-    Sums over tokens, which `fused_spo_loss` finds itself, are not among them; see `Objective`. SGDPO's pilots are, which
-    it finds where it evaluates the reference.
+    Sums over tokens, which `fused_spo_loss` finds itself, are not among them; see `Objective`. SGDPO's pilots are; it
+    finds them where it evaluates the reference.
     """
     declared = getattr(objective, "needs_inputs", None)
     if declared is not None:

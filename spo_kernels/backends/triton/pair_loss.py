@@ -152,6 +152,7 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor]:
     """See `Backend.pair_loss`. `launch` overrides the table."""
     logp, labels = logp.contiguous(), labels.contiguous()
+    cu_seqlens, reference, value = (None if x is None else x.contiguous() for x in (cu_seqlens, reference, value))
     pairs, summary, coefficients = pair_outputs(logp, cu_seqlens)
     kernel, options = resolve(_pair_loss_kernel, "pair_loss", architecture_of(logp.device), launch)
     with torch.cuda.device_of(logp):
