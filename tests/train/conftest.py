@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Encoded data of these tests go where nothing is left of them.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="spo-tests-")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,18 @@ def allow_signals() -> None:
     """A test runner in the background, or under nohup, ignores some, and its children would too."""
     for name in SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def allowed() -> Iterator[None]:
+    """The same for runs in this process."""
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in SIGNALS)}
+    ignored = [number for number, handler in before.items() if handler is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def start(*options: Any, program: tuple[str, ...] = ("-m", "spo_kernels.train"), **settings: Any) -> Any:
