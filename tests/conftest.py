@@ -1,9 +1,12 @@
 """Shared fixtures: one thread budget, deterministic hypothesis, a run per backend, poisoned buffers."""
 
 import os
+import tempfile
 
-# read when huggingface_hub is imported, by whichever test comes first; without it each unknown name costs a minute
+# Both are read when the libraries are imported, by whichever test comes first. No hub is asked, which would cost a
+# minute for each unknown name; encoded data go where nothing is left of them.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="spo-tests-")
 
 import emulated
 import pytest

@@ -234,7 +234,7 @@ def _table(rows: list[dict[str, Any]], schema: pyarrow.Schema) -> pyarrow.Table:
 def _key(records: Records, tokenizer: Any, encoding: Encoding, date: datetime.date | None, repeated: bool) -> str:
     """Of everything that the ids depend on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    settings = {**asdict(encoding), "date": str(date), "drop_overlong": None}
+    settings = {**asdict(encoding), "date": str(date)}
     parts = [
         ENCODING,
         records.fingerprint,

@@ -2,14 +2,11 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Encoded data of these tests go where nothing is left of them.
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="spo-tests-")
 
 import pytest
 

@@ -155,6 +155,9 @@ def test_overlong_prompts_are_dropped_only_on_request(tokenizer: Any) -> None:
         encode_rows(rows, tokenizer, said.append, max_prompt_length=8)
     assert len(encode_rows(rows, tokenizer, said.append, max_prompt_length=8, drop_overlong=True)) == 1
     assert said[0] == "1 of 2 records dropped: over the limit"
+    # what was dropped on request is not found again without it
+    with pytest.raises(DataError, match=r"over --max-prompt-length 8"):
+        encode_rows(rows, tokenizer, said.append, max_prompt_length=8)
 
 
 @pytest.mark.parametrize("text", ["cat dog red ", "x", " ", "\n\n", "é漢🙂", "catdogred"])
