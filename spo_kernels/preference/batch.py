@@ -105,16 +105,7 @@ def resolve_batch(
     ref_model = _reference_model(policy, reference, labels)
     names = token_outputs_of(objective)
     shares = None if "chosen_pilot" in (pair_inputs or {}) else token_subsets_of(objective)
-    if shares is not None and ref_model is None:
-        raise ValueError(
-            "the objective draws tokens of policy and reference: pass ref_hidden and ref_head, or "
-            'pair_inputs["chosen_pilot"] and ["rejected_pilot"], see spo_kernels.extras.token_weights.pilots'
-        )
-    if "kl" in names:
-        if ref_model is None:
-            raise ValueError("the objective needs the KL divergence from the reference: pass ref_hidden and ref_head")
-        model.check_same_vocabulary(ref_model)
-
+    _check_reference(model, ref_model, kl="kl" in names, pilots=shares is not None)
     named = _pair_inputs(pair_inputs, pairs, labels, model.wide)
     if reference.logps is not None:
         check_vector("ref_logps", reference.logps, 2 * pairs, labels)
@@ -164,6 +155,19 @@ def resolve_batch(
         reduced=reduction != "none",
         scale=1.0 / max(pairs, 1) if reduction == "mean" else 1.0,
     )
+
+
+def _check_reference(model: ModelInputs, reference: ModelInputs | None, *, kl: bool, pilots: bool) -> None:
+    """Raise ValueError or TypeError where the objective needs a reference model that is not there or does not fit."""
+    if pilots and reference is None:
+        raise ValueError(
+            "the objective draws tokens of policy and reference: pass ref_hidden and ref_head, or "
+            'pair_inputs["chosen_pilot"] and ["rejected_pilot"], see spo_kernels.extras.token_weights.pilots'
+        )
+    if kl and reference is None:
+        raise ValueError("the objective needs the KL divergence from the reference: pass ref_hidden and ref_head")
+    if kl and reference is not None:
+        model.check_same_vocabulary(reference)
 
 
 def _reference_model(policy: Given, reference: Given, labels: Tensor) -> ModelInputs | None:
