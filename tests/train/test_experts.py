@@ -11,7 +11,7 @@ from spo_kernels.train.errors import TrainError
 from spo_kernels.train.experts import router_loss
 from spo_kernels.train.model import HeadlessModel
 
-from .conftest import Fails, Train, assert_close_weights, read_metrics, read_weights
+from .conftest import Fails, Train, read_metrics, read_weights
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -108,7 +108,7 @@ def test_configuration_that_does_not_ask_is_left_alone(train: Train, tmp_path: P
 
 
 def test_first_loss_is_the_objectives_and_the_mean_auxiliary_loss(train: Train, tmp_path: Path, tokenizer: Any) -> None:
-    """And accumulated forwards give the mean of theirs."""
+    """Of one forward, and of two that are accumulated: their mean. Weights then differ, as routing does by batch."""
     model = mixtral(tmp_path / "model", tokenizer, router_aux_loss_coef=0.25)
     for name, options in (("one", ("--batch-size", 8)), ("two", ("--batch-size", 4, "--grad-accum", 2))):
         assert train(*RUN, "--loss", "dpo", *options, model=model, output_dir=tmp_path / name) == 0
@@ -116,7 +116,6 @@ def test_first_loss_is_the_objectives_and_the_mean_auxiliary_loss(train: Train, 
         assert first["loss"] == pytest.approx(0.693147 + first["router_loss"], abs=1e-4)
         # At least the coefficient times experts per token: perfectly even routing.
         assert first["router_loss"] >= 0.25 * 2 - 1e-3
-    assert_close_weights(tmp_path / "one", tmp_path / "two", atol=5e-2)
 
 
 def test_lora_and_online_reference(train: Train, tmp_path: Path, tokenizer: Any) -> None:
