@@ -45,9 +45,8 @@ def given_pairs(layout, tokens=37, pairs=3):
     return logp.masked_fill(labels == -100, 0.0), labels, cu_seqlens
 
 
-@pytest.mark.parametrize("layout", ["padded", "int32", "int64"])
+@pytest.mark.parametrize(("layout", "reduction"), [("padded", "mean"), ("int32", "sum"), ("int64", "mean")])
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_pair_loss_is_the_losses_definition(backend, layout, objective, reduction):
     """Loss, metrics and gradient of the fast path against the objective itself in float64."""
     logp, labels, cu_seqlens = given_pairs(layout)
@@ -140,11 +139,10 @@ def test_only_the_kernels_own_objectives_take_the_fast_path():
 
 @pytest.mark.parametrize("path", [None, "two_pass", "packed", "factorised"])
 @pytest.mark.parametrize(
-    ("loss", "weighted"),
-    [("dpo", False), ("spo", False), (SPO(penalty="hinge"), False), ("spo", True)],
-    ids=["dpo", "spo", "hinge", "weighted"],
+    ("loss", "weighted", "packed"),
+    [("dpo", False, True), ("spo", False, False), (SPO(penalty="hinge"), False, True), ("spo", True, False)],
+    ids=["dpo packed", "spo", "hinge packed", "weighted"],
 )
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_fused_spo_loss(backend, monkeypatch, loss, packed, path, weighted):
     """The whole call on both backends: the same loss, metrics and gradients; the kernel knows no token weights."""
     if path == "packed":  # each pair is then a group of its own

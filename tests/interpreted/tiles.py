@@ -34,8 +34,7 @@ def expected_stats(logits, label_logit):
 
 @each_transform
 @pytest.mark.parametrize("moments", [False, True], ids=["logp", "moments"])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("columns", [1, 7, 64, 131])
+@pytest.mark.parametrize(("columns", "bias"), [(1, True), (7, False), (64, True), (131, False), (131, True)])
 def test_stats_of_two_tiles(kernels, columns, bias, moments, transform):
     tiles = [made(columns, bias, seed) for seed in (1, 2)]
     stats = TokenStats.start(ROWS, tiles[0][0], moments)
@@ -56,9 +55,8 @@ def test_stats_of_two_tiles(kernels, columns, bias, moments, transform):
 
 
 @each_transform
-@pytest.mark.parametrize("launch", [None, SMALL], ids=["row", "twice"])
+@pytest.mark.parametrize(("launch", "moments"), [(None, False), (SMALL, False), (SMALL, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("moments", [False, True], ids=["logp", "moments"])
 def test_exponentials(kernels, dtype, launch, moments, transform):
     """`rescale` and the operand, in place or in another dtype, after a first tile whose maximum may be larger."""
     columns = 131
@@ -136,9 +134,11 @@ FLOWS = [("logp",), ("lse",), ("entropy",), ("log_sum_p2",), ("logp", "lse", "en
 
 
 @each_transform
-@pytest.mark.parametrize("flows", FLOWS, ids="-".join)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("columns", [1, 7, 131])
+@pytest.mark.parametrize(
+    ("columns", "dtype", "flows"),
+    [*((131, torch.float32, flows) for flows in FLOWS), *((n, torch.float16, FLOWS[-1]) for n in (1, 7, 131))],
+    ids=str,
+)
 def test_grad(kernels, columns, dtype, flows, transform):
     """Against float64 autograd, with a label in another tile and one that is ignored."""
     tile, values, labels = made(columns, columns > 1)

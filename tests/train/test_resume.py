@@ -101,39 +101,25 @@ def test_resumed_run_is_the_same(
     assert_same_weights(tmp_path / "out" / "checkpoint-9", tmp_path / "whole" / "checkpoint-9")
 
 
-def test_sigkill_half_way(tmp_path: Path, model_dir: Path, pairs_file: Path) -> None:
+def test_sigkill_half_way(train: Train, tmp_path: Path, model_dir: Path, pairs_file: Path) -> None:
     """A real process, a real SIGKILL at whatever instant it happens to be in."""
-    settings = ["--max-steps", 60, "--save-steps", 5, "--batch-size", 4, "--learning-rate", 1e-3, "--quiet"]
-    settings += ["--model", model_dir, "--dataset", pairs_file, "--eval-fraction", 0.2]
-
-    def start(output: str, *extra: str) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable,
-            "-m",
-            "spo_kernels.train",
-            *map(str, settings),
-            "--output-dir",
-            output,
-            *extra,
-        ]
-        return subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE)
-
-    whole = start("whole")
-    process = start("killed")
+    settings = ("--max-steps", 24, "--save-steps", 5, "--batch-size", 4, "--learning-rate", 1e-3)
+    settings += ("--eval-fraction", 0.2)
+    given = ("--quiet", "--model", model_dir, "--dataset", pairs_file, "--output-dir", tmp_path / "out")
+    command = [sys.executable, "-m", "spo_kernels.train", *map(str, (*given, *settings))]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint-20").exists():
+    while not (tmp_path / "out" / "checkpoint-10").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "model.safetensors").exists()
-    resumed = start("killed", "--resume")
-    for run in (whole, resumed):
-        _, error = run.communicate(timeout=120)
-        assert run.returncode == 0, error
-    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
-    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert train(*settings, output_dir=tmp_path / "whole") == 0
+    assert train(*settings, "--resume") == 0
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
 
 
 def test_resume_of_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:
