@@ -9,7 +9,6 @@ from spo_kernels.backends import environment
 from spo_kernels.backends.contract import SCALARS
 from spo_kernels.backends.products import VendorProducts, accumulator_dtype, check_row_lists
 
-
 # float32 products of at most so many terms are the vendor's where the choice is free: one of 2^19 takes it 21 us and
 # ours 31 (AMD Zen 3, one thread), which packs its operands first; at 2^23 both take the same
 SMALL_PRODUCT = 1 << 20
