@@ -61,7 +61,9 @@ def fused_spo_loss(
         labels: `[2B, T]` or `[N]` int64; `ignore_index` for prompt and padding.
         loss: A name in `spo_kernels.losses.LOSSES` (its default hyperparameters; docs/objectives.md), or any
             objective: a callable from `PairLogps` to losses `[B]`.
-        ref_logps: `[2B]` the reference's log-probabilities summed over each response, chosen first.
+        ref_logps: `[2B]` the reference's log-probabilities summed over each response, chosen first; or those of the
+            tokens, shaped like `labels` and as `linear_logprob` gives them (`[N]` packed, unless N is 2B), for token
+            weights and for objectives that draw tokens.
         ref_hidden, ref_head: Or the reference's hidden states (hidden's shape up to H) and head, evaluated here
             without gradient. Neither is needed by reference-free objectives.
         pair_inputs: Further constants `[B]` by name, for objectives that ask for them, such as ODPO's "offset" or, for
@@ -70,8 +72,8 @@ def fused_spo_loss(
             taken as constants; 1 where None. See `spo_kernels/extras/token_weights.py`. Sequence lengths stay the
             number of labels that are not ignored, so that a weight of 0 is the limit of a small one; but tokens of
             weight 0 take part in no product (unless the objective has `token_outputs`) and in no token metric.
-        ref_token_weights: The same for the reference evaluated here; `token_weights` where None. Sums that are
-            given as `ref_logps` must have been weighted by the caller, see `sequence_logps`.
+        ref_token_weights: The same for the reference evaluated here, or for `ref_logps` of tokens; `token_weights`
+            where None. Sums that are given as `ref_logps` must have been weighted by the caller, see `sequence_logps`.
         cu_seqlens: `[2B + 1]` bounds of packed sequences: B chosen, then B rejected.
         ignore_index, shift, workspace_bytes, backend: As in `linear_logprob`; with `shift`, each sequence's first
             label is not predicted.

@@ -3,9 +3,11 @@
 import os
 import tempfile
 
-# Both are read when the libraries are imported, by whichever test comes first. No hub is asked, which would cost a
+# Read when the libraries are imported, by whichever test comes first. No hub is asked, which would cost a
 # minute for each unknown name; encoded data go where nothing is left of them.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# left free, the choice would send most products of the tests' sizes to the vendor's library
+os.environ.setdefault("SPO_CPU_PRODUCT", "native")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="spo-tests-")
 
 import emulated

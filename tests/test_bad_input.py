@@ -288,7 +288,7 @@ LOSS = {
         [r"labels\[0, 0\] = 11 is outside \[0, 11\)"],
     ),
     "ref-logps-per-pair": (dict(ref_logps=zeros(2)), ValueError, ["ref_logps", r"\b2\b", r"\b4\b"]),
-    "ref-logps-per-token": (dict(ref_logps=zeros(4, 3)), ValueError, ["ref_logps", "4, 3"]),
+    "ref-logps-too-long": (dict(ref_logps=zeros(4, 5)), ValueError, ["ref_logps", "4, 5"]),
     "ref-logps-list": (dict(ref_logps=[0.0] * 4), TypeError, ["ref_logps", "list"]),
     "ref-logps-integer": (dict(ref_logps=zeros(4, dtype=torch.int64)), TypeError, ["ref_logps", "int64"]),
     "ref-logps-device": (dict(ref_logps=elsewhere(4)), ValueError, ["ref_logps", "cuda", "cpu"]),

@@ -210,6 +210,37 @@ def test_choice_by_environment(monkeypatch, dtype):
         NativeProducts(NATIVE)
 
 
+@pytest.mark.parametrize(
+    "choice, columns, listed, own",
+    [
+        ("auto", 256, False, False),
+        ("auto", 257, False, True),  # larger
+        ("auto", 256, True, True),  # the vendor's library reads no lists
+        ("native", 256, False, True),
+    ],
+)
+def test_small_products_are_the_vendors(monkeypatch, choice, columns, listed, own):
+    monkeypatch.setenv("SPO_CPU_PRODUCT", choice)
+    asked = []
+
+    class Counted:
+        def made_by_amd(self):
+            return True
+
+        def product(self, *arguments):
+            asked.append(arguments)
+            return NATIVE.product(*arguments)
+
+        def __getattr__(self, name):
+            return getattr(NATIVE, name)
+
+    a, b = torch.randn(64, 64), torch.randn(64, columns)
+    out = torch.empty(64, columns)
+    NativeProducts(Counted()).matmul(a, b, out, a_rows=torch.arange(64) if listed else None)
+    torch.testing.assert_close(out, a @ b)
+    assert bool(asked) == own
+
+
 @pytest.mark.parametrize("lists", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_native_and_vendor_agree(monkeypatch, dtype, lists):

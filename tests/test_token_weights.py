@@ -330,7 +330,7 @@ WRONG = {
     "ref-weights-with-sums": (
         dict(ref_token_weights=torch.ones(6, 8), ref_hidden=None, ref_head=None, ref_logps=torch.ones(6)),
         ValueError,
-        "ref_token_weights needs ref_hidden and ref_head: ref_logps are already summed",
+        "ref_token_weights needs ref_hidden and ref_head, or ref_logps of tokens in labels' shape: these are summed",
     ),
     "ref-weights-alone": (
         dict(ref_token_weights=torch.ones(6, 8), ref_hidden=None, ref_head=None),

@@ -9,6 +9,10 @@ from spo_kernels.backends import environment
 from spo_kernels.backends.contract import SCALARS
 from spo_kernels.backends.products import VendorProducts, accumulator_dtype, check_row_lists
 
+# float32 products of at most so many terms are the vendor's where the choice is free: one of 2^19 takes it 21 us and
+# ours 31 (AMD Zen 3, one thread), which packs its operands first; at 2^23 both take the same
+SMALL_PRODUCT = 1 << 20
+
 
 class NativeProducts(VendorProducts):
     """The extension's own products on a CPU, for any strides and half precision in, float32 out.
@@ -26,6 +30,7 @@ class NativeProducts(VendorProducts):
         full = next((name for name in ("avx512", "avx2") if name in names), None)
         own_float = choice == "native" or (choice == "auto" and native.made_by_amd())
         own_half = None if choice == "vendor" else full
+        self._small = SMALL_PRODUCT if choice == "auto" else 0
         has_bf16 = choice != "vendor" and "avx512_bf16" in names
         # which product serves a dtype of `b`; None: the vendor's
         self._names: dict[torch.dtype, str | None] = {
@@ -64,10 +69,12 @@ class NativeProducts(VendorProducts):
     ) -> None:
         """See `Products`; listed rows are read while an operand is packed, and written where they belong."""
         name = self._names.get(b.dtype)
-        if name is None:
+        whole = a_rows is b_rows is out_rows is None
+        small = whole and out.dtype == a.dtype == torch.float32 and a.numel() * b.shape[1] <= self._small
+        if name is None or small:
             super().matmul(a, b, out, accumulate=accumulate, a_rows=a_rows, b_rows=b_rows, out_rows=out_rows)
             return
-        if not (a_rows is b_rows is out_rows is None):
+        if not whole:
             check_row_lists(out, a_rows=a_rows, b_rows=b_rows, out_rows=out_rows)
         a_shape, b_shape, out_shape = a.shape, b.shape, out.shape
         m, terms, out_rows_given = a_shape[0], b_shape[0], out_shape[0]

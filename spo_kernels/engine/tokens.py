@@ -132,19 +132,24 @@ def find_tokens(
     every = count == flat.numel()
     check_label_range(labels, vocab, None if every else ignore_index)
     if capturing(counted):
-        return torch.zeros_like(flat, dtype=torch.int64), torch.tensor(flat.numel()), torch.tensor(False)
+        return torch.zeros_like(flat, dtype=torch.int64), _host(flat.numel()), _host(False)
     if every:
-        return torch.arange(flat.numel(), device=flat.device), torch.tensor(flat.numel()), torch.tensor(True)
+        return torch.arange(flat.numel(), device=flat.device), _host(flat.numel()), _host(True)
     if count is None or not counted.is_cuda:
         found = flat.nonzero()[:, 0]
         count = found.numel()
         positions = found if count == flat.numel() else torch.cat([found, found.new_zeros(flat.numel() - count)])
-        return positions, torch.tensor(count), torch.tensor(True)
+        return positions, _host(count), _host(True)
     # places by a running count: nonzero would wait again
     spare = flat.numel()
     target = torch.where(flat, flat.cumsum(0) - 1, spare)
     positions = target.new_zeros(spare + 1).scatter_(0, target, torch.arange(spare, device=flat.device))
-    return positions[:spare], torch.tensor(count), torch.tensor(True)
+    return positions[:spare], _host(count), _host(True)
+
+
+def _host(value: int) -> Tensor:
+    """A number as an op returns it; torch.tensor would take 4 us for it."""
+    return torch.scalar_tensor(value, dtype=torch.bool if isinstance(value, bool) else torch.int64)
 
 
 _library = torch.library.Library("spo_kernels", "DEF")

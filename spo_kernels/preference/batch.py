@@ -21,12 +21,17 @@ from spo_kernels.sparsity import Sparsity
 
 @dataclass(frozen=True)
 class Given:
-    """What the caller said of one model: hidden states and head, or sequence sums; and what its tokens weigh."""
+    """What the caller said of one model: hidden states and head, or log-probabilities; and what its tokens weigh."""
 
     hidden: Tensor | None
     head: Tensor | LMHead | None
     token_weights: Tensor | None = None
-    logps: Tensor | None = None
+    logps: Tensor | None = None  # [2B] sums, or of tokens in labels' shape
+
+    def of_tokens(self, layout: LabelLayout) -> bool:
+        """Whether its log-probabilities are of tokens; as many tokens as sequences are taken for sums."""
+        given = self.logps
+        return isinstance(given, Tensor) and given.shape == layout.labels.shape and given.shape != (layout.sequences,)
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,14 @@ def resolve_batch(
     assert policy.hidden is not None and policy.head is not None
     model = ModelInputs.resolve(policy.hidden, policy.head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model, sparsity)
-    ref_model = _reference_model(policy, reference, labels)
+    of_tokens = reference.of_tokens(layout)
+    ref_model = _reference_model(policy, reference, labels, of_tokens)
     names = token_outputs_of(objective)
     shares = None if "chosen_pilot" in (pair_inputs or {}) else token_subsets_of(objective)
-    _check_reference(model, ref_model, kl="kl" in names, pilots=shares is not None)
+    _check_reference(model, ref_model, kl="kl" in names, pilots=shares is not None and not of_tokens)
     named = _pair_inputs(pair_inputs, pairs, labels, model.wide)
     if reference.logps is not None:
-        check_vector("ref_logps", reference.logps, 2 * pairs, labels)
+        check_vector("ref_logps", reference.logps, labels.shape if of_tokens else (2 * pairs,), labels)
 
     counted = layout.counted()
     lengths = layout.count(counted)
@@ -122,20 +128,23 @@ def resolve_batch(
     vocab = min(m.weight.shape[0] for m in (model, ref_model) if m is not None)
     tokens = Tokens.find(layout, computed, vocab, None if host is None else sum(host))
 
-    sums = pilots = None
-    if reference.logps is not None:
-        sums = reference.logps.detach().to(model.wide)
+    sums, logp, pilots = reference.logps, None, None
+    ref_weights = weights if ref_weights is None else ref_weights
+    if sums is not None and of_tokens:
+        logp = sums.detach().to(model.wide).masked_fill(~counted, 0.0)
     elif ref_model is not None:
-        theirs, ref_weights = tokens, weights if ref_weights is None else ref_weights
+        theirs = tokens
         if ref_weights is not weights and ref_weights is not None and not every:
             theirs = Tokens.find(layout, counted & (ref_weights != 0), vocab)
         ref_execution = Execution.resolve(workspace_bytes, backend, ref_model)
         with torch.no_grad():
             logp, _ = LogprobCall.of(ref_model, theirs, layout.shift, ref_execution).run()
-            sums = layout.sum(logp, ref_weights).to(model.wide)
-            if shares is not None:
-                subsets = PairTokens.of(layout, counted).pilot_subsets(*shares)
-                pilots = Pilots(subsets, layout.sum(logp, subsets).to(model.wide))
+    if logp is not None:
+        sums = layout.sum(logp, ref_weights)
+    if logp is not None and shares is not None:
+        subsets = PairTokens.of(layout, counted).pilot_subsets(*shares)
+        pilots = Pilots(subsets, layout.sum(logp, subsets).to(model.wide))
+    sums = None if sums is None else sums.detach().to(model.wide)
     kl = None
     if "kl" in names and ref_model is not None:
         kl = kl_divergence(model, ref_model, tokens, layout.shift, execution)
@@ -161,7 +170,8 @@ def _check_reference(model: ModelInputs, reference: ModelInputs | None, *, kl: b
     """Raise ValueError or TypeError where the objective needs a reference model that is not there or does not fit."""
     if pilots and reference is None:
         raise ValueError(
-            "the objective draws tokens of policy and reference: pass ref_hidden and ref_head, or "
+            "the objective draws tokens of policy and reference: pass ref_hidden and ref_head, ref_logps of tokens in "
+            "labels' shape, or "
             'pair_inputs["chosen_pilot"] and ["rejected_pilot"], see spo_kernels.extras.token_weights.pilots'
         )
     if kl and reference is None:
@@ -170,13 +180,15 @@ def _check_reference(model: ModelInputs, reference: ModelInputs | None, *, kl: b
         model.check_same_vocabulary(reference)
 
 
-def _reference_model(policy: Given, reference: Given, labels: Tensor) -> ModelInputs | None:
+def _reference_model(policy: Given, reference: Given, labels: Tensor, of_tokens: bool) -> ModelInputs | None:
     """The reference's hidden states and head, or None where they were not given."""
     hidden, head = reference.hidden, reference.head
     if reference.logps is not None and not (hidden is head is None):
         raise ValueError("pass either ref_logps, or ref_hidden with ref_head, not both")
-    if reference.token_weights is not None and hidden is None:
-        raise ValueError("ref_token_weights needs ref_hidden and ref_head: ref_logps are already summed")
+    if reference.token_weights is not None and hidden is None and not of_tokens:
+        raise ValueError(
+            "ref_token_weights needs ref_hidden and ref_head, or ref_logps of tokens in labels' shape: these are summed"
+        )
     if hidden is None and head is None:
         return None
     if hidden is None or head is None:
@@ -203,5 +215,5 @@ def _pair_inputs(
     if not isinstance(named, Mapping):
         raise TypeError(f"pair_inputs must map names to tensors, got {type(named).__name__}")
     for name, value in named.items():
-        check_vector(f"pair_inputs[{name!r}]", value, pairs, labels)
+        check_vector(f"pair_inputs[{name!r}]", value, (pairs,), labels)
     return {name: value.detach().to(dtype) for name, value in named.items()}

@@ -193,7 +193,9 @@ class ThreeProductFunction(torch.autograd.Function):
         hidden, weight, bias = ctx.gradients
         # held here they would be copied, not taken over, by the parameter's .grad
         ctx.gradients = None
-        for grad in (hidden, weight, bias):
-            if grad is not None:
-                grad.mul_(upstream)
+        # looking costs a CPU nothing, and a loss's own backward sends 1
+        if not upstream.is_cpu or upstream.item() != 1.0:
+            for grad in (hidden, weight, bias):
+                if grad is not None:
+                    grad.mul_(upstream)
         return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), None, None

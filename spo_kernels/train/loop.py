@@ -29,25 +29,30 @@ from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.metrics import MetricsLog, Window, peak_memory_mib
+from spo_kernels.train.mismatched import MISMATCHED, MismatchedPairs
 from spo_kernels.train.signals import BEFORE_THE_FIRST_STEP, Stopped, StopSignals
+from spo_kernels.train.token_logps import TokenLogps
 
 
 @dataclass(frozen=True)
 class Split:
-    """Examples, the reference log-probs [n, 2] that belong to them where they are precomputed, and those that
-    diagnostics compare with.
+    """Examples, the reference log-probs that belong to them where they are precomputed, sums [n, 2] or those of tokens,
+    the sums that diagnostics compare with, and the mismatched pairs of a KTO that asks for them.
     """
 
     examples: Sequence[Example]
-    ref_logps: Tensor | None = None
+    ref_logps: Tensor | TokenLogps | None = None
     baseline: Tensor | None = None
+    mismatched: MismatchedPairs | None = None
 
     def batch(self, indices: list[int], device: torch.device) -> dict[str, Any]:
         """Keyword arguments of Policy.forward."""
         chosen = [self.examples[i] for i in indices]
         input_ids, labels = collate(chosen, device)
         batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
-        if self.ref_logps is not None:
+        if isinstance(self.ref_logps, TokenLogps):
+            batch["ref_logps"] = self.ref_logps.batch(indices, labels)
+        elif self.ref_logps is not None:
             batch["ref_logps"] = self.ref_logps[indices].T.reshape(-1).to(device)
         inputs = {
             name: torch.tensor([e.inputs[name] for e in chosen], dtype=torch.float32, device=device)
@@ -179,14 +184,15 @@ class Trainer:
         return True
 
     def _batch(self, split: Split, indices: list[int], training: bool) -> dict[str, Any]:
-        """Keyword arguments of Policy.forward, the lower level's values included where the run has inner steps."""
+        """Keyword arguments of Policy.forward, with the inputs that the policy itself is needed for."""
         batch = split.batch(indices, self.accelerator.device)
+        policy, found = self.accelerator.unwrap_model(self.policy), batch.get("pair_inputs", {})
+        if split.mismatched is not None:
+            found = {**found, MISMATCHED: split.mismatched.ratios(policy, indices, self.accelerator)}
         if self.inner is not None:
-            policy = self.accelerator.unwrap_model(self.policy)
             # evaluation: processes may have different numbers of batches, so each steps on its own
-            value = self.inner.values(policy, batch, self.accelerator, shared=training)
-            batch["pair_inputs"] = {**batch.get("pair_inputs", {}), "spo_value": value}
-        return batch
+            found = {**found, "spo_value": self.inner.values(policy, batch, self.accelerator, shared=training)}
+        return {**batch, "pair_inputs": found} if found else batch
 
     def _add_pairs(self, window: Window, split: Split, indices: list[int], pair_logps: Tensor | None) -> None:
         if split.baseline is None or pair_logps is None:

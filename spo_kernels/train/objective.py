@@ -10,7 +10,9 @@ from spo_kernels.losses.needs import needs_inputs, needs_value
 from spo_kernels.losses.pairs import token_outputs_of, token_subsets_of
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
+from spo_kernels.train.mismatched import MISMATCHED
 
+# found in the step, not read from data: SGDPO's pilots, and KTO's ratios unless --pair-input names their column
 _PILOTS = ("chosen_pilot", "rejected_pilot")
 _SPO_OPTIONS = ("spo_weight", "spo_penalty", "spo_value", "spo_epsilon", "spo_normalization")
 
@@ -49,11 +51,6 @@ def build_objective(config: TrainConfig) -> Objective | None:
             f"--loss {config.loss} compares whole distributions with the reference's, not log-probs of tokens, "
             "which is what is precomputed: it needs --reference online"
         )
-    if token_subsets_of(objective) is not None and config.reference != "online":
-        raise TrainError(
-            f"--loss {config.loss} draws tokens anew for every batch and sums both models' log-probs over them: "
-            "it needs --reference online"
-        )
     return objective
 
 
@@ -66,8 +63,7 @@ def input_columns(config: TrainConfig, objective: Objective | None) -> dict[str,
     if objective is not None:
         # the value is computed, not read, where the run has inner steps
         read = needs_value(objective) and not config.spo_inner_steps
-        # pilots are found in the step, too: their reference is online
-        found = _PILOTS if token_subsets_of(objective) is not None else ()
+        found = (*(_PILOTS if token_subsets_of(objective) is not None else ()), *mismatched_inputs(config, objective))
         names = [name for name in needs_inputs(objective) if name not in found] + (["spo_value"] if read else [])
     columns = {name: name for name in names}
     for pair in config.pair_input:
@@ -79,6 +75,12 @@ def input_columns(config: TrainConfig, objective: Objective | None) -> dict[str,
             raise TrainError(f"--pair-input {pair}: the loss reads no input {name!r}; it reads: {known}")
         columns[name] = column
     return columns
+
+
+def mismatched_inputs(config: TrainConfig, objective: Objective) -> tuple[str, ...]:
+    """The objective's input that is made of mismatched pairs, unless --pair-input names a column with it."""
+    given = any(pair.partition("=")[0] == MISMATCHED for pair in config.pair_input)
+    return (MISMATCHED,) if MISMATCHED in needs_inputs(objective) and not given else ()
 
 
 def _value(text: str) -> Any:

@@ -79,7 +79,9 @@ class Policy(nn.Module):
         ref_logps: Tensor | None = None,
         pair_inputs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """input_ids and labels [rows, T] from `collate`; ref_logps [2B] unless the reference is online."""
+        """input_ids and labels [rows, T] from `collate`; ref_logps, [2B] or in labels' shape, unless the reference is
+        online.
+        """
         if self.objective is None:
             return *self._sft(input_ids, labels), None
         (reference,) = self._reference
@@ -132,6 +134,17 @@ class Policy(nn.Module):
             token_weights=None if weights is None else weights[:rows, :length],
             **self._options,
         )
+
+    @torch.no_grad()
+    def log_ratios(self, input_ids: Tensor, labels: Tensor, ref_logps: Tensor | None = None) -> Tensor:
+        """`log πθ(y|x) - log πref(y|x)` of rows, [rows]; `ref_logps` [rows] unless the reference is online."""
+        logps = sequence_logps(self.headless.hidden(input_ids), self.headless.head, labels, **self._options)
+        if ref_logps is None:
+            (reference,) = self._reference
+            assert reference is not None
+            model = reference.inputs(input_ids)
+            ref_logps = sequence_logps(model["ref_hidden"], model["ref_head"], labels, **self._options)
+        return logps - ref_logps
 
     def _sft(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sparsity = self._next_sparsity()

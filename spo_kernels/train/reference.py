@@ -1,4 +1,4 @@
-"""Reference log-probs, computed once and cached on disk.
+"""Reference log-probs of responses or of their tokens, computed once and cached on disk.
 
 A cache file is named after a hash of everything that its numbers depend on: the reference model's
 weights and configuration, the token ids, and how they are computed. So it can't go stale.
@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from spo_kernels import sequence_logps
+from spo_kernels import linear_logprob, sequence_logps
 from spo_kernels.data import Example
-from spo_kernels.train.batches import collate, micro_batches
+from spo_kernels.train.batches import IGNORE_INDEX, collate, micro_batches
 from spo_kernels.train.files import whole, writing
 from spo_kernels.train.model import HeadlessModel
 from spo_kernels.train.policy import pair_token_weights
+from spo_kernels.train.token_logps import TokenPlaces
 
 CACHE_FORMAT = 1
 
@@ -39,24 +40,29 @@ def reference_logps(
     batch_size: int,
     quiet: bool = True,
     ld_alpha: float | None = None,
+    of_tokens: bool = False,
     **kernel_options: Any,
 ) -> Tensor:
-    """Sums of response log-probs [n, responses], float32 on the CPU; cached. `ld_alpha` as in `Policy`."""
+    """Sums of response log-probs [n, responses], or those of all tokens as `TokenPlaces` has them; float32 on the CPU.
+
+    Cached. `ld_alpha` as in `Policy`; it has no part in log-probs of tokens.
+    """
     key = cache_key(
         model=model_hash,
         data=data_hash(examples),
         precision=accelerator.mixed_precision,
         transform=f"{headless.head.logit_scale} {headless.head.logit_softcap}",
         backend=kernel_options.get("backend"),
-        ld_alpha=ld_alpha,
+        **({"of_tokens": True} if of_tokens else {"ld_alpha": ld_alpha}),
     )
     path = folder / f"reference-{key[:24]}.safetensors"
-    shape = (len(examples), len(examples[0].responses))
+    places = TokenPlaces.of(examples) if of_tokens else None
+    shape = (len(examples), len(examples[0].responses)) if places is None else (places.total,)
     cached = _load(path, key, shape, warn) if accelerator.is_main_process else None
     if broadcast_object_list([cached is not None])[0]:
         logps = torch.empty(shape) if cached is None else cached
         return broadcast(logps.to(accelerator.device)).cpu()
-    logps = score(headless, examples, accelerator, batch_size, quiet, ld_alpha, **kernel_options)
+    logps = score(headless, examples, accelerator, batch_size, quiet, ld_alpha, places, **kernel_options)
     if accelerator.is_main_process:
         _save(path, key, logps)
     return logps
@@ -70,28 +76,30 @@ def score(
     batch_size: int,
     quiet: bool = True,
     ld_alpha: float | None = None,
+    places: TokenPlaces | None = None,
     **kernel_options: Any,
 ) -> Tensor:
-    """Sums of response log-probs [n, responses]; every process does its share, all get the whole."""
+    """As `reference_logps`; every process does its share, all get the whole."""
     headless.model.eval()
     responses = len(examples[0].responses)
-    sums = torch.zeros(len(examples), responses, device=accelerator.device)
+    shape = (len(examples), responses) if places is None else (places.total,)
+    found = torch.zeros(shape, device=accelerator.device)
     by_length = sorted(range(len(examples)), key=lambda i: examples[i].longest)
     batches = micro_batches(by_length, accelerator.process_index, accelerator.num_processes, batch_size)
     for batch in tqdm(batches, desc="reference", disable=quiet or not accelerator.is_main_process):
         input_ids, labels = collate((examples[i] for i in batch), accelerator.device)
+        options = {"shift": True, "ignore_index": IGNORE_INDEX, **kernel_options}
         with accelerator.autocast():
-            logps = sequence_logps(
-                headless.hidden(input_ids),
-                headless.head,
-                labels,
-                shift=True,
-                token_weights=pair_token_weights(labels, ld_alpha),
-                **kernel_options,
-            )
-        sums[batch] = logps.view(responses, len(batch)).T
-    # The other processes' rows are 0 here.
-    return accelerator.reduce(sums, "sum").cpu()
+            hidden, head = headless.hidden(input_ids), headless.head
+            if places is None:
+                weights = pair_token_weights(labels, ld_alpha)
+                sums = sequence_logps(hidden, head, labels, token_weights=weights, **options)
+                found[batch] = sums.view(responses, len(batch)).T
+            else:
+                logp: Any = linear_logprob(hidden, head, labels, **options)
+                found[places.select(batch).to(found.device)] = logp[labels != IGNORE_INDEX]
+    # What the other processes found is 0 here.
+    return accelerator.reduce(found, "sum").cpu()
 
 
 def model_hash(model: Any) -> str:

@@ -25,6 +25,7 @@ from spo_kernels import backend_info
 from spo_kernels.data import Example
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
+from spo_kernels.losses.pairs import token_subsets_of
 from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity
 from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
 from spo_kernels.train.data import check_not_checkpoint, dated, load_examples
@@ -32,6 +33,7 @@ from spo_kernels.train.errors import StorageError, TrainError
 from spo_kernels.train.files import whole
 from spo_kernels.train.inner import InnerSteps, build_inner
 from spo_kernels.train.loop import Split, Trainer
+from spo_kernels.train.mismatched import MismatchedExamples, MismatchedPairs
 from spo_kernels.train.model import (
     HeadlessModel,
     add_lora,
@@ -39,11 +41,12 @@ from spo_kernels.train.model import (
     load_model,
     load_tokenizer,
 )
-from spo_kernels.train.objective import build_objective, input_columns
+from spo_kernels.train.objective import build_objective, input_columns, mismatched_inputs
 from spo_kernels.train.output import CACHE_FOLDER, SETTINGS, claimed, rescue, save_model, warn_of_space
 from spo_kernels.train.policy import Policy, Reference
 from spo_kernels.train.reference import data_hash, model_hash, reference_logps
 from spo_kernels.train.signals import StopSignals
+from spo_kernels.train.token_logps import TokenLogps, TokenPlaces
 
 
 def run(config: TrainConfig, stop: StopSignals | None = None) -> None:
@@ -228,11 +231,10 @@ def _references(
         copied = config.ref_model is None and not config.lora_r
         frozen = HeadlessModel(copy.deepcopy(headless.model)) if copied else other
         reference = Reference(frozen, adapters_off=frozen is headless)
-        if not config.diagnostics:
-            return [Split(part) for part in examples], reference
     folder = Path(config.cache_dir).expanduser() if config.cache_dir else Path(config.output_dir) / CACHE_FOLDER
-    logps: list[Tensor] = [
-        reference_logps(
+
+    def precomputed(part: Sequence[Example], of_tokens: bool = False) -> Tensor:
+        return reference_logps(
             other,
             part,
             accelerator,
@@ -242,16 +244,25 @@ def _references(
             config.batch_size,
             config.quiet,
             config.ld_alpha,
+            of_tokens,
             workspace_bytes=config.workspace_bytes,
             backend=config.backend,
         )
-        for part in examples
-    ]
+
     given = needed and reference is None
-    splits = [
-        Split(part, values if given else None, values if config.diagnostics else None)
-        for part, values in zip(examples, logps, strict=True)
-    ]
+    of_tokens = given and token_subsets_of(objective) is not None
+    mismatched = bool(mismatched_inputs(config, objective))
+    splits = []
+    for part in examples:
+        sums = precomputed(part) if config.diagnostics or (given and not of_tokens) else None
+        logps: Tensor | TokenLogps | None = sums if given else None
+        if of_tokens:
+            logps = TokenLogps(TokenPlaces.of(part), precomputed(part, of_tokens=True))
+        pairs = None
+        if mismatched:
+            others = MismatchedExamples(part)
+            pairs = MismatchedPairs(others, precomputed(others).flatten() if given else None)
+        splits.append(Split(part, logps, sums if config.diagnostics else None, pairs))
     return splits, reference
 
 

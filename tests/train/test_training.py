@@ -49,7 +49,17 @@ def test_accumulation_equals_one_batch(train: Train, tmp_path: Path, stage: dict
             assert a[name] == pytest.approx(b[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("loss", [("--loss", "dpo"), ("--spo-penalty", "hinge", "--spo-weight", 2.0)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ("--loss", "dpo"),
+        ("--spo-penalty", "hinge", "--spo-weight", 2.0),
+        ("--loss", "sgdpo"),
+        ("--base-loss", "sgdpo", "--ld-alpha", 0.5),
+        ("--loss", "kto", "--loss-arg", "kl=mismatched"),
+    ],
+    ids=["dpo", "hinge", "drawn tokens", "drawn and weighted tokens", "mismatched pairs"],
+)
 def test_online_reference_equals_precomputed(train: Train, tmp_path: Path, loss: tuple[Any, ...]) -> None:
     cached = run(train, tmp_path / "cached", *loss, "--eval-fraction", 0.25)
     online = run(train, tmp_path / "online", *loss, "--eval-fraction", 0.25, "--reference", "online")
