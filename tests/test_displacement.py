@@ -95,13 +95,13 @@ def test_resumed_command_keeps_what_is_finished(tmp_path: Path) -> None:
     assert _once(folder, lambda: {"accuracy": 0.7}) == {"accuracy": 0.7} and not (folder / "half").exists()
 
     options = program.parse(["--output-dir", str(tmp_path / "all"), "--resume"])
-    program.claim(options, "abc")
+    program.claim(options)
     options.processes = 7
-    program.claim(options, "abc")
+    program.claim(options)
     options.steps = 7
     for settings in (options, program.parse(["--output-dir", str(tmp_path / "all")])):
-        with pytest.raises(RunFailed, match=r"is of another command or commit|is not empty"):
-            program.claim(settings, "abc")
+        with pytest.raises(RunFailed, match=r"is of another command|is not empty"):
+            program.claim(settings)
 
 
 def test_every_method_is_what_spo_train_accepts() -> None:

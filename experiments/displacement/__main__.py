@@ -36,7 +36,7 @@ from .runs import TASKS, prepare, second_stage
 
 LAST_MATCH = r"-?\d[\d,]*(?:\.\d+)?"
 # What a resumed command may say otherwise.
-FREE = ("output_dir", "resume", "processes")
+FREE = ("output_dir", "resume", "processes", "commit")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -101,27 +101,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     began = time.perf_counter()
-    made_by = about(options)
+    described = ["git", "describe", "--always", "--dirty"]
+    options.commit = subprocess.run(described, capture_output=True, text=True).stdout.strip()
     try:
-        claim(options, made_by["commit"])
-        results = {"about": made_by, **run_all(options, began)}
+        claim(options)
+        results = run_all(options, began)
     except worker.RunFailed as error:
         print(f"displacement: {error}", file=sys.stderr)
         return 1
-    seconds = [r["seconds"] + r.get("answer seconds", 0.0) for r in (*results["sft"], *results["runs"])]
-    made_by["minutes of one process"] = round(sum(seconds) / 60, 1)
+    results = {"about": about(options, [*results["sft"], *results["runs"]]), **results}
     (options.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     write(results, options.output_dir)
     return 0
 
 
-def claim(options: argparse.Namespace, commit: str) -> None:
+def claim(options: argparse.Namespace) -> None:
     """Refuse a folder that has something else in it than an earlier part of this command."""
     folder, path = options.output_dir, options.output_dir / "settings.json"
-    settings = {name: str(value) for name, value in vars(options).items() if name not in FREE} | {"commit": commit}
+    settings = {name: str(value) for name, value in vars(options).items() if name not in FREE}
     if options.resume and path.exists():
         if json.loads(path.read_text()) != settings:
-            raise worker.RunFailed(f"{folder} is of another command or commit, see {path}")
+            raise worker.RunFailed(f"{folder} is of another command, see {path}")
     elif folder.exists() and any(folder.iterdir()):
         raise worker.RunFailed(f"{folder} is not empty; give another --output-dir, or --resume")
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,11 +154,11 @@ def write(results: dict[str, Any], folder: Path) -> None:
     print(f"\n{text}\nwritten: {folder}/tables.md, displacement.png")
 
 
-def about(options: argparse.Namespace) -> dict[str, Any]:
-    """What made the figures: command, commit, machine, versions."""
+def about(options: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What made the figures: command, commit (of each part, where it was resumed), machine, versions, time."""
     # without where the results went
     arguments = [a for a in sys.argv[1:] if a not in ("--resume", "--output-dir", str(options.output_dir))]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    seconds = [r["seconds"] + r.get("answer seconds", 0.0) for r in results]
     cpus = Path("/proc/cpuinfo")
     names = (
         {line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")}
@@ -167,10 +167,11 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "command": shlex.join(["python", "-m", "experiments.displacement", *arguments]),
-        "commit": commit,
+        "commit": ", ".join(dict.fromkeys(r["commit"] for r in results)),
         "machine": ", ".join(sorted(names)) or platform.machine(),
         "threads": f"{options.processes} processes x {options.threads} threads",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "minutes of one process": round(sum(seconds) / 60, 1),
         "methods": {m.name: shlex.join(m.options) for m in table(options.objectives, not options.no_ablation)},
     }
 

@@ -52,8 +52,9 @@ def prepare(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         began = time.perf_counter()
         facts = task.prepare(options, folder, seed)
         start = task.start(options, folder)
+        seconds = time.perf_counter() - began
         answers = start.questions and worker.answer(start.model, start.questions, folder)
-        return {"seed": seed, **facts, **(answers or {}), "seconds": time.perf_counter() - began}
+        return {"seed": seed, "commit": options.commit, **facts, "seconds": seconds, **(answers or {})}
 
     return _once(folder, make)
 
@@ -72,7 +73,7 @@ def second_stage(options: argparse.Namespace, seed: int, rate: float, method: Me
         worker.train(output, [*arguments, *shlex.split(options.train_options)])
         seconds = time.perf_counter() - began
         answers = start.questions and worker.answer(output, start.questions, output)
-        named = {"seed": seed, "learning rate": rate, "method": method.name}
+        named = {"seed": seed, "commit": options.commit, "learning rate": rate, "method": method.name}
         return {**named, **asdict(worker.score(output)), "seconds": seconds, **(answers or {})}
 
     return _once(output, make)

@@ -14,7 +14,7 @@ from experiments.small_llama import Shape, build_model
 
 from . import worker
 
-SHAPE = Shape(vocabulary=1024, hidden=192, intermediate=512, layers=3, positions=512)
+SHAPE = Shape(vocabulary=2048, hidden=192, intermediate=512, layers=2, positions=512)
 LIMIT = ["--max-length", SHAPE.positions, "--drop-overlong"]
 SFT_OPTIONS = "--stage sft --batch-size 16 --warmup-steps 20 --learning-rate 2e-3 --schedule cosine"
 

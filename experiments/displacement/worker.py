@@ -8,8 +8,10 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from statistics import mean
+from threading import Thread
 from typing import Any
 
 import torch
@@ -55,6 +57,14 @@ def start(threads: int) -> None:
     os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(threads)
     disable_progress_bar()
+    if parent := parent_process():
+        Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: Any) -> None:
+    """End when the command was ended: what it would write could meet what a resumed command writes."""
+    parent.join()
+    os._exit(1)
 
 
 def train(output: Path, arguments: Sequence[Any]) -> None:
