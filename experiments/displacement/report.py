@@ -185,6 +185,6 @@ def _draw_rate(results: dict[str, Any], rate: float, left: Any, right: Any) -> N
     right.set(title=f"Change of the chosen log-prob, nats, held out; rate {rate:g}")
     left.margins(y=0.25)
     for axes in (left, right):
-        axes.set_xticks(range(len(bases)), bases)
+        axes.set_xticks(range(len(bases)), bases, fontsize=8)
         axes.axhline(0, color="#606060", lw=1)
         axes.spines[["top", "right"]].set_visible(False)
