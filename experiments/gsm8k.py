@@ -25,7 +25,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-VOCABULARY = 4096
+
+from experiments.small_llama import Shape, build_model  # noqa: E402 (the root comes first)
+
 SFT = {"stage": "sft", "epochs": 1, "learning-rate": 2e-3, "warmup-steps": 30, "eval-fraction": 0.05}
 PREFERENCE = {"epochs": 1, "learning-rate": 2e-4, "warmup-steps": 10, "eval-fraction": 0.2, "beta": 0.1}
 COMMON = {"batch-size": 4, "grad-accum": 4, "max-length": 640, "schedule": "cosine"}
@@ -39,9 +41,10 @@ def main() -> None:
         sys.exit(f"{output} exists; remove it or give another --output")
     data = Path(arguments.data).resolve()
     began = time.perf_counter()
-    size = build_model(output / "init", data / "sft.jsonl")
+    shape = Shape()
+    size = build_model(output / "init", data / "sft.jsonl", shape)
     print(
-        f"model: {size / 1e6:.1f} M parameters, vocabulary {VOCABULARY}; {arguments.threads} threads",
+        f"model: {size / 1e6:.1f} M parameters, vocabulary {shape.vocabulary}; {arguments.threads} threads",
         flush=True,
     )
 
@@ -68,45 +71,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check-resume", action="store_true", help="repeat the SPO run with a SIGKILL in the middle")
     return parser.parse_args()
-
-
-def build_model(folder: Path, corpus: Path, vocabulary: int = VOCABULARY) -> int:
-    """A random Llama and a byte-level BPE tokenizer trained on the SFT text; returns its parameters."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
-
-    tokenizer = Tokenizer(models.BPE())
-    # Digits one by one, as maths models do.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    rows = [json.loads(line) for line in corpus.read_text().split("\n") if line]
-    tokenizer.train_from_iterator((row[key] for row in rows for key in ("prompt", "completion")), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
-
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=640,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
-    return model.num_parameters()
 
 
 def command(output: Path, model: Path, data: Path, options: Options) -> list[str]:

@@ -58,6 +58,7 @@ def test_summary(count: int) -> None:
     expected = {
         "gradient_log_ratio/mean": ratio.mean().item(),
         **{f"gradient_log_ratio/p{round(100 * q)}": ratio.quantile(q).item() for q in (0.1, 0.5, 0.9)},
+        "margin_rose/share": sum(r < -1e-3 for r in ratio.tolist()) / count,
         "chosen_fell/share": sum(c < 0 for c in change) / count,
         "chosen_fell/nats": sum(max(0.0, -c) for c in change) / count,
         "both_fell/share": sum(a < 0 and b < 0 for a, b in zip(change, other, strict=True)) / count,
@@ -81,6 +82,7 @@ def test_rounding_is_no_displacement() -> None:
     pairs = PairLogps(ref_chosen - 1e-5, ref_rejected - 1e-5, ref_chosen, ref_rejected, *[pairs.chosen_lengths] * 2)
     assert summarize(pairs)["chosen_fell/share"] == summarize(pairs)["both_fell/share"] == 0.0
     assert summarize(pairs, tolerance=1e-6)["chosen_fell/share"] == 1.0
+    assert summarize(pairs)["margin_rose/share"] == 0.0
 
 
 def test_no_pairs_and_no_reference() -> None:

@@ -1,14 +1,15 @@
 """What preference objectives do to accuracy and to the likelihood of chosen responses, alone and inside SPO.
 
-    python -m experiments.displacement                                      # built-in task, under half an hour
+    python -m experiments.displacement                                      # arithmetic, see task_arithmetic.py
     python -m experiments.displacement --seeds 1 --objectives dpo simpo     # a look in minutes
+    python -m experiments.displacement --task gsm8k --data ../shared/data/gsm8k      # see task_gsm8k.py
     python -m experiments.displacement --model SFT_MODEL --dataset pairs.jsonl --questions questions.jsonl \\
         --answer-pattern '#### (-?[\\d,]+)' --train-options '--bf16 --lora-r 16 --batch-size 4 --grad-accum 8'
 
-The built-in task is arithmetic with written working, see `task.py`. SPO is a reconstruction, not verified against its
-paper: see `spo_kernels/losses/reconstructed/spo.py`. With --model, --dataset is preference data as spo-train takes it,
-the model is the SFT model, and questions are JSON lines with a prompt and its answer; a seed then only orders the
-data.
+SPO is a reconstruction, not verified against its paper: see `spo_kernels/losses/reconstructed/spo.py`. With --model,
+--dataset is preference data as spo-train takes it, the model is the SFT model, and questions are JSON lines with a
+prompt (a string or messages) and its answer; without them no answers are scored. A seed then orders the data and holds
+prompts out. `experiments/real_model.py` makes such a model and data.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from typing import Any
 import torch
 import transformers
 
-from . import report, task, worker
+from . import report, task_arithmetic, worker
 from .methods import OBJECTIVES, table
-from .runs import prepare, second_stage
+from .runs import TASKS, prepare, second_stage
 
 LAST_MATCH = r"-?\d[\d,]*(?:\.\d+)?"
+# What a resumed command may say otherwise.
+FREE = ("output_dir", "resume", "processes", "commit")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,39 +46,52 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output-dir", type=Path, default=Path("experiments/output/displacement"))
+    parser.add_argument("--resume", action="store_true", help="go on in an --output-dir that the same command left")
+    parser.add_argument("--task", choices=("arithmetic", "gsm8k"), default="arithmetic", help="without --model")
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything, with seeds 0, 1, ... (default: 3)")
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES), metavar="NAME")
     parser.add_argument("--no-ablation", action="store_true", help="leave out SPO's other forms around DPO")
     parser.add_argument(
-        "--learning-rates", type=float, nargs="+", default=[5e-5, 2e-4], help="of second stages (default: 5e-5 2e-4)"
+        "--learning-rates", type=float, nargs="+", default=[5e-5], help="of second stages (default: 5e-5)"
     )
-    parser.add_argument("--steps", type=int, default=125, help="optimizer steps of second stages (default: 125)")
-    parser.add_argument(
-        "--train-options", default="--batch-size 16 --warmup-steps 10", help="more options of spo-train"
-    )
+    parser.add_argument("--steps", type=int, help=f"optimizer steps of second stages ({_defaults('steps')})")
+    parser.add_argument("--train-options", help=f"more options of spo-train ({_defaults('train_options')})")
+    parser.add_argument("--sft-steps", type=int, help=f"optimizer steps of the SFT model ({_defaults('sft_steps')})")
+    parser.add_argument("--eval-fraction", type=float, default=0.1, help="share of prompts held out (default: 0.1)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
     parser.add_argument("--render", type=Path, help="only make table and figure again, from this results.json")
-    builtin = parser.add_argument_group("built-in task")
-    builtin.add_argument("--sft-steps", type=int, default=290, help="stops short of full marks (default: 290)")
-    builtin.add_argument("--demonstrations", type=int, default=task.Size.demonstrations)
-    builtin.add_argument("--pairs", type=int, default=task.Size.pairs)
-    builtin.add_argument("--heldout", type=int, default=task.Size.heldout, help="questions and held-out pairs")
-    own = parser.add_argument_group("your own model and data, instead of the built-in task")
+    arithmetic = parser.add_argument_group("--task arithmetic")
+    arithmetic.add_argument("--demonstrations", type=int, default=task_arithmetic.Size.demonstrations)
+    arithmetic.add_argument("--pairs", type=int, default=task_arithmetic.Size.pairs)
+    arithmetic.add_argument("--heldout", type=int, default=task_arithmetic.Size.heldout, help="questions and pairs")
+    gsm8k = parser.add_argument_group("--task gsm8k")
+    gsm8k.add_argument("--data", type=Path, help="folder of sft.jsonl and preferences.jsonl")
+    own = parser.add_argument_group("your own model and data")
     own.add_argument("--model", help="SFT model: hub id or folder")
     own.add_argument("--dataset", help="preference data, as spo-train takes it")
     own.add_argument("--split", default="train", help="of a hub data set")
-    own.add_argument("--eval-fraction", type=float, default=0.1, help="share of prompts held out (default: 0.1)")
     own.add_argument("--questions", type=Path, help="JSON lines with prompt and answer")
     own.add_argument("--answer-pattern", default=LAST_MATCH, help="its last match is the answer (default: a number)")
     own.add_argument("--max-new-tokens", type=int, default=512)
+    own.add_argument("--answer-batch", type=int, default=50, help="questions answered at a time (default: 50)")
     options = parser.parse_args(arguments)
-    given = [options.model, options.dataset, options.questions]
-    if any(v is not None for v in given) and None in given:
-        parser.error("--model, --dataset and --questions go together")
+    if (options.model is None) != (options.dataset is None):
+        parser.error("--model and --dataset go together")
+    if options.model is not None:
+        options.task = "own"
+    if options.task == "gsm8k" and options.data is None:
+        parser.error("--task gsm8k needs --data")
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    for name, value in TASKS[options.task].defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     return options
+
+
+def _defaults(name: str) -> str:
+    return "default: " + ", ".join(f"{task} {part.defaults[name]}" for task, part in TASKS.items())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,31 +101,49 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     began = time.perf_counter()
-    made_by = about(options)
-    methods = list(table(options.objectives, not options.no_ablation))
-    seeds = range(options.seeds)
-    if options.output_dir.exists() and any(options.output_dir.iterdir()):
-        print(f"displacement: {options.output_dir} is not empty; give another --output-dir", file=sys.stderr)
-        return 1
-    pool = ProcessPoolExecutor(options.processes, get_context("spawn"), worker.start, (options.threads,))
+    described = ["git", "describe", "--always", "--dirty"]
+    options.commit = subprocess.run(described, capture_output=True, text=True).stdout.strip()
     try:
-        with pool:
-            starts = list(pool.map(prepare, [options] * len(seeds), seeds))
-            report.say(f"SFT models: accuracy {[round(s['accuracy'], 3) for s in starts]}", began)
-            jobs = [(seed, rate, method) for seed in seeds for rate in options.learning_rates for method in methods]
-            runs = []
-            results = pool.map(second_stage, [options] * len(jobs), *zip(*jobs, strict=True))
-            for (seed, rate, method), result in zip(jobs, results, strict=True):
-                runs.append({"seed": seed, "learning rate": rate, "method": method.name, **result})
-                report.say(f"seed {seed}, rate {rate:g}, {method.name}: accuracy {result['accuracy']:.3f}", began)
+        claim(options)
+        results = run_all(options, began)
     except worker.RunFailed as error:
         print(f"displacement: {error}", file=sys.stderr)
         return 1
-    made_by["minutes"] = round((time.perf_counter() - began) / 60, 1)
-    results = {"about": made_by, "sft": starts, "runs": runs}
+    results = {"about": about(options, [*results["sft"], *results["runs"]]), **results}
     (options.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     write(results, options.output_dir)
     return 0
+
+
+def claim(options: argparse.Namespace) -> None:
+    """Refuse a folder that has something else in it than an earlier part of this command."""
+    folder, path = options.output_dir, options.output_dir / "settings.json"
+    settings = {name: str(value) for name, value in vars(options).items() if name not in FREE}
+    if options.resume and path.exists():
+        if json.loads(path.read_text()) != settings:
+            raise worker.RunFailed(f"{folder} is of another command, see {path}")
+    elif folder.exists() and any(folder.iterdir()):
+        raise worker.RunFailed(f"{folder} is not empty; give another --output-dir, or --resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def run_all(options: argparse.Namespace, began: float) -> dict[str, Any]:
+    """Results of all SFT models and second stages."""
+    methods = list(table(options.objectives, not options.no_ablation))
+    seeds = range(options.seeds)
+    pool = ProcessPoolExecutor(options.processes, get_context("spawn"), worker.start, (options.threads,))
+    with pool:
+        starts = []
+        for start in pool.map(prepare, [options] * len(seeds), seeds):
+            starts.append(start)
+            report.say(f"SFT model, {report.line(start)}", began)
+        jobs = [(seed, rate, method) for seed in seeds for rate in options.learning_rates for method in methods]
+        runs = []
+        for run in pool.map(second_stage, [options] * len(jobs), *zip(*jobs, strict=True)):
+            runs.append(run)
+            report.say(report.line(run), began)
+    return {"sft": starts, "runs": runs}
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
@@ -120,11 +154,11 @@ def write(results: dict[str, Any], folder: Path) -> None:
     print(f"\n{text}\nwritten: {folder}/tables.md, displacement.png")
 
 
-def about(options: argparse.Namespace) -> dict[str, Any]:
-    """What made the figures: command, commit, machine, versions."""
+def about(options: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What made the figures: command, commit (of each part, where it was resumed), machine, versions, time."""
     # without where the results went
-    arguments = [a for a in sys.argv[1:] if a not in ("--output-dir", str(options.output_dir))]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    arguments = [a for a in sys.argv[1:] if a not in ("--resume", "--output-dir", str(options.output_dir))]
+    seconds = [r["seconds"] + r.get("answer seconds", 0.0) for r in results]
     cpus = Path("/proc/cpuinfo")
     names = (
         {line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")}
@@ -133,10 +167,11 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "command": shlex.join(["python", "-m", "experiments.displacement", *arguments]),
-        "commit": commit,
+        "commit": ", ".join(dict.fromkeys(r["commit"] for r in results)),
         "machine": ", ".join(sorted(names)) or platform.machine(),
         "threads": f"{options.processes} processes x {options.threads} threads",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "minutes of one process": round(sum(seconds) / 60, 1),
         "methods": {m.name: shlex.join(m.options) for m in table(options.objectives, not options.no_ablation)},
     }
 

@@ -20,25 +20,29 @@ class Method:
     @property
     def options(self) -> list[str]:
         """Of spo-train."""
-        hyperparameters = [f for pair in OBJECTIVES[self.base].items() for f in ("--loss-arg", f"{pair[0]}={pair[1]}")]
+        own = OBJECTIVES[self.base].split()
         if not self.form:
-            return ["--loss", self.base, *hyperparameters]
-        return ["--loss", "spo", "--base-loss", self.base, *hyperparameters, *FORMS[self.form].split()]
+            return ["--loss", self.base, *own]
+        return ["--loss", "spo", "--base-loss", self.base, *own, *FORMS[self.form].split()]
 
 
 # SFT on the chosen responses of the same pairs: what SPO's penalty does without any preference loss
 CONTROL = "sft"
 
-# The methods' authors tuned them for models of billions of parameters. Unset ones are the library's defaults; α-DPO's
-# are its authors' for Llama3-Instruct.
-OBJECTIVES: dict[str, dict[str, float]] = {
-    "dpo": {"beta": 0.1},
-    "simpo": {"beta": 2.0, "gamma": 1.0},
-    "cpo": {"beta": 0.1},
-    "dpop": {"beta": 0.1},
-    "r_dpo": {"beta": 0.1, "alpha": 0.05},
-    "alpha_dpo": {"beta": 2.5, "gamma": 0.6, "alpha": 0.2},
-    CONTROL: {"normalization": "mean"},
+# Each with options of spo-train. Hyperparameters that are not here are the library's defaults, the authors' where they
+# are known; they tuned them for models of billions of parameters. α-DPO's are theirs for Llama-3-Instruct, the default
+# being those for Gemma-2. SPO goes around every one of them.
+OBJECTIVES = {
+    "dpo": "",
+    "simpo": "",
+    "cpo": "",
+    "dpop": "",
+    "r_dpo": "",
+    "alpha_dpo": "--loss-arg beta=2.5 --loss-arg gamma=0.6 --loss-arg alpha=0.2",
+    "beta_dpo": "",
+    # The tokens of its pilots are drawn anew for every batch.
+    "sgdpo": "--reference online",
+    CONTROL: "--loss-arg normalization=mean",
 }
 
 # SPO's λ = 1 on the mean token NLL, this library's defaults; the paper's are not known.
@@ -50,11 +54,11 @@ FORMS = {
 
 
 def table(objectives: list[str], ablation: bool) -> Iterator[Method]:
-    """Each objective alone and with SPO; the control; with `ablation`, DPO with SPO's other forms."""
-    for base in (o for o in objectives if o != CONTROL):
+    """Each objective alone and with SPO, the control alone; with `ablation`, DPO with SPO's other forms."""
+    for base in objectives:
         yield Method(base, "")
-        yield Method(base, "spo")
+        if base != CONTROL:
+            yield Method(base, "spo")
         if ablation and base == "dpo":
             yield Method(base, "spo-hinge")
             yield Method(base, "spo-inner")
-    yield Method(CONTROL, "")

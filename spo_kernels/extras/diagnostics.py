@@ -57,6 +57,8 @@ def summarize(pairs: PairLogps, tolerance: float = 1e-3) -> dict[str, float]:
 
     Returns:
         `gradient_log_ratio/mean`, `/p10`, `/p50`, `/p90`;
+        `margin_rose/share` of pairs that the policy tells apart better than the reference does, `r_w > r_l`: DPO's
+        reward accuracy, for every objective;
         `chosen_fell/share` of pairs and `chosen_fell/nats`, the mean displacement over all pairs;
         `both_fell/share` of pairs; `lost_mass/nats`, mean;
         for each power-of-two bucket of the chosen response's tokens that occurs, `chosen_change/17-32`: mean r_w, and
@@ -82,6 +84,7 @@ def summarize(pairs: PairLogps, tolerance: float = 1e-3) -> dict[str, float]:
     numbers = {
         "gradient_log_ratio/mean": ratio.mean(),
         **{f"gradient_log_ratio/p{round(100 * q)}": _quantile(ratio, q) for q in QUANTILES},
+        "margin_rose/share": (ratio < -tolerance).double().mean(),
         "chosen_fell/share": fell.double().mean(),
         "chosen_fell/nats": displacement(pairs).mean(),
         "both_fell/share": (fell & (pairs.rejected - ref_rejected < -tolerance)).double().mean(),

@@ -1,4 +1,4 @@
-"""The built-in task: two-digit sums and differences worked column by column, see `arithmetic/task.py`.
+"""Arithmetic: two-digit sums and differences worked column by column, see `arithmetic/task.py`.
 
 An SFT model is trained on demonstrations of which a share has a slip in it, and stops before it is good at the task.
 Preference pairs for other problems: chosen is the right solution, rejected a wrong one that this model itself wrote.
@@ -6,24 +6,29 @@ Preference pairs for other problems: chosen is the right solution, rejected a wr
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from arithmetic.answers import batches, write_solutions
+from arithmetic.answers import MAX_NEW_TOKENS, batches, write_solutions
 from arithmetic.model import save_base
 from arithmetic.records import write_jsonl
 from arithmetic.task import Problem, Record, is_right, problems, sft_record, solve, solve_badly
+
+from . import worker
 
 SAMPLES = 8  # draws per problem in search of a wrong solution
 
 # How an answer is read from a response, and the right one from the column "answer".
 ANSWER_PATTERN = r"^A: (\d+)$"
+SFT_OPTIONS = "--stage sft --batch-size 32 --warmup-steps 20 --learning-rate 2e-3"
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,22 @@ class Size:
     pairs: int = 2000
     heldout: int = 500
     sloppiness: float = 0.5
+
+
+def prepare(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
+    """The SFT model of a seed and its pairs."""
+    parts = write_base(folder, Size(options.demonstrations, options.pairs, options.heldout), seed)
+    arguments = ["--model", folder / "base", "--dataset", folder / "sft.jsonl", "--max-steps", options.sft_steps]
+    worker.train(folder / "sft", [*arguments, *SFT_OPTIONS.split(), "--seed", seed])
+    return write_pairs(folder, parts, seed)
+
+
+def start(options: argparse.Namespace, folder: Path) -> worker.Start:
+    """From that model, with all of the held-out problems asked."""
+    data = ["--dataset", folder / "pairs.jsonl", "--eval-dataset", folder / "heldout.jsonl"]
+    return worker.Start(
+        folder / "sft", data, worker.Questions(folder / "questions.jsonl", ANSWER_PATTERN, MAX_NEW_TOKENS)
+    )
 
 
 def write_base(folder: Path, size: Size, seed: int) -> dict[str, list[Problem]]:
