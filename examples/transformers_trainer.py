@@ -1,0 +1,33 @@
+"""transformers' Trainer with a fused preference loss.
+
+python -m examples.transformers_trainer MODEL PAIRS.jsonl OUTPUT, pairs with prompt, chosen and rejected.
+"""
+
+import sys
+
+from datasets import load_dataset
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from spo_kernels.integrations.transformers import FusedPreferenceModel, PairCollator, precompute_ref_logps
+
+
+def main(name: str, pairs: str, output: str, **settings: float) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+
+    def encode(record: dict[str, str]) -> dict[str, list[int]]:
+        ids = {f"{k}_ids": tokenizer(record[k]).input_ids for k in ("prompt", "chosen", "rejected")}
+        return {k: v if k == "prompt_ids" else [*v, tokenizer.eos_token_id] for k, v in ids.items()}
+
+    data = load_dataset("json", data_files=pairs, split="train").map(encode)
+    collate = PairCollator(tokenizer.pad_token_id, max_length=1024)
+    sums = precompute_ref_logps(model, DataLoader(data, batch_size=4, collate_fn=collate))
+    for side, column in zip(("chosen", "rejected"), sums.T.tolist(), strict=True):
+        data = data.add_column(f"ref_{side}_logps", column)
+    arguments = TrainingArguments(output, remove_unused_columns=False, report_to="none", **settings)
+    Trainer(FusedPreferenceModel(model, "spo"), arguments, collate, data).train()
+    model.save_pretrained(output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

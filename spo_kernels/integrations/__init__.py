@@ -1,0 +1,1 @@
+"""Ready-made ways into trainers; each file imports its library only when it is used."""

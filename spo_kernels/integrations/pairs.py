@@ -1,0 +1,94 @@
+"""Batches of preference pairs for a training loop, and the reference's log-probabilities of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo_kernels import LMHead, sequence_logps
+from spo_kernels.integrations.hidden import device_of, hidden_states
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Pads tokenised pairs on the right: a batch for `FusedPreferenceModel`, chosen rows first.
+
+    A record has `prompt_ids`, `chosen_ids` and `rejected_ids` (lists of token ids; the names of `spo_kernels.data` and
+    of TRL), and maybe `ref_chosen_logps` and `ref_rejected_logps` (TRL's names), which become `ref_logps`.
+
+    Attributes:
+        pad_token_id: Fills `input_ids`.
+        max_length: Tokens of a row at most; what is longer is cut at its end. None for no limit.
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """input_ids, attention_mask and labels `[2B, T]`, and ref_logps `[2B]` where the records have them.
+
+        Raises:
+            KeyError: A record lacks a column.
+        """
+        prompts = [list(record["prompt_ids"]) for _ in SIDES for record in records]
+        responses = [list(record[f"{side}_ids"]) for side in SIDES for record in records]
+        rows = [(p + r)[: self.max_length] for p, r in zip(prompts, responses, strict=True)]
+        labels = [([-100] * len(p) + r)[: self.max_length] for p, r in zip(prompts, responses, strict=True)]
+        batch = {
+            "input_ids": _padded(rows, self.pad_token_id),
+            "attention_mask": _padded([[1] * len(row) for row in rows], 0),
+            "labels": _padded(labels, -100),
+        }
+        if records and "ref_chosen_logps" in records[0]:
+            batch["ref_logps"] = torch.tensor([float(r[f"ref_{side}_logps"]) for side in SIDES for r in records])
+        return batch
+
+
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    out = torch.full((len(rows), max(map(len, rows), default=0)), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return out
+
+
+@torch.no_grad()
+def precompute_ref_logps(model: nn.Module, dataloader: Iterable[Mapping[str, Tensor]], **options: Any) -> Tensor:
+    """The reference's log-probabilities of chosen and rejected responses, `[n, 2]` float32 on the CPU, in order.
+
+    Args:
+        model: The reference: a frozen copy, another model, or a PEFT model, whose adapters are switched off.
+        dataloader: Batches of `PairCollator` in the order of the records, the same on every process: where
+            torch.distributed is initialised, the processes share the batches among them and all get the whole.
+        options: Of `sequence_logps`: workspace_bytes, backend.
+
+    Raises:
+        TypeError, ValueError: The model or a batch is wrong; the message names it.
+    """
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+    device, training = device_of(model), model.training
+    model.eval()
+    found = []
+    try:
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():  # type: ignore[operator]
+            for number, batch in enumerate(dataloader):
+                labels = batch["labels"].to(device)
+                logps = torch.zeros(len(labels), device=device)
+                if number % world == rank:
+                    inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}
+                    hidden = hidden_states(model, **inputs)
+                    logps = sequence_logps(hidden, LMHead.of(model), labels, shift=True, **options)
+                found.append(logps.float().view(2, -1).T)
+    finally:
+        model.train(training)
+    every = torch.cat(found) if found else torch.zeros(0, 2, device=device)
+    if together:
+        torch.distributed.all_reduce(every)
+    return every.cpu()

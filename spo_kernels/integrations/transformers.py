@@ -1,0 +1,7 @@
+"""Preference losses for transformers models in any training loop: what a loop needs around `fused_spo_loss`."""
+
+from spo_kernels.integrations.hidden import hidden_states
+from spo_kernels.integrations.pairs import PairCollator, precompute_ref_logps
+from spo_kernels.integrations.preference_model import FusedPreferenceModel
+
+__all__ = ["FusedPreferenceModel", "PairCollator", "hidden_states", "precompute_ref_logps"]

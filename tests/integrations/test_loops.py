@@ -1,0 +1,141 @@
+"""The pieces in real loops: transformers' Trainer, accelerate, two processes under DDP, the examples."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import spo_kernels
+
+tf = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from datasets import Dataset  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from examples import accelerate_loop, transformers_trainer  # noqa: E402
+from spo_kernels.integrations.transformers import (  # noqa: E402
+    FusedPreferenceModel,
+    PairCollator,
+    precompute_ref_logps,
+)
+from tests.integrations.test_transformers import PAIRS, REFERENCE, batch_of, build, full_logits, lora  # noqa: E402
+from tests.integrations.two_ranks import RECORDS, train  # noqa: E402
+from tests.integrations.two_ranks import batch_of as with_sums  # noqa: E402
+
+WITH_SUMS = [
+    {**pair, "ref_chosen_logps": float(REFERENCE[i]), "ref_rejected_logps": float(REFERENCE[3 + i])}
+    for i, pair in enumerate(PAIRS)
+]
+
+
+def test_collator() -> None:
+    batch = PairCollator(9, max_length=6)(WITH_SUMS)
+    assert batch["input_ids"].tolist()[1] == [1, 4, 30, 2, 9, 9]
+    assert batch["input_ids"].tolist()[4] == [1, 4, 31, 32, 33, 34]
+    assert batch["labels"].tolist()[4] == [-100, -100, 31, 32, 33, 34]
+    assert batch["attention_mask"].tolist()[1] == [1, 1, 1, 1, 0, 0]
+    assert batch["ref_logps"].tolist() == REFERENCE.tolist()
+    assert "ref_logps" not in PairCollator(9)(PAIRS)
+    with pytest.raises(KeyError, match="rejected_ids"):
+        PairCollator(9)([{"prompt_ids": [1], "chosen_ids": [2]}])
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "adapters off"])
+def test_reference_sums_in_the_order_of_the_records(adapted: bool) -> None:
+    base = build("cohere").eval()
+    model = lora(build("cohere")).train() if adapted else base.train()
+    found = precompute_ref_logps(model, [batch_of(PAIRS[:2]), batch_of(PAIRS[2:])])
+    assert model.training
+    expected = full_logits(base.eval(), batch_of()).detach().view(2, 3).T
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert precompute_ref_logps(model, []).shape == (0, 2)
+
+
+def test_trainer_accumulates_the_mean(tmp_path: Path) -> None:
+    """Two forwards of one pair each are one of two pairs, in loss and weights; not twice as much."""
+    results = []
+    for size in (1, 2):
+        model = build("llama")
+        arguments = TrainingArguments(
+            str(tmp_path / str(size)), per_device_train_batch_size=size, gradient_accumulation_steps=2 // size,
+            max_steps=2, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0,
+            logging_steps=1, report_to="none", remove_unused_columns=False, save_strategy="no", use_cpu=True,
+        )  # fmt: skip
+        data = Dataset.from_list(WITH_SUMS[:2])
+        trainer = Trainer(FusedPreferenceModel(model, "dpo"), arguments, PairCollator(0), data)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        results.append((losses, model.state_dict()))
+    (one, first), (two, second) = results
+    assert one == pytest.approx(two, rel=1e-4) and len(one) == 2
+    start = build("llama").state_dict()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(value, start[name]) for name, value in first.items())
+
+
+def test_two_ranks_under_ddp(tmp_path: Path) -> None:
+    """Both end with the same bits, and with what one process makes of all pairs."""
+    root = str(Path(spo_kernels.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = os.pathsep.join([root, str(Path(root) / "tests"), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+    command += ["--nproc_per_node", "2", "-m", "tests.integrations.two_ranks", str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    model = build("tied")
+    expected = full_logits(model, PairCollator(0)(RECORDS)).detach().view(2, 4).T
+    torch.testing.assert_close(ranks[0]["sums"], expected, rtol=1e-4, atol=1e-5)
+    train(FusedPreferenceModel(model, "dpo"), [with_sums(RECORDS, ranks[0]["sums"])])
+    for name, value in ranks[0]["weights"].items():
+        assert torch.equal(value, ranks[1]["weights"][name]), name
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+def saved_model(folder: Path) -> Any:
+    """A model with a tokenizer on disk, and its pairs."""
+    from tests.train.conftest import build_tokenizer, pair
+
+    tokenizer = build_tokenizer(chat=False)
+    config = tf.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    pairs = [pair(i) for i in range(12)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return tokenizer, pairs
+
+
+def test_the_examples_run_and_learn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer, pairs = saved_model(tmp_path)
+    before = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    settings = {"max_steps": 3, "learning_rate": 1e-2, "use_cpu": True, "save_strategy": "no"}
+    model, data = str(tmp_path / "model"), str(tmp_path / "pairs.jsonl")
+    transformers_trainer.main(model, data, str(tmp_path / "trainer"), **settings)
+    after = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "trainer")
+    assert not torch.equal(after.get_output_embeddings().weight, before.get_output_embeddings().weight)
+
+    records = [
+        {f"{key}_ids": tokenizer(row[key]).input_ids for key in ("prompt", "chosen", "rejected")} for row in pairs
+    ]
+    accelerate_loop.main(model, records, str(tmp_path / "loop"), epochs=2, rate=1e-2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss")]
+    assert len(lines) == 6 and lines[0].startswith("loss 0.6931") and not lines[-1].startswith("loss 0.6931")
+    assert (tmp_path / "loop" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("example", [transformers_trainer, accelerate_loop])
+def test_the_examples_are_short(example: Any) -> None:
+    lines = inspect.getsource(example.main).splitlines()
+    assert len(lines) <= 30
