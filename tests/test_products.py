@@ -211,15 +211,16 @@ def test_choice_by_environment(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize(
-    "choice, columns, listed, own",
+    "choice, columns, listed, dtype, own",
     [
-        ("auto", 256, False, False),
-        ("auto", 257, False, True),  # larger
-        ("auto", 256, True, True),  # the vendor's library reads no lists
-        ("native", 256, False, True),
+        ("auto", 256, False, torch.float32, False),
+        ("auto", 257, False, torch.float32, True),  # larger
+        ("auto", 256, True, torch.float32, True),  # the vendor's library reads no lists
+        ("auto", 256, False, torch.float16, True),  # nor half precision beside float32
+        ("native", 256, False, torch.float32, True),
     ],
 )
-def test_small_products_are_the_vendors(monkeypatch, choice, columns, listed, own):
+def test_small_products_are_the_vendors(monkeypatch, choice, columns, listed, dtype, own):
     monkeypatch.setenv("SPO_CPU_PRODUCT", choice)
     asked = []
 
@@ -234,10 +235,10 @@ def test_small_products_are_the_vendors(monkeypatch, choice, columns, listed, ow
         def __getattr__(self, name):
             return getattr(NATIVE, name)
 
-    a, b = torch.randn(64, 64), torch.randn(64, columns)
+    a, b = torch.randn(64, 64), torch.randn(64, columns).to(dtype)
     out = torch.empty(64, columns)
     NativeProducts(Counted()).matmul(a, b, out, a_rows=torch.arange(64) if listed else None)
-    torch.testing.assert_close(out, a @ b)
+    torch.testing.assert_close(out, a @ b.float())
     assert bool(asked) == own
 
 

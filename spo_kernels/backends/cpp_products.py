@@ -70,7 +70,7 @@ class NativeProducts(VendorProducts):
         """See `Products`; listed rows are read while an operand is packed, and written where they belong."""
         name = self._names.get(b.dtype)
         whole = a_rows is b_rows is out_rows is None
-        small = whole and out.dtype == a.dtype == torch.float32 and a.numel() * b.shape[1] <= self._small
+        small = whole and out.dtype == a.dtype == b.dtype == torch.float32 and a.numel() * b.shape[1] <= self._small
         if name is None or small:
             super().matmul(a, b, out, accumulate=accumulate, a_rows=a_rows, b_rows=b_rows, out_rows=out_rows)
             return
