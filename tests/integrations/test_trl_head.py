@@ -102,7 +102,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_at_least_as_near_to_float64_as_trl(trl_utils, name, dtype):
     case = dataclasses.replace(CASES[name], dtype=dtype)

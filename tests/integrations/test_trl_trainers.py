@@ -19,6 +19,7 @@ RUNS = {
     "DPO gemma2, softcap": ("DPO", "gemma2", {"steps": 8}),
     "DPO cohere, logit scale": ("DPO", "cohere", {"steps": 8}),
     "DPO gpt2, WPO": ("DPO", "gpt2", {"steps": 8, "use_weighting": True}),
+    "DPO llama, LoRA": ("DPO", "llama", {"lora": True}),
     "KTO": ("KTO", "llama", {}),
     "SFT": ("SFT", "gpt2", {}),
     "GRPO, softcap and temperature": ("GRPO", "gemma2", {}),

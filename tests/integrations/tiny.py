@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -101,7 +102,9 @@ TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
 class Run:
     """A short training by TRL: loss of each forward, logged metrics, weights at the start and the end."""
 
-    def __init__(self, trainer: str, kind: str, folder: Path, *, steps: int = 5, **settings: Any) -> None:
+    def __init__(
+        self, trainer: str, kind: str, folder: Path, *, steps: int = 5, lora: bool = False, **settings: Any
+    ) -> None:
         import trl
 
         columns, defaults = TRAINERS[trainer]
@@ -120,14 +123,19 @@ class Run:
             adam_epsilon=1e-6,
             **{**defaults, **settings},
         )
-        model = make_model(kind)
-        self.start = copy.deepcopy(model.state_dict())
         given: dict[str, Any] = {"reward_funcs": reward} if columns == "prompts" else {}
-        if trainer in ("DPO", "KTO"):
+        if lora:
+            given["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        elif trainer in ("DPO", "KTO"):
             given["ref_model"] = make_model(kind, seed=1)
         made = getattr(trl, f"{trainer}Trainer")(
-            model=model, args=arguments, train_dataset=dataset(columns), processing_class=make_tokenizer(), **given
+            model=make_model(kind),
+            args=arguments,
+            train_dataset=dataset(columns),
+            processing_class=make_tokenizer(),
+            **given,
         )
+        self.start = copy.deepcopy(made.model.state_dict())
         self.losses: list[float] = []
         compute = made.compute_loss
 
