@@ -78,7 +78,8 @@ def _head(
             "the head's weight is partitioned by DeepSpeed ZeRO-3, which takes it away between forward and backward: "
             "patch_trl() cannot be used with it; call unpatch_trl() for TRL's own head, or choose another ZeRO stage"
         )
-    if not torch.is_autocast_enabled(hidden.device.type):  # TRL's cast_lm_head_to_fp32 leaves them as they are
+    # with TRL's cast_lm_head_to_fp32 only hidden comes in float32; autocast casts all three
+    if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)
     return LMHead(
