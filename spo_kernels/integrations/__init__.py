@@ -1,1 +1,1 @@
-"""Ready-made ways into trainers; each file imports its library only when it is used."""
+"""The library inside trainers that people already use. Each module imports its library when it is called."""

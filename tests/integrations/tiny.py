@@ -1,0 +1,150 @@
+"""Tiny models, data and TRL trainers; nothing here touches the network."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+datasets.disable_progress_bars()
+
+VOCAB = 48
+WORDS = [f"w{i}" for i in range(2, VOCAB)]
+_COMMON = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+_LLAMA_LIKE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**_LLAMA_LIKE, "tie_word_embeddings": False}),
+    "gemma2": ("Gemma2Config", {**_LLAMA_LIKE, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+    "cohere": ("CohereConfig", {**_LLAMA_LIKE, "logit_scale": 0.25}),
+    "gpt2": ("GPT2Config", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}),
+}
+
+
+def make_model(kind: str, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config, settings = MODELS[kind]
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**_COMMON, **settings))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    plain = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1} | {w: i for i, w in enumerate(WORDS, 2)}, "<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        pad_token="<pad>",
+        eos_token="<end>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_rows(count: int = 16) -> list[dict[str, str]]:
+    """Prompts with a chosen and a rejected response, of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def text(length: int) -> str:
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator).tolist())
+
+    return [
+        {"prompt": text(1 + i % 4), "chosen": " " + text(2 + i % 5), "rejected": " " + text(1 + 3 * i % 7)}
+        for i in range(count)
+    ]
+
+
+def dataset(columns: str) -> datasets.Dataset:
+    rows = make_rows()
+    made: dict[str, list[dict[str, Any]]] = {
+        "pairs": list(rows),
+        "labelled": [
+            {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
+            for row in rows
+            for key in ("chosen", "rejected")
+        ],
+        "completions": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows],
+        "prompts": [{"prompt": row["prompt"]} for row in rows],
+    }
+    return datasets.Dataset.from_list(made[columns])
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """Any number that differs between completions."""
+    return [float(sum(int(word[1:]) for word in text.split() if word[1:].isdigit()) % 7) for text in completions]
+
+
+_SAMPLED = {"num_generations": 2, "max_completion_length": 4, "temperature": 0.8, "beta": 0.0, "num_iterations": 2}
+TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DPO": ("pairs", {}),
+    "KTO": ("labelled", {}),
+    "SFT": ("completions", {}),
+    "GRPO": ("prompts", _SAMPLED),
+    "RLOO": ("prompts", _SAMPLED),
+}
+
+
+class Run:
+    """A short training by TRL: loss of each forward, logged metrics, weights at the start and the end."""
+
+    def __init__(
+        self, trainer: str, kind: str, folder: Path, *, steps: int = 5, lora: bool = False, **settings: Any
+    ) -> None:
+        import trl
+
+        columns, defaults = TRAINERS[trainer]
+        arguments = getattr(trl, f"{trainer}Config")(
+            output_dir=str(folder),
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_steps=1,
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            learning_rate=5e-4,
+            lr_scheduler_type="constant",
+            adam_epsilon=1e-6,
+            **{**defaults, **settings},
+        )
+        given: dict[str, Any] = {"reward_funcs": reward} if columns == "prompts" else {}
+        if lora:
+            given["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        elif trainer in ("DPO", "KTO"):
+            given["ref_model"] = make_model(kind, seed=1)
+        made = getattr(trl, f"{trainer}Trainer")(
+            model=make_model(kind),
+            args=arguments,
+            train_dataset=dataset(columns),
+            processing_class=make_tokenizer(),
+            **given,
+        )
+        self.start = copy.deepcopy(made.model.state_dict())
+        self.losses: list[float] = []
+        compute = made.compute_loss
+
+        def compute_loss(*args: Any, **kwargs: Any) -> Any:
+            loss = compute(*args, **kwargs)
+            self.losses.append(loss.item())
+            return loss
+
+        made.compute_loss = compute_loss
+        made.train()
+        self.logs: list[dict[str, float]] = made.state.log_history[:-1]
+        self.end = made.model.state_dict()
