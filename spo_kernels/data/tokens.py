@@ -12,7 +12,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
+from spo_kernels.data.common import common
 from spo_kernels.data.template import Span
+from spo_kernels.data.words import Words
 
 # A text longer than this many characters a token is first encoded in part.
 _CHARACTERS_PER_TOKEN = 8
@@ -27,6 +29,7 @@ class Tokens:
         self.prefix = _special_prefix(tokenizer)
         self._special = {self.eos, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
         self._blank: dict[int, bool] = {}
+        self._words = Words(tokenizer.backend_tokenizer) if tokenizer.is_fast else None
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The first `limit` ids of each text."""
@@ -51,14 +54,10 @@ class Tokens:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        if self._tokenizer.is_fast:
-            # Without offsets and masks, half the time of the tokenizer's own call. A saved tokenizer may cut or pad.
-            backend = self._tokenizer.backend_tokenizer
-            backend.no_truncation()
-            backend.no_padding()
-            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if self._words is not None:
+            return self._words.ids(texts)
         return self._tokenizer(
-            list(texts),
+            texts,
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
@@ -99,13 +98,6 @@ class Tokens:
         if token not in self._blank:
             self._blank[token] = not self._tokenizer.decode([token]).strip()
         return self._blank[token]
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two lists begin with."""
-    if a == b[: len(a)]:
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _special_prefix(tokenizer: Any) -> list[int]:
