@@ -17,15 +17,17 @@ import pyarrow
 import pyarrow.compute
 
 from spo_kernels.data.columns import COLUMNS, RESPONSES
+from spo_kernels.data.common import common
 from spo_kernels.data.errors import DataError
 from spo_kernels.data.examples import Examples
 from spo_kernels.data.records import Records
 from spo_kernels.data.samples import Sample, preference_sample, repeats_prompt, sft_sample
-from spo_kernels.data.template import ChatTemplate, Rendered, Span
-from spo_kernels.data.tokens import Tokens, common
+from spo_kernels.data.template import ChatTemplate, Span
+from spo_kernels.data.tokens import Tokens
+from spo_kernels.data.turns import Rendered, render
 
 # Part of the cache's key: raise it when the same records become other ids.
-ENCODING = 1
+ENCODING = 2
 # So many records decide whether responses say the prompt once more.
 _LOOK_AT = 100
 
@@ -125,7 +127,7 @@ class _Encoder:
         for where, row in self._records.rows(batch, indices):
             samples.append(self._sample(where, row))
             unused.append([name for name in row if name not in self._known])
-        texts = [self._template.render(sample) for sample in samples]
+        texts = render(self._template, samples)
         prompts = self._tokens.ids([text.prompt for text in texts])
         full = [self._tokens.ids([t.full[k] for t in texts]) for k in range(len(self._encoding.responses))]
         encoded = [
@@ -144,7 +146,12 @@ class _Encoder:
     def _encode(self, sample: Sample, text: Rendered, prompt: list[int], full: list[list[int]]) -> dict[str, Any]:
         tokens, encoding = self._tokens, self._encoding
         n = min(common(prompt, ids) for ids in full)
-        row: dict[str, Any] = {"merged": n < len(prompt), "lost": text.lost, "cut": 0}
+        row: dict[str, Any] = {
+            "merged": n < len(prompt) and not text.moved,
+            "moved": text.moved,
+            "lost": text.lost,
+            "cut": 0,
+        }
         row["key"] = int.from_bytes(hashlib.blake2b(sample.key.encode(), digest_size=8).digest(), "little", signed=True)
         row |= {f"input:{name}": value for name, value in sample.inputs.items()}
         given = not isinstance(sample.prompt, str) or full[0][: len(tokens.prefix)] == tokens.prefix
@@ -200,7 +207,7 @@ class _Encoder:
         if isinstance(sample.prompt, str):
             ended = len(ids) if ids[-1] == tokens.eos else 0
         else:
-            places = [(a, a + tokens.end_of_turn(ids[a:b]) or b) for a, b in places]
+            places = [(a, a + (tokens.end_of_turn(ids[a:b]) or b - a)) for a, b in places]
             ended = tokens.end_of_turn(ids)
         if not ended and places and places[-1][1] == len(ids):
             places[-1] = (places[-1][0], len(ids) + 1)
@@ -214,7 +221,7 @@ def _schema(encoding: Encoding) -> pyarrow.Schema:
     fields |= {f"{name}_{kind}": ids for name in encoding.responses for kind in ("ids", "scored")}
     fields |= {f"input:{name}": pyarrow.float64() for name in encoding.inputs}
     fields |= {"key": pyarrow.int64(), "cut": pyarrow.int8(), "lost": pyarrow.int8()}
-    fields |= dict.fromkeys(("merged", "same", "dropped"), pyarrow.bool_())
+    fields |= dict.fromkeys(("merged", "moved", "same", "dropped"), pyarrow.bool_())
     return pyarrow.schema(fields | {"unused": pyarrow.list_(pyarrow.string())})
 
 
@@ -255,7 +262,7 @@ def _column(table: datasets.Dataset, name: str) -> np.ndarray:
 def _report(
     records: Records, table: datasets.Dataset, encoding: Encoding, repeated: bool, warn: Callable[[str], None]
 ) -> None:
-    counts = {name: int(_column(table, name).sum()) for name in ("dropped", "cut", "lost", "merged", "same")}
+    counts = {name: int(_column(table, name).sum()) for name in ("dropped", "cut", "lost", "merged", "moved", "same")}
     listed = pyarrow.compute.list_flatten(table.data.column("unused"))
     unused = sorted({*records.unread, *pyarrow.compute.unique(listed).to_pylist()})
     if unused:
@@ -270,6 +277,11 @@ def _report(
         warn(
             f"{counts['merged']} records: a token spans the end of the prompt and the beginning of a response; it "
             "counts as the response's"
+        )
+    if counts["moved"]:
+        warn(
+            f"{counts['moved']} records: the chat template renders the prompt differently once a response follows; it "
+            "is read as it stands in the whole conversation"
         )
     if counts["lost"]:
         warn(
