@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -123,17 +124,23 @@ class _Encoder:
         self._known = {*encoding.columns, *records.columns}
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: list[int]) -> pyarrow.Table:
+        # The collector would go over the lists of all texts again and again, a quarter of the time, to find nothing.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return self._table(batch, indices)
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _table(self, batch: Mapping[str, Sequence[Any]], indices: list[int]) -> pyarrow.Table:
         samples, unused = [], []
         for where, row in self._records.rows(batch, indices):
             samples.append(self._sample(where, row))
             unused.append([name for name in row if name not in self._known])
         texts = render(self._template, samples)
-        prompts = self._tokens.ids([text.prompt for text in texts])
-        full = [self._tokens.ids([t.full[k] for t in texts]) for k in range(len(self._encoding.responses))]
-        encoded = [
-            self._encode(sample, text, prompt, list(ids))
-            for sample, text, prompt, *ids in zip(samples, texts, prompts, *full, strict=True)
-        ]
+        ids = self._tokens.ids([(text.prompt, *text.full) for text in texts])
+        encoded = [self._encode(sample, text, *ids) for sample, text, ids in zip(samples, texts, ids, strict=True)]
         for row, text, names in zip(encoded, texts, unused, strict=True):
             row["unused"] = [*names, *text.unused]
         return _table(encoded, _schema(self._encoding))
@@ -143,7 +150,7 @@ class _Encoder:
             return sft_sample(where, row, self._repeated)
         return preference_sample(where, row, self._encoding.inputs, self._repeated)
 
-    def _encode(self, sample: Sample, text: Rendered, prompt: list[int], full: list[list[int]]) -> dict[str, Any]:
+    def _encode(self, sample: Sample, text: Rendered, prompt: list[int], *full: list[int]) -> dict[str, Any]:
         tokens, encoding = self._tokens, self._encoding
         n = min(common(prompt, ids) for ids in full)
         row: dict[str, Any] = {
@@ -158,7 +165,7 @@ class _Encoder:
         prefix = [] if given else tokens.prefix
         if n == 0 and not prefix:
             # Nothing of the prompt would be left to predict the response from.
-            full = [prompt + ids for ids in tokens.ids([f[len(text.prompt) :] for f in text.full])]
+            full = tuple(prompt + ids for (ids,) in tokens.ids([(f[len(text.prompt) :],) for f in text.full]))
             n = len(prompt)
         length = len(prefix) + n
         kept, scored = [], []
@@ -204,12 +211,10 @@ class _Encoder:
         if text.scored[k] is not None:
             spans = tokens.token_spans(text.full[k], full, text.scored[k] or [])
             places = [(max(a - n, 0), b - n) for a, b in spans if b > n]
-        if isinstance(sample.prompt, str):
-            ended = len(ids) if ids[-1] == tokens.eos else 0
-        else:
-            places = [(a, a + (tokens.end_of_turn(ids[a:b]) or b - a)) for a, b in places]
-            ended = tokens.end_of_turn(ids)
-        if not ended and places and places[-1][1] == len(ids):
+        ends = {tokens.eos}
+        if not isinstance(sample.prompt, str):
+            places, ends = [(a, a + (tokens.end_of_turn(ids[a:b]) or b - a)) for a, b in places], tokens.special
+        if places and places[-1][1] == len(ids) and ids[-1] not in ends:
             places[-1] = (places[-1][0], len(ids) + 1)
             ids = [*ids, tokens.eos]
         return ids, [] if places == [(0, len(ids))] else places or [(len(ids), len(ids))]

@@ -44,15 +44,14 @@ class Rendered:
 
 def render(template: ChatTemplate, samples: Sequence[Sample]) -> list[Rendered]:
     """Texts of samples, those of strings as they are."""
-    chats = [sample for sample in samples if not isinstance(sample.prompt, str)]
-    whole = iter(template.texts([(s, messages) for s in chats for messages in _conversations(s)], mark=True))
-    opened = iter(template.texts([(s, _messages(s.prompt)) for s in chats], opened=True))
-    return [
-        _strings(sample)
-        if isinstance(sample.prompt, str)
-        else _chat(template, sample, next(opened)[0], list(islice(whole, len(sample.responses))))
-        for sample in samples
-    ]
+    chats = [(sample, _conversations(sample)) for sample in samples if not isinstance(sample.prompt, str)]
+    whole = iter(template.texts([(s, messages) for s, conversations in chats for messages in conversations], mark=True))
+    opened = iter(template.texts([(s, _messages(s.prompt)) for s, _ in chats], opened=True))
+    rendered = (
+        _chat(template, sample, conversations, next(opened)[0], list(islice(whole, len(conversations))))
+        for sample, conversations in chats
+    )
+    return [_strings(sample) if isinstance(sample.prompt, str) else next(rendered) for sample in samples]
 
 
 def _strings(sample: Sample) -> Rendered:
@@ -61,8 +60,15 @@ def _strings(sample: Sample) -> Rendered:
     return Rendered(prompt, full, (None,) * len(full), sample.unused)
 
 
-def _chat(template: ChatTemplate, sample: Sample, opened: str, whole: list[tuple[str, list[Span]]]) -> Rendered:
-    conversations, full = _conversations(sample), tuple(text for text, _ in whole)
+def _chat(
+    template: ChatTemplate,
+    sample: Sample,
+    conversations: list[Messages],
+    opened: str,
+    whole: list[tuple[str, list[Span]]],
+) -> Rendered:
+    """`opened` is the rendering of the prompt, `whole` that of each conversation."""
+    full = tuple(text for text, _ in whole)
     unused = template.unused(sample, conversations)
     prompt = _prompt(template, sample, opened, full)
     scored: list[list[Span] | None] = []
@@ -122,7 +128,7 @@ class _Conversation:
         after = len(prompt or "")
         # Where the prompt's end is not known, its turns are looked for too, to find the response's after them.
         for i in turns if prompt is None else own:
-            span = self._in_order(i) or self._by_mark(i, after)
+            span = self._span(i, after)
             if span is not None:
                 spans[i], after = span, span[1]
         found = [spans[i] for i in own if i in spans]
@@ -138,27 +144,25 @@ class _Conversation:
         """The first n messages as a conversation of their own."""
         return self.template.text(self.sample, self.messages[:n], opened)
 
-    def _in_order(self, i: int) -> Span | None:
-        """Message i, where what comes before it, and it too, is how the whole begins."""
+    def _span(self, i: int, after: int) -> Span | None:
+        """Message i in the whole, after `after`: rendered turn by turn where each is how the next begins."""
         start = next((len(t) for t in (self._text(i, o) for o in (True, False)) if self.full.startswith(t)), None)
-        if start is None or i + 1 == len(self.messages):
-            return None if start is None else (start, len(self.full))
-        text = self._text(i + 1)
-        if self.full.startswith(text):
-            return start, len(text)
-        # Qwen3 renders a turn's reasoning only where it is the last: what is left of it is the end of the turn.
-        turn, content, begin = text[start:], self.messages[i]["content"].strip(), self.full[start : start + 4]
-        at = turn.find(begin)
-        while at >= 0:
-            if self.full.startswith(turn[at:], start) and content in turn[at:]:
-                return start, start + len(turn) - at
-            at = turn.find(begin, at + 1)
-        return None
+        if start is None:
+            return self._by_mark(i, after)
+        if i + 1 == len(self.messages):
+            return start, len(self.full)
+        end = self._text(i + 1)
+        if self.full.startswith(end):
+            return start, len(end)
+        found = self._by_mark(i, start)
+        # Nothing but white space, which a template may leave out of a last turn, stands before it.
+        return None if found is None or self.full[start : found[0]].strip() else (start, found[1])
 
     def _by_mark(self, i: int, after: int) -> Span | None:
         """Message i: what changes when another one stands in its place, and where that is in the whole after `after`.
 
-        Mistral's system prompt moves to the last question, so no rendering of a part is how the whole begins.
+        Where a part is not rendered as the whole begins: Mistral's system prompt moves to the last question, Qwen3's
+        reasoning is gone once another question follows.
         """
         last, message = i + 1 == len(self.messages), self.messages[i]
         text = self.full if last else self._text(i + 1)

@@ -171,7 +171,7 @@ def test_long_texts_are_encoded_in_part_with_the_same_ids(scheme: str, text: str
     tokenizer = build_tokenizer() if scheme == "bytes" else build_metaspace(scheme)
     limit = 40
     tokens, text = Tokens(tokenizer, limit), "say " + text * 4000
-    (ids,) = tokens.ids([text])
+    ((ids,),) = tokens.ids([[text]])
     assert ids[:limit] == tokenizer(text, add_special_tokens=False)["input_ids"][:limit]
 
 
