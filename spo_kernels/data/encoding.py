@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +18,17 @@ import pyarrow
 import pyarrow.compute
 
 from spo_kernels.data.columns import COLUMNS, RESPONSES
+from spo_kernels.data.common import common
 from spo_kernels.data.errors import DataError
 from spo_kernels.data.examples import Examples
 from spo_kernels.data.records import Records
 from spo_kernels.data.samples import Sample, preference_sample, repeats_prompt, sft_sample
-from spo_kernels.data.template import ChatTemplate, Rendered, Span
-from spo_kernels.data.tokens import Tokens, common
+from spo_kernels.data.template import ChatTemplate, Span
+from spo_kernels.data.tokens import Tokens
+from spo_kernels.data.turns import Rendered, render
 
 # Part of the cache's key: raise it when the same records become other ids.
-ENCODING = 1
+ENCODING = 2
 # So many records decide whether responses say the prompt once more.
 _LOOK_AT = 100
 
@@ -121,17 +124,23 @@ class _Encoder:
         self._known = {*encoding.columns, *records.columns}
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: list[int]) -> pyarrow.Table:
+        # The collector would go over the lists of all texts again and again, a quarter of the time, to find nothing.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return self._table(batch, indices)
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _table(self, batch: Mapping[str, Sequence[Any]], indices: list[int]) -> pyarrow.Table:
         samples, unused = [], []
         for where, row in self._records.rows(batch, indices):
             samples.append(self._sample(where, row))
             unused.append([name for name in row if name not in self._known])
-        texts = [self._template.render(sample) for sample in samples]
-        prompts = self._tokens.ids([text.prompt for text in texts])
-        full = [self._tokens.ids([t.full[k] for t in texts]) for k in range(len(self._encoding.responses))]
-        encoded = [
-            self._encode(sample, text, prompt, list(ids))
-            for sample, text, prompt, *ids in zip(samples, texts, prompts, *full, strict=True)
-        ]
+        texts = render(self._template, samples)
+        ids = self._tokens.ids([(text.prompt, *text.full) for text in texts])
+        encoded = [self._encode(sample, text, *ids) for sample, text, ids in zip(samples, texts, ids, strict=True)]
         for row, text, names in zip(encoded, texts, unused, strict=True):
             row["unused"] = [*names, *text.unused]
         return _table(encoded, _schema(self._encoding))
@@ -141,17 +150,22 @@ class _Encoder:
             return sft_sample(where, row, self._repeated)
         return preference_sample(where, row, self._encoding.inputs, self._repeated)
 
-    def _encode(self, sample: Sample, text: Rendered, prompt: list[int], full: list[list[int]]) -> dict[str, Any]:
+    def _encode(self, sample: Sample, text: Rendered, prompt: list[int], *full: list[int]) -> dict[str, Any]:
         tokens, encoding = self._tokens, self._encoding
         n = min(common(prompt, ids) for ids in full)
-        row: dict[str, Any] = {"merged": n < len(prompt), "lost": text.lost, "cut": 0}
+        row: dict[str, Any] = {
+            "merged": n < len(prompt) and not text.moved,
+            "moved": text.moved,
+            "lost": text.lost,
+            "cut": 0,
+        }
         row["key"] = int.from_bytes(hashlib.blake2b(sample.key.encode(), digest_size=8).digest(), "little", signed=True)
         row |= {f"input:{name}": value for name, value in sample.inputs.items()}
         given = not isinstance(sample.prompt, str) or full[0][: len(tokens.prefix)] == tokens.prefix
         prefix = [] if given else tokens.prefix
         if n == 0 and not prefix:
             # Nothing of the prompt would be left to predict the response from.
-            full = [prompt + ids for ids in tokens.ids([f[len(text.prompt) :] for f in text.full])]
+            full = tuple(prompt + ids for (ids,) in tokens.ids([(f[len(text.prompt) :],) for f in text.full]))
             n = len(prompt)
         length = len(prefix) + n
         kept, scored = [], []
@@ -197,12 +211,10 @@ class _Encoder:
         if text.scored[k] is not None:
             spans = tokens.token_spans(text.full[k], full, text.scored[k] or [])
             places = [(max(a - n, 0), b - n) for a, b in spans if b > n]
-        if isinstance(sample.prompt, str):
-            ended = len(ids) if ids[-1] == tokens.eos else 0
-        else:
-            places = [(a, a + tokens.end_of_turn(ids[a:b]) or b) for a, b in places]
-            ended = tokens.end_of_turn(ids)
-        if not ended and places and places[-1][1] == len(ids):
+        ends = {tokens.eos}
+        if not isinstance(sample.prompt, str):
+            places, ends = [(a, a + (tokens.end_of_turn(ids[a:b]) or b - a)) for a, b in places], tokens.special
+        if places and places[-1][1] == len(ids) and ids[-1] not in ends:
             places[-1] = (places[-1][0], len(ids) + 1)
             ids = [*ids, tokens.eos]
         return ids, [] if places == [(0, len(ids))] else places or [(len(ids), len(ids))]
@@ -214,7 +226,7 @@ def _schema(encoding: Encoding) -> pyarrow.Schema:
     fields |= {f"{name}_{kind}": ids for name in encoding.responses for kind in ("ids", "scored")}
     fields |= {f"input:{name}": pyarrow.float64() for name in encoding.inputs}
     fields |= {"key": pyarrow.int64(), "cut": pyarrow.int8(), "lost": pyarrow.int8()}
-    fields |= dict.fromkeys(("merged", "same", "dropped"), pyarrow.bool_())
+    fields |= dict.fromkeys(("merged", "moved", "same", "dropped"), pyarrow.bool_())
     return pyarrow.schema(fields | {"unused": pyarrow.list_(pyarrow.string())})
 
 
@@ -255,7 +267,7 @@ def _column(table: datasets.Dataset, name: str) -> np.ndarray:
 def _report(
     records: Records, table: datasets.Dataset, encoding: Encoding, repeated: bool, warn: Callable[[str], None]
 ) -> None:
-    counts = {name: int(_column(table, name).sum()) for name in ("dropped", "cut", "lost", "merged", "same")}
+    counts = {name: int(_column(table, name).sum()) for name in ("dropped", "cut", "lost", "merged", "moved", "same")}
     listed = pyarrow.compute.list_flatten(table.data.column("unused"))
     unused = sorted({*records.unread, *pyarrow.compute.unique(listed).to_pylist()})
     if unused:
@@ -270,6 +282,11 @@ def _report(
         warn(
             f"{counts['merged']} records: a token spans the end of the prompt and the beginning of a response; it "
             "counts as the response's"
+        )
+    if counts["moved"]:
+        warn(
+            f"{counts['moved']} records: the chat template renders the prompt differently once a response follows; it "
+            "is read as it stands in the whole conversation"
         )
     if counts["lost"]:
         warn(

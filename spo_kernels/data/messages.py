@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from spo_kernels.data.errors import DataError
+from spo_kernels.data.errors import DataError, no_column
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -22,7 +22,7 @@ _SPEAKS_WITHOUT_CONTENT = ("tool_calls", "reasoning_content", "thinking", "reaso
 def check_text(where: str, row: Row, column: str) -> Text:
     """The string or chat messages in a column; a message keeps all its fields."""
     if column not in row:
-        raise DataError(f"{where}: no column {column!r}; the record has {', '.join(map(repr, row)) or 'none'}")
+        raise no_column(where, column, row)
     value = row[column]
     if isinstance(value, str):
         _check_string(where, column, value)

@@ -19,7 +19,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from spo_kernels.data.errors import DataError
+from spo_kernels.data.errors import DataError, no_column
 
 Row = dict[str, Any]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -81,7 +81,7 @@ class Records:
             return row
         for column in self.columns.values():
             if column not in row:
-                raise DataError(f"{where}: no column {column!r}; the record has {', '.join(map(repr, row)) or 'none'}")
+                raise no_column(where, column, row)
         taken = {*self.columns, *self.columns.values()}
         named = {name: row[column] for name, column in self.columns.items()}
         return {name: value for name, value in row.items() if name not in taken} | named
@@ -116,6 +116,8 @@ def read_records(
         raise DataError(f"{source}: unknown file type {suffix!r}; expected one of {', '.join(FILE_TYPES)}")
     elif not path.is_file():
         raise DataError(f"{source}: no such file")
+    elif config is not None:
+        raise DataError(f"{source}: a file has no configurations; leave --dataset-config out")
     elif suffix == ".parquet":
         records = _load_parquet(path, wanted, columns)
     elif suffix == ".json" and _first_byte(path) == b"[":
@@ -191,6 +193,8 @@ def _load(source: str, split: str, config: str | None) -> datasets.Dataset:
     folder = Path(source).expanduser()
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            if config is not None:
+                raise DataError(f"{source}: what save_to_disk wrote has no configurations; leave --dataset-config out")
             table = datasets.load_from_disk(folder)
             if isinstance(table, datasets.DatasetDict):
                 if split not in table:

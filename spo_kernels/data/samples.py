@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spo_kernels.data.columns import RESPONSES
+from spo_kernels.data.common import common
 from spo_kernels.data.errors import DataError
 from spo_kernels.data.messages import Messages, Row, Text, check_number, check_same_form, check_text, check_tools
 
 # The turns of Anthropic's hh-rlhf, strings that hold whole conversations.
 _HH_REPLY = "\n\nAssistant:"
+_KEY = json.JSONEncoder(sort_keys=True).encode
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Sample:
     @property
     def key(self) -> str:
         """Equal for records of the same prompt."""
-        return json.dumps(self.prompt, sort_keys=True)
+        return _KEY(self.prompt)
 
 
 def sft_sample(where: str, row: Row, repeated: bool = False) -> Sample:
@@ -86,7 +88,7 @@ def preference_sample(where: str, row: Row, columns: Mapping[str, str] | None = 
         chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
     if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
         # Some hub data sets (ultrafeedback_binarized) repeat a message of the conversation as a plain prompt.
-        shared = chosen[: _shared(chosen, rejected)]
+        shared = chosen[: common(chosen, rejected)]
         said = any(message["content"].strip() == prompt.strip() for message in shared)
         prompt = None if said else [{"role": "user", "content": prompt}]
     if prompt is None:
@@ -159,7 +161,7 @@ def _without_prompt(prompt: Text, texts: tuple[Text, ...], repeated: bool) -> tu
 
 def _implicit_prompt(where: str, chosen: Text, rejected: Text) -> int:
     """Length of the prompt that two responses begin with."""
-    n = _shared(chosen, rejected)
+    n = common(chosen, rejected)
     if isinstance(chosen, str) and isinstance(rejected, str):
         n = _end_of_prompt(chosen, rejected, n)
     else:
@@ -170,10 +172,6 @@ def _implicit_prompt(where: str, chosen: Text, rejected: Text) -> int:
     if not chosen[n:] or not rejected[n:] or (isinstance(chosen, str) and chosen == rejected):
         raise DataError(f"{where}: no column 'prompt', and nothing is left of a response after the shared prompt")
     return n
-
-
-def _shared(a: Text, b: Text) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _end_of_prompt(a: str, b: str, n: int) -> int:

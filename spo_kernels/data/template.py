@@ -1,11 +1,12 @@
-"""Chat templates: where the prompt ends, which of a response's turns are the assistant's, and no clock in it."""
+"""Chat templates: texts of conversations, with no clock in them."""
 
 from __future__ import annotations
 
 import datetime
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from spo_kernels.data.errors import DataError
@@ -15,19 +16,6 @@ from spo_kernels.data.samples import Sample
 Span = tuple[int, int]
 # Codes of strftime; "%%" comes last.
 _CODES = [*(f"%{code}" for code in "aAwdbBmyYHIpMSfjUWGuVcxX"), "%-d", "%-m", "%-H", "%-I", "%-M", "%-S", "%-j", "%%"]
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """Texts of a sample: `full` is prompt and response, of which the parts in `scored` count (None: all after the
-    prompt). `lost` responses have earlier turns that can't be told apart, so only the last one is scored.
-    """
-
-    prompt: str
-    full: tuple[str, ...]
-    scored: tuple[list[Span] | None, ...]
-    unused: tuple[str, ...] = ()
-    lost: int = 0
 
 
 def frozen(template: str, date: datetime.date) -> str:
@@ -58,88 +46,34 @@ class ChatTemplate:
             self._sources[tools] = frozen(self._tokenizer.get_chat_template(tools=[] if tools else None), self._date)
         return self._sources[tools]
 
-    def render(self, sample: Sample) -> Rendered:
-        """Texts of a sample's prompt, and of prompt and response."""
-        if isinstance(sample.prompt, str):
-            full = tuple(sample.prompt + str(response) for response in sample.responses)
-            return Rendered(sample.prompt, full, (None,) * len(full), sample.unused)
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise DataError(f"{sample.where}: the data are chat messages, but the tokenizer has no chat template")
-        conversations = [[*sample.prompt, *response] for response in sample.responses]
-        whole, marked = self._texts(sample, conversations, False, mark=True)
-        prompt = self._prompt(sample, whole)
-        scored, lost = [], 0
-        for messages, text, spans in zip(conversations, whole, marked, strict=True):
-            own = [(max(start, len(prompt)), end) for start, end in spans if end > len(prompt)]
-            if not own and [m["role"] for m in messages[len(sample.prompt) :]] != ["assistant"]:
-                own, known = self._turns(sample, messages, text)
-                lost += not known
-            scored.append(own or None)
-        return Rendered(prompt, tuple(whole), tuple(scored), self._unused(sample, conversations), lost)
+    def text(self, sample: Sample, messages: Messages, opened: bool = False) -> str:
+        """Rendering of messages with the sample's tools; `opened`: with the beginning of a reply."""
+        ((text, _),) = self.texts([(sample, messages)], opened)
+        return text
 
-    def _prompt(self, sample: Sample, full: list[str]) -> str:
-        assert not isinstance(sample.prompt, str)
-        # Some templates open the reply with text that they leave out of a finished turn (a thinking tag): then the
-        # reply's header counts as part of the response.
-        for opened in (True, False):
-            (text,), _ = self._texts(sample, [sample.prompt], opened)
-            if all(other.startswith(text) for other in full):
-                return text
-        raise DataError(f"{sample.where}: the chat template renders the prompt differently when a response follows")
+    def texts(
+        self, wanted: Sequence[tuple[Sample, Messages]], opened: bool = False, mark: bool = False
+    ) -> list[tuple[str, list[Span]]]:
+        """Renderings of many; `mark`: also the parts in {% generation %}, where the template has such."""
+        rendered: list[tuple[str, list[Span]]] = []
+        for _, group in groupby(wanted, lambda pair: (pair[0].tools, pair[0].options)):
+            rendered += self._alike(list(group), opened, mark)
+        return rendered
 
-    def _turns(self, sample: Sample, messages: Messages, full: str) -> tuple[list[Span], bool]:
-        """Where the assistant speaks in the response, and whether all of its turns were found."""
-        turns = [i for i in range(len(sample.prompt), len(messages)) if messages[i]["role"] == "assistant"]
-        if not turns:
-            raise DataError(f"{sample.where}: a response without a turn of the assistant")
-        spans: list[Span] = []
-        for i in turns:
-            start = self._start(sample, messages[:i], full)
-            if start is not None and i + 1 < len(messages):
-                span = self._span(sample, messages[: i + 1], full, start)
-            else:
-                span = None if start is None else (start, len(full))
-            if span is not None:
-                spans.append(span)
-        if not spans:
-            raise DataError(
-                f"{sample.where}: the chat template renders turns differently once others follow, so the assistant's "
-                "can't be found; mark them in it with {% generation %}"
-            )
-        return spans, len(spans) == len(turns)
-
-    def _start(self, sample: Sample, messages: Messages, full: str) -> int | None:
-        for opened in (True, False):
-            (text,), _ = self._texts(sample, [messages], opened)
-            if full.startswith(text):
-                return len(text)
-        return None
-
-    def _span(self, sample: Sample, messages: Messages, full: str, start: int) -> Span | None:
-        """The last of `messages` in the whole conversation, of which it is not the last."""
-        (text,), _ = self._texts(sample, [messages], False)
-        if full.startswith(text):
-            return start, len(text)
-        # Qwen3 renders a turn's reasoning only where it is the last: what is left of it is the end of the turn.
-        turn, content = text[start:], messages[-1]["content"].strip()
-        i = turn.find(full[start : start + 4])
-        while i >= 0:
-            if full.startswith(turn[i:], start) and content in turn[i:]:
-                return start, start + len(turn) - i
-            i = turn.find(full[start : start + 4], i + 1)
-        return None
-
-    def _texts(
-        self, sample: Sample, conversations: list[Messages], opened: bool, mark: bool = False
-    ) -> tuple[list[str], list[list[Span]]]:
-        """Renderings, and the parts in {% generation %} where the template has such."""
+    def _alike(
+        self, wanted: list[tuple[Sample, Messages]], opened: bool, mark: bool
+    ) -> Iterable[tuple[str, list[Span]]]:
+        """Of samples with the same tools and options, in one call."""
         from transformers.utils import chat_template_utils
 
+        sample = wanted[0][0]
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise DataError(f"{sample.where}: the data are chat messages, but the tokenizer has no chat template")
         source = self.source(sample.tools is not None)
         mark = mark and re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         try:
             rendered: Any = chat_template_utils.render_jinja_template(
-                conversations=conversations,
+                conversations=[messages for _, messages in wanted],
                 tools=list(sample.tools) if sample.tools else None,
                 chat_template=source,
                 add_generation_prompt=opened,
@@ -148,12 +82,14 @@ class ChatTemplate:
             )
         # Templates are programs and raise what they like: unknown role, roles that do not alternate.
         except Exception as error:
+            if len(wanted) > 1:
+                return [one for pair in wanted for one in self._alike([pair], opened, mark)]
             raise DataError(f"{sample.where}: the chat template rejects the messages: {error}") from error
         texts, spans = rendered
-        return texts, spans if mark else [[] for _ in texts]
+        return zip(texts, spans if mark else [[] for _ in texts], strict=True)
 
-    def _unused(self, sample: Sample, conversations: list[Messages]) -> tuple[str, ...]:
-        """What the template does not even mention."""
+    def unused(self, sample: Sample, conversations: Iterable[Messages]) -> tuple[str, ...]:
+        """What of a sample the template does not even mention."""
         source = self.source(sample.tools is not None)
         fields = {key for messages in conversations for message in messages for key in message}
         missing = [f"{key} of messages" for key in sorted(fields - {"role", "content"}) if not _mentioned(key, source)]

@@ -27,49 +27,42 @@ class Tokens:
         self._tokenizer, self._limit = tokenizer, limit
         self.eos: int = tokenizer.eos_token_id
         self.prefix = _special_prefix(tokenizer)
-        self._special = {self.eos, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+        self.special = {self.eos, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
         self._blank: dict[int, bool] = {}
         self._words = Words(tokenizer.backend_tokenizer) if tokenizer.is_fast else None
 
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The first `limit` ids of each text."""
-        long = {i for i, text in enumerate(texts) if len(text) > 2 * _CHARACTERS_PER_TOKEN * self._limit}
-        if not long:
-            return self._encode(texts)
-        rest = iter(self._encode([text for i, text in enumerate(texts) if i not in long]))
-        return [self._long(text) if i in long else next(rest) for i, text in enumerate(texts)]
+    def ids(self, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """The first `limit` ids of the texts of each group, whose first is how the others begin."""
+        long = 2 * _CHARACTERS_PER_TOKEN * self._limit
+        rest = iter(self._encode([group for group in groups if all(len(text) <= long for text in group)]))
+        return [
+            next(rest) if all(len(text) <= long for text in group) else [self._long(text) for text in group]
+            for group in groups
+        ]
 
     def _long(self, text: str) -> list[int]:
         """As if the whole text were encoded: two of its beginnings, one twice as long, have the same first ids."""
         size = _CHARACTERS_PER_TOKEN * self._limit
-        (previous,) = self._encode([text[:size]])
+        ((ids,),) = self._encode([[text[:size]]])
         while size < len(text):
-            size *= 2
-            (ids,) = self._encode([text[:size]])
+            size, previous = 2 * size, ids
+            ((ids,),) = self._encode([[text[:size]]])
             if len(previous) > self._limit and previous[: self._limit] == ids[: self._limit]:
                 break
-            previous = ids
         return ids[: self._limit]
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
+    def _encode(self, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         if self._words is not None:
-            return self._words.ids(texts)
-        return self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+            return self._words.ids(groups)
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        return [self._tokenizer(list(group), verbose=False, **options)["input_ids"] for group in groups]
 
     def token_spans(self, text: str, ids: list[int], spans: list[Span]) -> list[Span]:
         """Where `spans` of the text's characters are in its ids; a token on a boundary belongs to the part that it
         begins before the end of, and ends after the beginning of.
         """
         if not self._tokenizer.is_fast:
-            places = [[common(ids, part) for part in self._encode([text[:a], text[:b]])] for a, b in spans]
+            places = [[common(ids, part) for part in self._encode([[text[:a], text[:b]]])[0]] for a, b in spans]
             return [(a, b) for a, b in places]
         starts, ends = zip(*self._offsets(text, len(ids)), strict=True)
         found = [(bisect_right(ends, a), bisect_left(starts, b)) for a, b in spans]
@@ -90,9 +83,9 @@ class Tokens:
         White space that the template writes after that token is not the turn's: there generation has stopped.
         """
         n = len(ids)
-        while n and ids[n - 1] not in self._special and self._is_blank(ids[n - 1]):
+        while n and ids[n - 1] not in self.special and self._is_blank(ids[n - 1]):
             n -= 1
-        return n if n and ids[n - 1] in self._special else 0
+        return n if n and ids[n - 1] in self.special else 0
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:

@@ -51,15 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
             config = TrainConfig(**options).check()
             _runner()(config, stop)
+    # What is said is empty in all processes but one.
     except (TrainError, DataError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
+        return _left(2, f"error: {error}" if str(error) else "")
     except Stopped as stopped:
-        # Empty in all processes but one.
-        if str(stopped):
-            print(f"{PROGRAM}: {stopped}", file=sys.stderr)
-        return stopped.exit_code
+        return _left(stopped.exit_code, str(stopped))
     return 0
+
+
+def _left(status: int, message: str) -> int:
+    if message:
+        print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return status
 
 
 def _runner() -> Callable[[TrainConfig, StopSignals], None]:
@@ -92,7 +95,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _meant(flag: str, known: list[str]) -> str:
     dashed = flag.replace("_", "-").lower()
-    close = [ELSEWHERE[dashed]] if dashed in ELSEWHERE else get_close_matches(dashed, known, n=1)
+    close = [ELSEWHERE[dashed]] if dashed in ELSEWHERE else get_close_matches(dashed, known, n=1, cutoff=0.75)
     return f"{flag} (did you mean {close[0]}?)" if close else flag
 
 

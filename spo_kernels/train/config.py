@@ -238,7 +238,8 @@ class TrainConfig:
     @property
     def column_names(self) -> dict[str, str]:
         """What `--columns` says: the data's name for each of ours."""
-        pairs = [pair.strip().partition("=") for given in self.columns for pair in given.split(",") if pair.strip()]
+        given = [pair for option in self.columns for pair in option.split(",") if pair.strip()]
+        pairs = [[part.strip() for part in pair.partition("=")] for pair in given]
         for name, equals, column in pairs:
             known = COLUMNS[self.stage]
             if not equals or not column:

@@ -31,6 +31,7 @@ from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.metrics import MetricsLog, Window, peak_memory_mib
 from spo_kernels.train.mismatched import MISMATCHED, MismatchedPairs
 from spo_kernels.train.signals import BEFORE_THE_FIRST_STEP, Stopped, StopSignals
+from spo_kernels.train.together import together
 from spo_kernels.train.token_logps import TokenLogps
 
 
@@ -95,9 +96,10 @@ class Trainer:
 
     def run(self, checkpoint: Checkpoint | None) -> None:
         """Train from the start or from a checkpoint up to max_steps; a signal raises Stopped after the step."""
-        due = self.step == 0 if checkpoint is None else self._restore(checkpoint)
-        self.stop.finish_first = True
-        log = MetricsLog(self.output, self.warn, -1 if checkpoint is None else self.step) if self._is_main else None
+        with together(self.accelerator):
+            due = self.step == 0 if checkpoint is None else self._restore(checkpoint)
+            self.stop.finish_first = True
+            log = MetricsLog(self.output, self.warn, -1 if checkpoint is None else self.step) if self._is_main else None
         if due and not self._evaluate(log):
             self._leave()
         config, started = self.config, time.perf_counter()
@@ -179,8 +181,9 @@ class Trainer:
             return False
         window.count(self.evaluation.units(everything, per_token=self.config.stage == "sft"), 0)
         means = window.means(accelerator) | window.diagnostics()
-        if log is not None:
-            log.write({"step": self.step, "split": "eval", **means})
+        with together(accelerator):
+            if log is not None:
+                log.write({"step": self.step, "split": "eval", **means})
         return True
 
     def _batch(self, split: Split, indices: list[int], training: bool) -> dict[str, Any]:
@@ -202,7 +205,6 @@ class Trainer:
 
     def _log(self, log: MetricsLog | None, bar: Any, seconds: float, grad_norm: Any) -> None:
         means = self.window.means(self.accelerator) | self.window.diagnostics()
-        self._check_finite(means["loss"])
         record = {
             "step": self.step,
             "split": "train",
@@ -215,9 +217,11 @@ class Trainer:
         if grad_norm is not None:
             record["grad_norm"] = float(grad_norm)
         self.window = Window()
-        if log is not None:
-            log.write(record)
-            bar.set_postfix(_short(record))
+        with together(self.accelerator):
+            self._check_finite(means["loss"])
+            if log is not None:
+                log.write(record)
+                bar.set_postfix(_short(record))
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -228,21 +232,22 @@ class Trainer:
 
     def _save(self, evaluation_due: bool) -> None:
         window = self.window.state_dict()
-        if self.window.sums:
-            self._check_finite(self.window.means(self.accelerator)["loss"])
+        means = self.window.means(self.accelerator)
         policy = self.accelerator.unwrap_model(self.policy)
         each = gather_object([{"rng": capture_rng(), "window": window, "objective": policy.objective_state()}])
-        if self._is_main:
-            model = policy.headless.model
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "evaluation due": evaluation_due,
-                "processes": each,
-            }
-            keep = self.config.keep_checkpoints
-            save_checkpoint(self.output, self.step, trained_weights(model), state, self.identity, keep)
-        self.accelerator.wait_for_everyone()
+        with together(self.accelerator):
+            if means:
+                self._check_finite(means["loss"])
+            if self._is_main:
+                model = policy.headless.model
+                state = {
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "evaluation due": evaluation_due,
+                    "processes": each,
+                }
+                keep = self.config.keep_checkpoints
+                save_checkpoint(self.output, self.step, trained_weights(model), state, self.identity, keep)
 
     def _restore(self, checkpoint: Checkpoint) -> bool:
         """Whether the evaluation of the checkpoint's step is still to be done."""

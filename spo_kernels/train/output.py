@@ -19,6 +19,7 @@ from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.dropout import saved_configuration
 from spo_kernels.train.errors import StorageError, TrainError
 from spo_kernels.train.files import sweep, whole, whole_files
+from spo_kernels.train.together import together
 
 CACHE_FOLDER, LOCK, SETTINGS = "reference-cache", ".lock", "args.json"
 
@@ -30,17 +31,12 @@ def claimed(
     """The output folder, for this run alone, and what to go on with in it. The main process looks, for all."""
     output = Path(config.output_dir).expanduser()
     lock = FileLock(output / LOCK, timeout=0)
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            found = [_claim(output, lock, config.resume, warn)]
-        except TrainError as error:
-            found = [error]
+    checkpoint: Checkpoint | None = None
     try:
-        (checkpoint,) = broadcast_object_list(found)
-        if isinstance(checkpoint, TrainError):
-            raise checkpoint
-        yield output, checkpoint
+        with together(accelerator):
+            if accelerator.is_main_process:
+                checkpoint = _claim(output, lock, config.resume, warn)
+        yield output, broadcast_object_list([checkpoint])[0]
     finally:
         lock.release()
 

@@ -25,6 +25,7 @@ from spo_kernels.train.batches import IGNORE_INDEX, collate, micro_batches
 from spo_kernels.train.files import whole, writing
 from spo_kernels.train.model import HeadlessModel
 from spo_kernels.train.policy import pair_token_weights
+from spo_kernels.train.together import together
 from spo_kernels.train.token_logps import TokenPlaces
 
 CACHE_FORMAT = 1
@@ -63,8 +64,9 @@ def reference_logps(
         logps = torch.empty(shape) if cached is None else cached
         return broadcast(logps.to(accelerator.device)).cpu()
     logps = score(headless, examples, accelerator, batch_size, quiet, ld_alpha, places, **kernel_options)
-    if accelerator.is_main_process:
-        _save(path, key, logps)
+    with together(accelerator):
+        if accelerator.is_main_process:
+            _save(path, key, logps)
     return logps
 
 

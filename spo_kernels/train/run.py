@@ -46,6 +46,7 @@ from spo_kernels.train.output import CACHE_FOLDER, SETTINGS, claimed, rescue, sa
 from spo_kernels.train.policy import Policy, Reference
 from spo_kernels.train.reference import data_hash, model_hash, reference_logps
 from spo_kernels.train.signals import StopSignals
+from spo_kernels.train.together import together
 from spo_kernels.train.token_logps import TokenLogps, TokenPlaces
 
 
@@ -67,12 +68,13 @@ def run(config: TrainConfig, stop: StopSignals | None = None) -> None:
         model = accelerator.unwrap_model(trainer.policy).headless.model
         try:
             trainer.run(checkpoint)
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                save_model(model, tokenizer, output)
+            with together(accelerator):
+                if accelerator.is_main_process:
+                    save_model(model, tokenizer, output)
         except StorageError as error:
-            raise TrainError(f"{error}; {rescue(model, tokenizer, output, trainer.step)}") from error
-        accelerator.wait_for_everyone()
+            with together(accelerator):
+                if accelerator.is_main_process:
+                    raise TrainError(f"{error}; {rescue(model, tokenizer, output, trainer.step)}") from error
     accelerator.end_training()
 
 
@@ -88,22 +90,27 @@ def _prepare(
     # The same on all processes until the model is made (adapters), different after (dropout).
     set_seed(config.seed, deterministic=config.deterministic)
     config = dated(config, checkpoint)
-    for name in filter(None, (config.model, config.ref_model)):
-        check_not_checkpoint(name)
-    tokenizer = load_tokenizer(config.model, config)
-    with accelerator.local_main_process_first():
-        examples = load_examples(config, input_columns(config, objective), tokenizer, warn)
-    headless = HeadlessModel(load_model(config.model, config, accelerator.device))
-    _check_fits(headless, examples, config.model)
-    first = examples[0][0]
-    tokens = torch.tensor([*first.prompt, *first.responses[0]], dtype=torch.int64, device=accelerator.device)
-    check_against_own_logits(headless, tokens, config.backend)
-    identity = _identity(config, examples, headless.model, accelerator)
-    if checkpoint is not None:
-        _check_resumed(checkpoint, identity, config, examples[0], warn)
-    if accelerator.is_main_process:
-        with whole(output / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    examples: list[Sequence[Example]] = []
+    # The first process of a machine encodes, the others find what it has left in the cache.
+    for encodes in (True, False):
+        with together(accelerator):
+            if accelerator.is_local_main_process == encodes:
+                for name in filter(None, (config.model, config.ref_model)):
+                    check_not_checkpoint(name)
+                tokenizer = load_tokenizer(config.model, config)
+                examples = load_examples(config, input_columns(config, objective), tokenizer, warn)
+    with together(accelerator):
+        headless = HeadlessModel(load_model(config.model, config, accelerator.device))
+        _check_fits(headless, examples, config.model)
+        first = examples[0][0]
+        tokens = torch.tensor([*first.prompt, *first.responses[0]], dtype=torch.int64, device=accelerator.device)
+        check_against_own_logits(headless, tokens, config.backend)
+        identity = _identity(config, examples, headless.model, accelerator)
+        if checkpoint is not None:
+            _check_resumed(checkpoint, identity, config, examples[0], warn)
+        if accelerator.is_main_process:
+            with whole(output / SETTINGS) as temporary:
+                temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     splits, reference = _references(config, objective, headless, examples, accelerator, warn, identity["model content"])
     headless, reference = _trainable(headless, reference, config)

@@ -67,6 +67,17 @@ class StopSignals:
         return int(accelerator.gather(mine).max()) or None
 
 
+def _leave_children_alone() -> None:
+    """A worker that encodes data is ended by SIGTERM, at once: a handler in Python would wait as long as it waits."""
+    for number in (getattr(signal, name) for name in NAMES):
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopSignals):
+            signal.signal(number, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_children_alone)
+
+
 def _say(message: str) -> None:
     # Not print: the signal may have come in the middle of one.
     os.write(2, f"\nspo-train: {message}\n".encode())

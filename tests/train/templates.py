@@ -1,4 +1,4 @@
-"""Chat templates in four styles, with what they are known to do to conversations, and random conversations."""
+"""Chat templates in five styles, with what they are known to do to conversations, and random conversations."""
 
 import random
 from typing import Any
@@ -89,9 +89,29 @@ MISTRAL = """{{- bos_token }}
 {%- else %}{{- raise_exception('unknown role ' + message.role) }}{%- endif %}
 {%- endfor %}"""
 
-TEMPLATES = {"zephyr": ZEPHYR, "llama-3": LLAMA3, "qwen3": QWEN3, "mistral": MISTRAL}
+# As v0.3: system prompt and tools move to the last question, also where that is in a response of several turns.
+MISTRAL_3 = """{{- bos_token }}
+{%- if messages[0].role == 'system' %}{%- set system = messages[0].content + '\n\n' %}{%- set rest = messages[1:] %}
+{%- else %}{%- set system = '' %}{%- set rest = messages %}{%- endif %}
+{%- set ns = namespace(last=0) %}
+{%- for message in rest %}{%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for message in rest %}
+{%- if message.role == 'user' %}
+{%- if loop.index0 == ns.last and tools %}
+{{- '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{{- '[INST] ' + (system if loop.index0 == ns.last else '') + message.content + '[/INST]' }}
+{%- elif message.tool_calls is defined %}{{- '[TOOL_CALLS] [' }}
+{%- for call in message.tool_calls %}{{- call.function | tojson + (']' if loop.last else ', ') }}{%- endfor %}
+{{- eos_token }}
+{%- elif message.role == 'tool' %}{{- '[TOOL_RESULTS] ' + message.content + '[/TOOL_RESULTS]' }}
+{%- elif message.role == 'assistant' %}{{- ' ' + message.content + eos_token }}
+{%- else %}{{- raise_exception('unknown role ' + message.role) }}{%- endif %}
+{%- endfor %}"""
+
+TEMPLATES = {"zephyr": ZEPHYR, "llama-3": LLAMA3, "qwen3": QWEN3, "mistral": MISTRAL, "mistral-3": MISTRAL_3}
 # What each style ends a turn with.
 ENDS = {"zephyr": "</s>", "llama-3": "<|eot_id|>", "qwen3": "<|im_end|>", "mistral": "</s>"}
+ENDS["mistral-3"] = ENDS["mistral"]
 _SPECIAL = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
 TOOLS = [{"type": "function", "function": {"name": "say", "parameters": {"type": "object", "properties": {"w": {}}}}}]
 

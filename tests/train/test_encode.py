@@ -125,11 +125,16 @@ def test_template_that_opens_replies_differently_falls_back_to_the_header() -> N
     assert tokenizer.decode(example.responses[0]) == "<|assistant|>cat<|end|>"
 
 
-def test_template_that_rewrites_the_prompt_is_refused() -> None:
+def test_template_that_rewrites_the_prompt() -> None:
+    """What is read is the whole conversation's rendering, as long as the reply is found in it."""
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(DataError, match="f: record 1: the chat template renders the prompt differently"):
-        encode_one([user("say cat")], [assistant("cat")], tokenizer=tokenizer)
+    example = encode_one([user("say cat")], [assistant("dog")], tokenizer=tokenizer)
+    assert tokenizer.decode(example.prompt) == "2say cat"
+    assert tokenizer.decode(example.responses[0]) == "dog</s>"
+    tokenizer.chat_template = "{{ messages | length }}{{ messages[0].content }}"
+    with pytest.raises(DataError, match="f: record 1: the chat template renders the prompt differently once others"):
+        encode_one([user("say cat")], [assistant("dog")], tokenizer=tokenizer)
 
 
 def test_long_responses_are_cut_and_counted(tokenizer: Any) -> None:
@@ -166,7 +171,7 @@ def test_long_texts_are_encoded_in_part_with_the_same_ids(scheme: str, text: str
     tokenizer = build_tokenizer() if scheme == "bytes" else build_metaspace(scheme)
     limit = 40
     tokens, text = Tokens(tokenizer, limit), "say " + text * 4000
-    (ids,) = tokens.ids([text])
+    ((ids,),) = tokens.ids([[text]])
     assert ids[:limit] == tokenizer(text, add_special_tokens=False)["input_ids"][:limit]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from spo_kernels.train.loop import Trainer
+from spo_kernels.train.signals import StopSignals
 
 from .conftest import ENVIRONMENT, Train, assert_same_weights, read_metrics
 from .test_resume import OPTIONS, without_times
@@ -140,6 +141,7 @@ SECOND = """
 import os, signal, sys
 from spo_kernels.train.cli import main
 from spo_kernels.train.loop import Trainer
+from spo_kernels.train.signals import StopSignals
 def step(self):
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
@@ -269,6 +271,17 @@ def test_leftovers_of_kills_are_removed(train: Train, tmp_path: Path) -> None:
     assert train(*OPTIONS, "--resume") == 0
     assert {p.name for p in output.glob(".*")} == {".lock", ".notes"}
     assert not list((output / "reference-cache").glob(".*"))
+
+
+def test_workers_leave_at_once() -> None:
+    """A pool waits for workers that it has sent SIGTERM: one that kept a handler for it may never look."""
+    with StopSignals():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
 
 
 def test_signal_to_one_of_two_processes_stops_both(tmp_path: Path, model_dir: Path, pairs_file: Path) -> None:

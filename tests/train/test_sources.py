@@ -51,6 +51,10 @@ def test_configurations(train: Train, fails: Fails, tmp_path: Path) -> None:
     message = fails("--dataset-config", "code", dataset=folder)
     assert "no configuration 'code'; --dataset-config takes one of maths, chat" in message
     assert one_step(train, "--dataset-config", "maths", dataset=folder) == 0
+    assert "a file has no configurations" in fails("--dataset-config", "maths", output_dir=tmp_path / "out-2")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    message = fails("--dataset-config", "maths", dataset=tmp_path / "saved", output_dir=tmp_path / "out-3")
+    assert "what save_to_disk wrote has no configurations" in message
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

@@ -1,4 +1,4 @@
-"""Conversations through chat templates of four styles: every token is the template's, only the assistant's count."""
+"""Conversations through chat templates of five styles: every token is the template's, only the assistant's count."""
 
 import random
 from typing import Any
@@ -25,7 +25,7 @@ def replies(row: dict[str, Any], name: str, style: str) -> list[str]:
     for message in (m for m in turns if m["role"] == "assistant"):
         content = message["content"] or ""
         if message.get("tool_calls"):
-            content = {"qwen3": "</tool_call>", "mistral": "}]", "llama-3": "}"}[style]
+            content = {"qwen3": "</tool_call>", "llama-3": "}"}.get(style, "}]")
         said.append((content.strip() if style == "llama-3" else content) + ENDS[style])
     return said
 
@@ -52,6 +52,29 @@ def test_prompt_and_response_are_the_templates_rendering(style: str) -> None:
                 assert text.endswith(turn) and text.count(ENDS[style]) == 1
                 assert not set(text.split()) & {"<|user|>", "user", "[INST]"}
     assert not [message for message in said if "not scored" in message or "spans the end" in message], said
+
+
+def test_system_prompt_that_only_an_open_question_has() -> None:
+    """Mistral v0.3 shows it where the last message is the user's, so not in a whole conversation."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% set system = messages[0].content if messages[0].role == 'system' %}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
+        "<|user|>{% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m.content }}"
+        "{% else %}<|assistant|>{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    said: list[str] = []
+    prompt = [{"role": "system", "content": "be brief"}, user("say red"), assistant("red"), user("say cat")]
+    turns = [assistant("red"), user("say red"), assistant("cat")]
+    rows = [{"prompt": prompt, "chosen": turns, "rejected": [assistant("red dog")]}]
+    (example,) = encode_rows(rows, tokenizer, said.append)
+    for k, name in enumerate(("chosen", "rejected")):
+        text = tokenizer.apply_chat_template([*prompt, *rows[0][name]], tokenize=False)
+        assert tokenizer.decode([*example.prompt, *example.responses[k]]) == text
+    assert tokenizer.decode(example.prompt) == "<|user|>say red<|assistant|>red</s><|user|>say cat<|assistant|>"
+    assert tokenizer.decode(scored_ids(example, 0)) == "red</s>cat</s>"
+    assert tokenizer.decode(scored_ids(example, 1)) == "red dog</s>"
+    assert len(said) == 1 and said[0].startswith("1 records: the chat template renders the prompt differently")
 
 
 def test_strings_are_their_own_rendering(tokenizer: Any) -> None:
