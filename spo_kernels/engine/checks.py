@@ -71,11 +71,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def check_vector(name: str, value: Tensor, shape: tuple[int, ...], labels: Tensor) -> None:
-    """`value` must be floating, of that shape, on labels' device."""
+def check_vector(name: str, value: Tensor, labels: Tensor, *shapes: tuple[int, ...]) -> None:
+    """`value` must be floating, of one of the shapes, on labels' device."""
     check_tensor(name, value, labels)
-    if value.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+    if value.shape not in shapes:
+        known = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"{name} must have shape {known}, got {list(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
     if value.device != labels.device:

@@ -28,11 +28,6 @@ class Given:
     token_weights: Tensor | None = None
     logps: Tensor | None = None  # [2B] sums, or of tokens in labels' shape
 
-    def of_tokens(self, layout: LabelLayout) -> bool:
-        """Whether its log-probabilities are of tokens; as many tokens as sequences are taken for sums."""
-        given = self.logps
-        return isinstance(given, Tensor) and given.shape == layout.labels.shape and given.shape != (layout.sequences,)
-
 
 @dataclass(frozen=True)
 class Pilots:
@@ -107,14 +102,12 @@ def resolve_batch(
     assert policy.hidden is not None and policy.head is not None
     model = ModelInputs.resolve(policy.hidden, policy.head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model, sparsity)
-    of_tokens = reference.of_tokens(layout)
+    of_tokens = _are_of_tokens(reference.logps, layout)
     ref_model = _reference_model(policy, reference, labels, of_tokens)
     names = token_outputs_of(objective)
     shares = None if "chosen_pilot" in (pair_inputs or {}) else token_subsets_of(objective)
     _check_reference(model, ref_model, kl="kl" in names, pilots=shares is not None and not of_tokens)
     named = _pair_inputs(pair_inputs, pairs, labels, model.wide)
-    if reference.logps is not None:
-        check_vector("ref_logps", reference.logps, labels.shape if of_tokens else (2 * pairs,), labels)
 
     counted = layout.counted()
     lengths = layout.count(counted)
@@ -166,6 +159,18 @@ def resolve_batch(
     )
 
 
+def _are_of_tokens(logps: Tensor | None, layout: LabelLayout) -> bool:
+    """Whether the reference's log-probabilities, checked here, are of tokens; else they are sums, or none.
+
+    As many tokens as sequences are taken for sums.
+    """
+    if logps is None:
+        return False
+    sums = (layout.sequences,)
+    check_vector("ref_logps", logps, layout.labels, sums, layout.labels.shape)
+    return logps.shape != sums
+
+
 def _check_reference(model: ModelInputs, reference: ModelInputs | None, *, kl: bool, pilots: bool) -> None:
     """Raise ValueError or TypeError where the objective needs a reference model that is not there or does not fit."""
     if pilots and reference is None:
@@ -215,5 +220,5 @@ def _pair_inputs(
     if not isinstance(named, Mapping):
         raise TypeError(f"pair_inputs must map names to tensors, got {type(named).__name__}")
     for name, value in named.items():
-        check_vector(f"pair_inputs[{name!r}]", value, (pairs,), labels)
+        check_vector(f"pair_inputs[{name!r}]", value, labels, (pairs,))
     return {name: value.detach().to(dtype) for name, value in named.items()}
