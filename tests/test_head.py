@@ -2,24 +2,12 @@
 
 import pytest
 import torch
+from tiny_models import SIZES
 
 from spo_kernels import LMHead, fused_spo_loss, linear_logprob
 
 tf = pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 CONFIGS = {
     "llama": (tf.LlamaConfig, {}, 1.0, None),
     "gemma2": (tf.Gemma2Config, {"final_logit_softcapping": 3.0}, 1.0, 3.0),

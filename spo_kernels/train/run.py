@@ -240,7 +240,7 @@ def _references(
         reference = Reference(frozen, adapters_off=frozen is headless)
     folder = Path(config.cache_dir).expanduser() if config.cache_dir else Path(config.output_dir) / CACHE_FOLDER
 
-    def precomputed(part: Sequence[Example], of_tokens: bool = False) -> Tensor:
+    def precomputed(part: Sequence[Example], of_tokens: bool = False, ld_alpha: float | None = None) -> Tensor:
         return reference_logps(
             other,
             part,
@@ -250,7 +250,7 @@ def _references(
             content,
             config.batch_size,
             config.quiet,
-            config.ld_alpha,
+            ld_alpha,
             of_tokens,
             workspace_bytes=config.workspace_bytes,
             backend=config.backend,
@@ -261,7 +261,7 @@ def _references(
     mismatched = bool(mismatched_inputs(config, objective))
     splits = []
     for part in examples:
-        sums = precomputed(part) if config.diagnostics or (given and not of_tokens) else None
+        sums = precomputed(part, ld_alpha=config.ld_alpha) if config.diagnostics or (given and not of_tokens) else None
         logps: Tensor | TokenLogps | None = sums if given else None
         if of_tokens:
             logps = TokenLogps(TokenPlaces.of(part), precomputed(part, of_tokens=True))

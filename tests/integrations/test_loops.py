@@ -25,9 +25,9 @@ from spo_kernels.integrations.transformers import (  # noqa: E402
     PairCollator,
     precompute_ref_logps,
 )
+from tests.integrations.ddp_ranks import RECORDS, train  # noqa: E402
+from tests.integrations.ddp_ranks import batch_of as with_sums  # noqa: E402
 from tests.integrations.test_transformers import PAIRS, REFERENCE, batch_of, build, full_logits, lora  # noqa: E402
-from tests.integrations.two_ranks import RECORDS, train  # noqa: E402
-from tests.integrations.two_ranks import batch_of as with_sums  # noqa: E402
 
 WITH_SUMS = [
     {**pair, "ref_chosen_logps": float(REFERENCE[i]), "ref_rejected_logps": float(REFERENCE[3 + i])}
@@ -87,7 +87,7 @@ def test_two_ranks_under_ddp(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONPATH"] = os.pathsep.join([root, str(Path(root) / "tests"), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
-    command += ["--nproc_per_node", "2", "-m", "tests.integrations.two_ranks", str(tmp_path)]
+    command += ["--nproc_per_node", "2", "-m", "tests.integrations.ddp_ranks", str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import SIZES
 
 from spo_kernels import LMHead, linear_logprob
 from spo_kernels.integrations.transformers import FusedPreferenceModel, PairCollator, hidden_states
@@ -12,29 +13,17 @@ from spo_kernels.losses import DPO, SPO
 
 tf = pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+DEEP = {**SIZES, "num_hidden_layers": 2}
 EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
 GPT2 = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
 CONFIGS = {
-    "llama": (tf.LlamaConfig, SIZES),
-    "tied": (tf.LlamaConfig, {**SIZES, "tie_word_embeddings": True}),
-    "gemma2": (tf.Gemma2Config, {**SIZES, "final_logit_softcapping": 3.0}),
-    "cohere": (tf.CohereConfig, {**SIZES, "logit_scale": 0.25}),
-    "granite": (tf.GraniteConfig, {**SIZES, "logits_scaling": 4.0}),
+    "llama": (tf.LlamaConfig, DEEP),
+    "tied": (tf.LlamaConfig, {**DEEP, "tie_word_embeddings": True}),
+    "gemma2": (tf.Gemma2Config, {**DEEP, "final_logit_softcapping": 3.0}),
+    "cohere": (tf.CohereConfig, {**DEEP, "logit_scale": 0.25}),
+    "granite": (tf.GraniteConfig, {**DEEP, "logits_scaling": 4.0}),
     "gpt2": (tf.GPT2Config, {**GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
-    "mixtral": (tf.MixtralConfig, {**SIZES, **EXPERTS}),
+    "mixtral": (tf.MixtralConfig, {**DEEP, **EXPERTS}),
 }
 PAIRS = [
     {"prompt_ids": [1, 5, 9], "chosen_ids": [7, 8, 2], "rejected_ids": [11, 2]},

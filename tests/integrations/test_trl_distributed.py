@@ -22,7 +22,7 @@ def found(tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.integrations.ranks", str(rank), str(folder)],
+            [sys.executable, "-m", "tests.integrations.trl_ranks", str(rank), str(folder)],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,

@@ -57,8 +57,9 @@ def test_accumulation_equals_one_batch(train: Train, tmp_path: Path, stage: dict
         ("--loss", "sgdpo"),
         ("--base-loss", "sgdpo", "--ld-alpha", 0.5),
         ("--loss", "kto", "--loss-arg", "kl=mismatched"),
+        ("--loss", "kto", "--loss-arg", "kl=mismatched", "--ld-alpha", 0.5, "--batch-size", 3),
     ],
-    ids=["dpo", "hinge", "drawn tokens", "drawn and weighted tokens", "mismatched pairs"],
+    ids=["dpo", "hinge", "drawn tokens", "drawn and weighted tokens", "mismatched", "mismatched, weighted tokens"],
 )
 def test_online_reference_equals_precomputed(train: Train, tmp_path: Path, loss: tuple[Any, ...]) -> None:
     cached = run(train, tmp_path / "cached", *loss, "--eval-fraction", 0.25)

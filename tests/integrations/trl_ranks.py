@@ -1,4 +1,4 @@
-"""Steps of a model with TRL's fused head on two processes: `python -m tests.integrations.ranks RANK FOLDER`.
+"""Steps of a model with TRL's fused head on two processes: `python -m tests.integrations.trl_ranks RANK FOLDER`.
 
 DDP and FSDP2, patched and not; process 0 leaves losses and gathered weights in the folder.
 """

@@ -1,4 +1,4 @@
-"""Two processes train a FusedPreferenceModel under DDP: torchrun ... tests/integrations/two_ranks.py OUTPUT"""
+"""Two processes train a FusedPreferenceModel under DDP: torchrun ... tests/integrations/ddp_ranks.py OUTPUT"""
 
 import faulthandler
 import sys
