@@ -31,6 +31,13 @@ class PairCollator:
     pad_token_id: int
     max_length: int | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int):
+            raise TypeError(
+                f"pad_token_id must be an int, got {self.pad_token_id!r}; where a tokenizer has none, its eos_token_id "
+                "does: padding is masked and has no label"
+            )
+
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels `[2B, T]`, and ref_logps `[2B]` where the records have them.
 

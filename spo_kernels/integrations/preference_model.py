@@ -17,6 +17,7 @@ from spo_kernels.losses.needs import needs_reference
 from spo_kernels.losses.registry import resolve_objective
 
 ADAPTERS_OFF = "adapters_off"
+OPTIONS = ("sparsity", "workspace_bytes", "backend", "path", "token_metrics", "ignore_index")
 
 
 class FusedPreferenceModel(nn.Module):
@@ -38,8 +39,7 @@ class FusedPreferenceModel(nn.Module):
         reference: Where the reference's log-probabilities come from if a call brings none: "adapters_off" (the model
             with its PEFT adapters switched off), or another causal language model, which is put in evaluation mode and
             gets no gradient. It is no submodule: it is neither trained nor saved with this one.
-        options: Further keyword arguments of `fused_spo_loss`: sparsity, workspace_bytes, backend, path,
-            token_metrics, ignore_index.
+        options: Keyword arguments of `fused_spo_loss` that are the same for each call, see `OPTIONS`.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it.
@@ -57,6 +57,9 @@ class FusedPreferenceModel(nn.Module):
     ) -> None:
         super().__init__()
         LMHead.of(model)
+        unknown = sorted(set(options) - set(OPTIONS))
+        if unknown:
+            raise TypeError(f"FusedPreferenceModel takes no {', '.join(unknown)}; its options are {', '.join(OPTIONS)}")
         if reference == ADAPTERS_OFF and not hasattr(model, "disable_adapter"):
             raise ValueError(f'reference = "adapters_off" needs a PEFT model, got {type(model).__name__}')
         if isinstance(reference, str) and reference != ADAPTERS_OFF:

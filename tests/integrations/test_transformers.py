@@ -164,6 +164,10 @@ def test_errors_name_what_to_do() -> None:
         FusedPreferenceModel(model, reference="adapters_off")
     with pytest.raises(ValueError, match='reference must be "adapters_off", a model or None'):
         FusedPreferenceModel(model, reference="base")
+    with pytest.raises(TypeError, match="takes no wokspace; its options are sparsity, workspace_bytes"):
+        FusedPreferenceModel(model, wokspace=3)
+    with pytest.raises(TypeError, match="pad_token_id must be an int, got None"):
+        PairCollator(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pass ref_logps, or make the module with reference="):
         FusedPreferenceModel(model, "dpo")(**batch)
     assert FusedPreferenceModel(model, "simpo")(**batch)[0].isfinite()
