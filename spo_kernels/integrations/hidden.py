@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,8 +32,13 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     return forward_without_logits(model, **inputs)[0]
 
 
-def forward_without_logits(model: nn.Module, **inputs: Any) -> tuple[Tensor, Any]:
-    """`hidden_states`, and the model's output, whose logits are those of the last position."""
+def forward_without_logits(
+    model: nn.Module, run: Callable[..., Any] | None = None, **inputs: Any
+) -> tuple[Tensor, Any]:
+    """`hidden_states`, and the model's output, whose logits are those of the last position.
+
+    `run` is called in the model's place, for who replaced the model's own forward.
+    """
     if inputs.get("labels") is not None:
         raise ValueError("labels belong to the loss, not to the hidden states: leave them out")
     while isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -50,7 +56,7 @@ def forward_without_logits(model: nn.Module, **inputs: Any) -> tuple[Tensor, Any
 
     hook = head.register_forward_pre_hook(last_position)
     try:
-        output = model(**inputs, use_cache=False)
+        output = (run or model)(**inputs, use_cache=False)
     finally:
         hook.remove()
     if not seen:

@@ -75,3 +75,12 @@ def unpatch_trl() -> None:
     for name, original in _originals.items():
         setattr(import_module(MODULE), name, original)
     _originals.clear()
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer and its configuration, which need TRL to be made."""
+    if name == "FusedDPOTrainer":
+        return import_module("spo_kernels.integrations.trl_dpo").FusedDPOTrainer
+    if name == "FusedDPOConfig":
+        return import_module("spo_kernels.integrations.trl_config").FusedDPOConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

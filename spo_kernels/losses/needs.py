@@ -23,6 +23,14 @@ def needs_value(objective: Objective) -> bool:
     return not _works(objective, value=False)
 
 
+def value_normalization(objective: Objective) -> str:
+    """In which units that value is: "mean" per response token or "sum", as the SPO in the objective says."""
+    if hasattr(objective, "normalization") and hasattr(objective, "epsilon"):
+        return str(objective.normalization)
+    parts = objective.parts() if hasattr(objective, "parts") else ()
+    return next((value_normalization(part) for part in parts if needs_value(part)), "mean")
+
+
 def needs_inputs(objective: Objective) -> tuple[str, ...]:
     """Names of the `pair_inputs` that it reads: its attribute `needs_inputs`, or those that it asks for when tried.
 

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -30,8 +30,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**_LLAMA_LIKE, "tie_word_embeddings": False}),
     "gemma2": ("Gemma2Config", {**_LLAMA_LIKE, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
     "cohere": ("CohereConfig", {**_LLAMA_LIKE, "logit_scale": 0.25}),
+    "mixtral": (
+        "MixtralConfig",
+        {**_LLAMA_LIKE, "num_local_experts": 3, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5},
+    ),
     "gpt2": ("GPT2Config", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}),
 }
+
+
+LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
 def make_model(kind: str, seed: int = 0) -> Any:
@@ -99,16 +106,39 @@ TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def trained_adapter(model: Any) -> Any:
+    """The model with an adapter that was trained: it changes what the model does."""
+    peft = get_peft_model(model, LoraConfig(**LORA))
+    generator = torch.Generator().manual_seed(7)
+    for name, weight in peft.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(generator=generator)
+    return peft
+
+
 class Run:
-    """A short training by TRL: loss of each forward, logged metrics, weights at the start and the end."""
+    """A short training by TRL: loss of each forward, logged metrics, weights at the start and the end.
+
+    `library` has the trainer and its configuration, TRL if None. `adapter` is "new" (TRL puts it on the model) or
+    "trained" (it is there already, and TRL keeps a copy as the reference).
+    """
 
     def __init__(
-        self, trainer: str, kind: str, folder: Path, *, steps: int = 5, lora: bool = False, **settings: Any
+        self,
+        trainer: str,
+        kind: str,
+        folder: Path,
+        *,
+        steps: int = 5,
+        adapter: str | None = None,
+        library: Any = None,
+        **settings: Any,
     ) -> None:
         import trl
 
-        columns, defaults = TRAINERS[trainer]
-        arguments = getattr(trl, f"{trainer}Config")(
+        library = library or trl
+        columns, defaults = TRAINERS[trainer.removeprefix("Fused")]
+        arguments = getattr(library, f"{trainer}Config")(
             output_dir=str(folder),
             report_to=[],
             use_cpu=True,
@@ -124,12 +154,15 @@ class Run:
             **{**defaults, **settings},
         )
         given: dict[str, Any] = {"reward_funcs": reward} if columns == "prompts" else {}
-        if lora:
-            given["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        elif trainer in ("DPO", "KTO"):
+        model = make_model(kind)
+        if adapter == "new":
+            given["peft_config"] = LoraConfig(**LORA)
+        elif adapter == "trained":
+            model = trained_adapter(model)
+        elif trainer.removeprefix("Fused") in ("DPO", "KTO"):
             given["ref_model"] = make_model(kind, seed=1)
-        made = getattr(trl, f"{trainer}Trainer")(
-            model=make_model(kind),
+        made = getattr(library, f"{trainer}Trainer")(
+            model=model,
             args=arguments,
             train_dataset=dataset(columns),
             processing_class=make_tokenizer(),
@@ -145,6 +178,7 @@ class Run:
             return loss
 
         made.compute_loss = compute_loss
+        self.trainer = made
         made.train()
         self.logs: list[dict[str, float]] = made.state.log_history[:-1]
         self.end = made.model.state_dict()

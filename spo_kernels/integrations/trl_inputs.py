@@ -1,0 +1,71 @@
+"""What an objective reads of TRL's data beside the two responses, and what `FusedDPOTrainer` cannot give it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import DPOConfig
+
+from spo_kernels.losses import Objective
+from spo_kernels.losses.needs import needs_inputs, needs_value
+from spo_kernels.losses.pairs import token_outputs_of, token_subsets_of
+
+# found in the step where the reference is evaluated there
+_PILOTS = ("chosen_pilot", "rejected_pilot")
+
+
+def input_columns(args: DPOConfig, objective: Objective) -> tuple[str, ...]:
+    """Names of columns that hold the objective's `pair_inputs`, one number per pair."""
+    found = _PILOTS if token_subsets_of(objective) is not None and not args.precompute_ref_log_probs else ()
+    read = needs_value(objective) and not getattr(args, "spo_inner_steps", 0)
+    return (*(name for name in needs_inputs(objective) if name not in found), *(["spo_value"] if read else []))
+
+
+def refuse(args: DPOConfig, objective: Objective, referenced: bool) -> None:
+    """Raise ValueError for what cannot be done, with the reason."""
+    if "kl" in token_outputs_of(objective):
+        raise ValueError(
+            f"{objective!r} compares whole distributions with the reference's, of which this trainer has the labels' "
+            "log-probabilities only: use spo-train --reference online, or FusedPreferenceModel with reference="
+        )
+    if args.sync_ref_model and not referenced:
+        raise ValueError(f"sync_ref_model=True needs a reference, and {objective!r} has none")
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "FusedDPOTrainer does not run with DeepSpeed ZeRO-3, which takes the head's weight away; use 2"
+        )
+    if getattr(args, "spo_inner_steps", 0) and (plugin is not None or args.fsdp):
+        raise ValueError("spo_inner_steps changes the model's weights, which FSDP and DeepSpeed shard; use DDP")
+
+
+@dataclass(frozen=True)
+class WithColumns:
+    """A collator whose batches also hold columns of numbers, `[B]` float32 each.
+
+    Raises:
+        ValueError: The data has no such column.
+    """
+
+    collator: Any
+    columns: Sequence[str]
+    dataset: Any
+
+    def __post_init__(self) -> None:
+        # a stream may not know its columns
+        there = getattr(self.dataset, "column_names", None) or self.columns
+        missing = [name for name in self.columns if name not in there]
+        if missing:
+            raise ValueError(
+                f"the objective reads {', '.join(missing)} of each pair: train_dataset needs a column of numbers of "
+                f"that name; it has {', '.join(there)}"
+            )
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The collator's batch and the columns."""
+        numbers = {name: torch.tensor([float(record[name]) for record in records]) for name in self.columns}
+        return {**self.collator(records), **numbers}
