@@ -32,6 +32,14 @@ def refuse(args: DPOConfig, objective: Objective, referenced: bool) -> None:
             f"{objective!r} compares whole distributions with the reference's, of which this trainer has the labels' "
             "log-probabilities only: use spo-train --reference online, or FusedPreferenceModel with reference="
         )
+    mib = getattr(args, "workspace_mib", None)
+    if mib is not None and not (isinstance(mib, int) and mib >= 1):
+        raise ValueError(f"workspace_mib must be a whole number of MiB >= 1 or None, got {mib!r}")
+    if args.ld_alpha is not None and "sft" in args.loss_type:
+        raise ValueError(
+            "ld_alpha weighs the tokens of every term of a fused loss, and loss_type 'sft' is the plain mean over "
+            "tokens: leave one of them out, or use DPOTrainer"
+        )
     if args.sync_ref_model and not referenced:
         raise ValueError(f"sync_ref_model=True needs a reference, and {objective!r} has none")
     plugin = args.deepspeed_plugin

@@ -12,12 +12,14 @@ LOSSES |= {
     "aot": {"loss_type": ["aot"], "label_smoothing": 0.1},
     "discopop": {"loss_type": ["discopop"], "discopop_tau": 0.5},
     "mpo": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
-    "rpo, LD": {"loss_type": ["sft", "sigmoid"], "beta": 0.3, "ld_alpha": 0.5},
-    "hinge and ipo, f-DPO, WPO": {
-        "loss_type": ["hinge", "ipo"],
+    "rpo": {"loss_type": ["sft", "sigmoid"], "beta": 0.3},
+    "ipo and robust, f-DPO, WPO, LD": {
+        "loss_type": ["ipo", "robust"],
         "loss_weights": [2.0, 0.5],
+        "label_smoothing": 0.1,
         "f_divergence_type": "js_divergence",
         "use_weighting": True,
+        "ld_alpha": 0.5,
     },
 }
 ADAPTERS = (None, "new", "trained")

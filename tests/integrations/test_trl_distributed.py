@@ -1,29 +1,36 @@
-"""TRL's fused head under DDP and FSDP2 on two processes, patched and not."""
+"""Two processes: TRL's fused head under DDP and FSDP2, patched and not; `FusedDPOTrainer` and TRL's under DDP."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 or newer is not installed")
 
+from .fused_dpo_ranks import OURS, RUNS
+from .same_run import assert_same
+from .tiny import dataset
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 150
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def launch(module, folder):
+    """Both processes of a module, with torchrun's environment; what process 0 left."""
     # the loopback: a machine's own name may resolve to nothing, or slowly
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.integrations.trl_ranks", str(rank), str(folder)],
-            env=environment,
+            [sys.executable, "-m", module, str(rank), str(folder)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -32,6 +39,24 @@ def found(tmp_path_factory):
     messages = [process.communicate(timeout=SECONDS)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(messages)
     return torch.load(folder / "found")
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return launch("tests.integrations.trl_ranks", tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    dataset("pairs").save_to_disk(folder / "pairs")
+    return launch("tests.integrations.fused_dpo_ranks", folder)
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
@@ -52,3 +77,16 @@ def assert_same_way(ours, trls):
     """Weights that moved alike."""
     moved = (trls["weights"][0] - trls["start"]).norm()
     assert moved > 0 and (ours["weights"][0] - trls["weights"][0]).norm() <= 1e-3 * moved
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_fused_trainer_equals_trl(trained, name):
+    for ours, trls in zip(trained[f"{name} FusedDPO"], trained[f"{name} DPO"], strict=True):
+        assert_same(SimpleNamespace(**ours), SimpleNamespace(**trls))
+
+
+@pytest.mark.parametrize("name", [*OURS, *(f"{name} FusedDPO" for name in RUNS)])
+def test_processes_stay_together(trained, name):
+    one, other = (process["end"] for process in trained[name])
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert trained[name][0]["losses"] != trained[name][1]["losses"]

@@ -132,6 +132,7 @@ class Run:
         steps: int = 5,
         adapter: str | None = None,
         library: Any = None,
+        data: datasets.Dataset | None = None,
         **settings: Any,
     ) -> None:
         import trl
@@ -164,7 +165,7 @@ class Run:
         made = getattr(library, f"{trainer}Trainer")(
             model=model,
             args=arguments,
-            train_dataset=dataset(columns),
+            train_dataset=dataset(columns) if data is None else data,
             processing_class=make_tokenizer(),
             **given,
         )
