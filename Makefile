@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: test demo lint bench mutation clean
+.PHONY: test test-trl demo lint bench mutation clean
 
 test: lint
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -q
@@ -23,6 +23,10 @@ lint: $(VENV)/ready
 # wrong signs, factors, detaches and clamps in the objectives: does a test see each? A few minutes of two cores
 mutation: $(VENV)/ready
 	$(BIN)/python tests/mutation.py --processes $(TEST_PROCESSES)
+
+# FusedDPOTrainer beside TRL's: every loss, adapter, reference and accumulation, not only a covering choice of them
+test-trl: $(VENV)/ready
+	SPO_TEST_TRL=everything $(BIN)/python -m pytest -n $(TEST_PROCESSES) -q tests/integrations tests/losses/test_trl.py
 
 bench: $(VENV)/ready
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt cut-cross-entropy liger-kernel triton trl

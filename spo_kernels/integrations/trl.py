@@ -1,4 +1,4 @@
-"""`patch_trl`: one line, and TRL's trainers compute log-probabilities with this library."""
+"""TRL with this library: `patch_trl` for all its trainers, `FusedDPOTrainer` and `FusedDPOConfig` for preferences."""
 
 from __future__ import annotations
 
@@ -77,10 +77,17 @@ def unpatch_trl() -> None:
     _originals.clear()
 
 
+_MADE_OF_TRL = {"FusedDPOTrainer": "trl_dpo", "FusedDPOConfig": "trl_config"}
+
+
 def __getattr__(name: str) -> Any:
-    """The trainer and its configuration, which need TRL to be made."""
-    if name == "FusedDPOTrainer":
-        return import_module("spo_kernels.integrations.trl_dpo").FusedDPOTrainer
-    if name == "FusedDPOConfig":
-        return import_module("spo_kernels.integrations.trl_config").FusedDPOConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """`FusedDPOTrainer` and `FusedDPOConfig`, whose bases are TRL's.
+
+    Raises:
+        ImportError: TRL is not installed.
+        RuntimeError: Its `DPOTrainer` is not as known.
+    """
+    if name not in _MADE_OF_TRL:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    trl_version()
+    return getattr(import_module(f"spo_kernels.integrations.{_MADE_OF_TRL[name]}"), name)

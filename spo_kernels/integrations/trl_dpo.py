@@ -24,9 +24,12 @@ from spo_kernels.integrations.at_head import PreferenceLoss, TokenLogps, add_at_
 from spo_kernels.integrations.trl_config import FusedDPOConfig, objective_of
 from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse
 from spo_kernels.integrations.trl_metrics import batch_metrics
+from spo_kernels.integrations.trl_seam import check_dpo_trainer
 from spo_kernels.losses.needs import needs_reference, value_normalization
 from spo_kernels.losses.state import has_state
 from spo_kernels.sparsity import EXACT, as_sparsity
+
+check_dpo_trainer(DPOTrainer)
 
 _STATE_FILE = "objective.safetensors"
 # of a batch, what the model does not take

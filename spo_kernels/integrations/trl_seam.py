@@ -17,6 +17,14 @@ MODULE = "trl.trainer.utils"
 HEAD = "_ChunkedLogProbFunction"
 # whether the head is given only the tokens that have labels; TRL 1.15 has no choice
 COMPACTS = "_use_triton"
+_METHODS = {
+    "_compute_loss": ("model", "inputs", "return_outputs"),
+    "compute_ref_log_probs": ("model", "inputs"),
+    "_precompute_ref_logps": ("dataset", "name", "batch_size"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_save_checkpoint": ("model", "trial"),
+    "_set_signature_columns_if_needed": (),
+}
 
 
 def find_seam() -> tuple[ModuleType, dict[str, Any]]:
@@ -40,6 +48,19 @@ def find_seam() -> tuple[ModuleType, dict[str, Any]]:
     return module, replacements
 
 
+def check_dpo_trainer(trainer: type) -> None:
+    """Raise RuntimeError unless TRL's `DPOTrainer` has the methods that `FusedDPOTrainer` puts its own in place of."""
+    for name, expected in _METHODS.items():
+        method = getattr(trainer, name, None)
+        taken = _names(method)[1:] if callable(method) else None
+        if taken != list(expected):
+            found = "there is none" if taken is None else f"it takes {', '.join(taken)}"
+            raise RuntimeError(
+                f"FusedDPOTrainer does not know the DPOTrainer of TRL {trl_version()}: expected "
+                f"{name}({', '.join(expected)}), {found}. It was tested with TRL {' and '.join(TESTED)}"
+            )
+
+
 def trl_version() -> str:
     """The installed TRL's.
 
@@ -50,7 +71,9 @@ def trl_version() -> str:
         return import_module("trl").__version__
     except ImportError as error:
         tested = " or ".join(TESTED)
-        raise ImportError(f"patch_trl() needs TRL ({tested}), which cannot be imported: {error}") from error
+        raise ImportError(
+            f"spo_kernels.integrations.trl needs TRL ({tested}), which cannot be imported: {error}"
+        ) from error
 
 
 def _labelled_tokens_only(device: torch.device) -> bool:

@@ -8,11 +8,12 @@ import torch
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 or newer is not installed")
 
 from peft import LoraConfig, PromptTuningConfig
-from trl import DPOConfig, TrlParser
+from trl import DPOConfig, DPOTrainer, TrlParser
 
 from spo_kernels.extras.bilevel import bilevel_value
 from spo_kernels.integrations import trl
 from spo_kernels.integrations.transformers import FusedPreferenceModel
+from spo_kernels.integrations.trl_seam import check_dpo_trainer
 from spo_kernels.losses import DPO, SPO, build_loss, needs_inputs
 from spo_kernels.losses.beta_dpo import BetaDPO
 from spo_kernels.losses.pairs import token_outputs_of
@@ -253,3 +254,15 @@ def test_a_plain_dpo_config_does(tmp_path):
     )
     made.train()
     assert made.state.log_history[-1]["train_loss"] == pytest.approx(0.69, abs=0.02)
+
+
+def test_another_trainer_is_refused_naming_versions():
+    class Moved(DPOTrainer):
+        def _compute_loss(self, model, batch):
+            raise NotImplementedError
+
+    check_dpo_trainer(DPOTrainer)
+    with pytest.raises(
+        RuntimeError, match=r"_compute_loss\(model, inputs, return_outputs\).*takes model, batch.*1\.16\.0"
+    ):
+        check_dpo_trainer(Moved)
