@@ -52,8 +52,9 @@ def linear_logprob(
         shift: Position t of `hidden` predicts `labels[..., t + 1]`. The result is aligned with `labels`, so
             its first position along the last dimension is 0.
         outputs: Any of "lse" (log-sum-exp of the logits), "correct" (bool: the label has the largest logit;
-            ties count), "entropy" (nats) and "log_sum_p2" (log Σ_v p_v²), computed in the same pass. All but
-            "correct" are differentiable; a gradient that flows into them costs one more product.
+            ties count), "entropy" (nats), "log_sum_p2" (log Σ_v p_v²) and "mean_logit" (over the vocabulary), computed
+            in the same pass. "lse", "entropy" and "log_sum_p2" are differentiable; a gradient that flows into them
+            costs one more product.
             With `sparsity`, also "dropped_mass" (softmax mass left out of a token's gradient) and "kept_share"
             (of its vocabulary blocks); 0 and 1 where the backward is exact.
         sparsity: "exact", "certified", "unbiased" or a `Sparsity`: which blocks of the vocabulary the backward

@@ -82,8 +82,9 @@ def fused_spo_loss(
             workspace allows; matters to a trained head only. See `spo_kernels/preference/plan.py`.
         sparsity: "exact", or which blocks of the vocabulary the policy's backward multiplies: "certified", "unbiased"
             or a `Sparsity`, as in `linear_logprob`; takes the two-pass path, whose 4 products become 1 + 3ρ.
-        token_metrics: Also report `entropy` (nats, mean over all counted policy tokens) and
-            `mean_token_accuracy` (share of the chosen responses' tokens with the largest logit).
+        token_metrics: Also report TRL's `entropy` (nats, mean over all counted policy tokens), `mean_token_accuracy`
+            (share of the chosen responses' tokens with the largest logit), and `logits/chosen` and `logits/rejected`
+            (mean over each side's tokens and the vocabulary).
         pair_logps: Also report `pair_logps`, `[2B]`: the policy's log-probabilities summed over each response,
             detached, chosen first.
 

@@ -272,7 +272,7 @@ def test_token_metrics(backend, shift):
     *_, metrics = run(
         batch, loss="dpo", ref_logps=make_reference(batch), token_metrics=True, shift=shift, backend=backend
     )
-    assert metrics.keys() == METRICS | {"entropy", "mean_token_accuracy"}
+    assert metrics.keys() == METRICS | {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
     assert_near(metrics["entropy"], extras["entropy"][counted].mean(), "entropy")
     chosen = extras["correct"][:PAIRS][counted[:PAIRS]].double().mean()
     assert 0.1 < chosen < 0.9

@@ -21,7 +21,7 @@ from spo_kernels.engine.ops import (
 from spo_kernels.engine.tokens import Tokens
 from spo_kernels.sparsity import EXACT, Sparsity
 
-OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2", "dropped_mass", "kept_share")
+OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2", "dropped_mass", "kept_share", "mean_logit")
 _WITH_GRADIENT = ("lse", "entropy", "log_sum_p2")
 
 
@@ -34,6 +34,7 @@ class LogprobOptions:
     backend: str
     sparsity: Sparsity
     moments: bool  # entropy and log Σ p² are wanted
+    mean: bool  # the mean logit is wanted
     differentiable: tuple[str, ...]  # optional outputs that carry a gradient
 
     def common(self) -> tuple[Any, ...]:
@@ -73,6 +74,7 @@ class LogprobCall:
             backend=execution.backend,
             sparsity=execution.sparsity,
             moments="entropy" in outputs or "log_sum_p2" in outputs,
+            mean="mean_logit" in outputs,
             differentiable=tuple(n for n in outputs if n in _WITH_GRADIENT) if outputs_carry_grad else (),
         )
         return cls(model, tokens, options)
@@ -108,6 +110,7 @@ class LinearLogprobFunction(torch.autograd.Function):
                 *tokens,
                 *options.common(),
                 options.moments,
+                options.mean,
                 ctx.needs_input_grad[0] and (exact or not recompute),
                 sparsity.mode,
                 sparsity.tolerance,

@@ -5,7 +5,7 @@ Tokens here are those that count: `rows[i]` is the row of `hidden` that predicts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from spo_kernels.backends.contract import Backend, LogitTransform, Tile, TokenGr
 from spo_kernels.backends.products import Products, accumulator_dtype, headroom
 from spo_kernels.engine.gradients import HeadGradient, SliceGradient
 from spo_kernels.engine.head_slices import HeadSlices
+from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.sparse_blocks import BlockChooser
 from spo_kernels.engine.tokens import TokenRows
 from spo_kernels.engine.workspace import TileShape, spans
@@ -53,11 +54,17 @@ class TileBuffers:
 
 
 def forward(
-    plane: Plane, shape: TileShape, *, moments: bool, logp_grad: Tensor | None, chooser: BlockChooser | None = None
+    plane: Plane,
+    shape: TileShape,
+    *,
+    moments: bool,
+    logp_grad: Tensor | None,
+    chooser: BlockChooser | None = None,
+    logit_sums: LogitSums | None = None,
 ) -> TokenStats:
     """Softmax statistics of every token: one product; with `logp_grad`, two.
 
-    `chooser` is shown the masses of vocabulary blocks; not together with `logp_grad`.
+    `chooser` is shown the masses of vocabulary blocks, not together with `logp_grad`; `logit_sums` the tiles.
 
     `logp_grad` (hidden's shape) receives `u = d logp / d hidden`, from the running sum
     `A = Σ_{v≠label} exp(logit_v - max) logit'_v W_v` that is rescaled whenever the maximum moves:
@@ -71,10 +78,17 @@ def forward(
     for row in spans(n, shape.rows):
         states = tokens.take(hidden, row.start, row.stop, backend.products.operand_dtype(hidden))
         part, labels = stats.rows(row.start, row.stop), tokens.labels[row]
+
+        def see(tile: Tile, row: slice = row) -> None:
+            if logit_sums is not None:
+                logit_sums.add(row, tile)
+
+        if logit_sums is not None:
+            logit_sums.begin(row, states)
         if logp_grad is None:
-            _statistics(plane, states, labels, part, buffers, shape, chooser)
+            _statistics(plane, states, labels, part, buffers, shape, chooser, see)
         else:
-            total = _weighted_rows(plane, states, labels, part, buffers, shape)
+            total = _weighted_rows(plane, states, labels, part, buffers, shape, see)
             _finish_logp_grad_(total, plane.head, labels, part, shape)
             tokens.put(logp_grad, row.start, row.stop, total)
         if chooser is not None:
@@ -90,6 +104,7 @@ def _statistics(
     buffers: TileBuffers,
     shape: TileShape,
     chooser: BlockChooser | None,
+    see: Callable[[Tile], None],
 ) -> None:
     """Merge all columns into the statistics of a row of tiles."""
     head, backend = plane.head, plane.backend
@@ -97,12 +112,19 @@ def _statistics(
         products, _ = buffers.tile(len(labels), column.stop - column.start)
         backend.products.matmul(states, head.rows(column, states.dtype).t(), out=products)
         tile = Tile(products, relative(labels, column), head.transform, head.bias_rows(column, plane.wide))
+        see(tile)
         masses = None if chooser is None else chooser.masses(len(labels), column.start, column.stop)
         backend.tile_stats(tile, stats, block_lse=masses)
 
 
 def _weighted_rows(
-    plane: Plane, states: Tensor, labels: Tensor, stats: TokenStats, buffers: TileBuffers, shape: TileShape
+    plane: Plane,
+    states: Tensor,
+    labels: Tensor,
+    stats: TokenStats,
+    buffers: TileBuffers,
+    shape: TileShape,
+    see: Callable[[Tile], None],
 ) -> Tensor:
     """The same, and the sum `A` of `forward` for a row of tiles."""
     head, backend = plane.head, plane.backend
@@ -113,6 +135,7 @@ def _weighted_rows(
         products, out = buffers.tile(len(labels), column.stop - column.start)
         backend.products.matmul(states, weight.t(), out=products)
         tile = Tile(products, relative(labels, column), head.transform, head.bias_rows(column, plane.wide), out)
+        see(tile)
         backend.tile_stats(tile, stats, rescale=rescale)
         if column.start > 0:
             backend.scale_rows(total, rescale)

@@ -14,6 +14,8 @@ from torch import Tensor
 from spo_kernels.backends.contract import LogitTransform
 from spo_kernels.engine.gradients import HeadGradient
 
+_SUMMED_ROWS = 4096
+
 
 @dataclass(frozen=True)
 class HeadSlices:
@@ -58,6 +60,11 @@ class HeadSlices:
     def label_rows(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """The labels' rows of the weight, `[n, H]`."""
         return self.weight[labels].to(dtype)
+
+    def summed_rows(self, dtype: torch.dtype) -> Tensor:
+        """The sum of all rows of the weight, `[H]`."""
+        # slices: a sum in another dtype copies what it sums on a CPU
+        return torch.stack([rows.to(dtype).sum(0) for rows in self.weight.split(_SUMMED_ROWS)]).sum(0)
 
     def of_classes(self, classes: Tensor, dtype: torch.dtype) -> HeadSlices:
         """A head that has these rows alone, cast."""

@@ -18,6 +18,7 @@ from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.engine.exact import label_slope, relative
 from spo_kernels.engine.gradients import HeadGradient, SliceGradient
 from spo_kernels.engine.head_slices import HeadSlices
+from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.memory import in_huge_pages
 from spo_kernels.engine.tokens import TokenRows
 from spo_kernels.engine.workspace import spans
@@ -30,13 +31,23 @@ class KeptTiles:
     """Takes tokens through all three products with one tile, slice by slice of the vocabulary."""
 
     def __init__(
-        self, hidden: Tensor, head: HeadSlices, backend: Backend, rows: int, columns: int, *, moments: bool
+        self,
+        hidden: Tensor,
+        head: HeadSlices,
+        backend: Backend,
+        rows: int,
+        columns: int,
+        *,
+        moments: bool,
+        mean_logits: bool = False,
     ) -> None:
         """A tile of `rows` tokens, of which `columns` are in work together."""
         self._hidden, self._head, self._backend, self._moments = hidden, head, backend, moments
         self.rows = rows
         self._wide = accumulator_dtype(hidden.dtype)
         self._slices = list(spans(head.vocab, columns))
+        # of the last run's tokens
+        self.logit_sums = LogitSums(head, hidden.new_empty(0, dtype=self._wide), rows) if mean_logits else None
         kept = backend.products.tile_dtype(hidden)
         self._kept = in_huge_pages(hidden.new_empty(rows * head.vocab, dtype=kept))
         # a slice of products before it is rounded
@@ -85,6 +96,9 @@ class KeptTiles:
         """Fills the tile; statistics of the tokens, and the maxima that the slices are relative to."""
         stats = TokenStats.start(states.shape[0], states.new_empty(0, dtype=self._wide), self._moments)
         maxima, rescale, head = [], torch.empty_like(stats.max), self._head
+        every = slice(0, states.shape[0])
+        if self.logit_sums is not None:
+            self.logit_sums.begin(every, states)
         for columns in self._slices:
             part = found = kept[:, columns] if len(self._slices) > 1 else kept
             if self._products is not None:
@@ -92,6 +106,8 @@ class KeptTiles:
             self._backend.products.matmul(states, head.rows(columns, states.dtype).t(), out=found)
             labels = relative(tokens.labels, columns)
             tile = Tile(found, labels, head.transform, head.bias_rows(columns, self._wide), part)
+            if self.logit_sums is not None:
+                self.logit_sums.add(every, tile)
             self._backend.tile_stats(tile, stats, rescale=rescale)
             maxima.append(stats.max if len(self._slices) == 1 else stats.max.clone())
         return stats, maxima

@@ -18,6 +18,7 @@ from spo_kernels.engine import exact
 from spo_kernels.engine.checks import without_autocast
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
+from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.sparse import kept_slices, possible, probe, sparse_forward
 from spo_kernels.engine.sparse_blocks import KeptBlocks
 from spo_kernels.engine.tokens import TokenRows, Tokens
@@ -30,10 +31,10 @@ OPTIONS = "bool shift, int? workspace_bytes, str backend"
 
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
 _library.define(
-    f"linear_logprob_fwd({MODEL}, {TOKENS}, {OPTIONS}, bool moments, bool need_logp_grad,"
+    f"linear_logprob_fwd({MODEL}, {TOKENS}, {OPTIONS}, bool moments, bool mean, bool need_logp_grad,"
     " str sparsity, float tolerance, int seed)"
     " -> (Tensor logp, Tensor lse, Tensor correct, Tensor entropy, Tensor log_sum_p2, Tensor dropped_mass,"
-    " Tensor kept_share, Tensor logp_grad, Tensor codes, Tensor code_counts, Tensor sparse)"
+    " Tensor kept_share, Tensor mean_logit, Tensor logp_grad, Tensor codes, Tensor code_counts, Tensor sparse)"
 )
 _library.define(
     f"linear_logprob_bwd({MODEL}, {TOKENS}, Tensor lse, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad,"
@@ -45,7 +46,7 @@ _library.define(
 
 
 class ForwardResult(NamedTuple):
-    """What the forward op returns; the first seven are per label, the rest is for the backward."""
+    """What the forward op returns; the first eight are per label, the rest is for the backward."""
 
     logp: Tensor
     lse: Tensor
@@ -54,6 +55,7 @@ class ForwardResult(NamedTuple):
     log_sum_p2: Tensor
     dropped_mass: Tensor
     kept_share: Tensor
+    mean_logit: Tensor
     logp_grad: Tensor  # d logp / d hidden, if it was finished
     codes: Tensor  # see `KeptBlocks`
     code_counts: Tensor  # [blocks] int64 on the CPU: tokens of each
@@ -105,6 +107,7 @@ def linear_logprob_fwd(
     workspace_bytes: int | None,
     backend: str,
     moments: bool,
+    mean: bool,
     need_logp_grad: bool,
     sparsity: str,
     tolerance: float,
@@ -117,20 +120,22 @@ def linear_logprob_fwd(
     logp_grad = hidden.new_empty(0, dtype=logp_grad_dtype(hidden))
     if need_logp_grad:
         logp_grad = like_hidden(hidden, rows, logp_grad.dtype)
-    shape = plan_tiles(rows.count, plane.hidden, plane.head, plane.backend, workspace_bytes)
+    beside = LogitSums.temporaries(plane.head, plane.backend) if mean else None
+    shape = plan_tiles(rows.count, plane.hidden, plane.head, plane.backend, workspace_bytes, temporaries=beside)
     wanted = Sparsity(sparsity, tolerance, seed)
     codes = labels.new_empty(_codes_shape(labels, weight, wanted), dtype=torch.uint8)
     code_counts = torch.zeros(codes.shape[:1], dtype=torch.int64)
     with without_autocast(hidden.device):
+        logit_sums = LogitSums(plane.head, hidden.new_empty(0, dtype=plane.wide), rows.count) if mean else None
         # with a frozen head the exact way costs two products, both of them here: worth a look before
         sparse = codes.numel() > 0 and rows.mask is None and possible(shape, plane.head.vocab)
         sparse = sparse and (not need_logp_grad or probe(plane, shape, wanted))
         if sparse:
-            found = sparse_forward(plane, shape, wanted, codes, moments=moments)
+            found = sparse_forward(plane, shape, wanted, codes, moments=moments, logit_sums=logit_sums)
             stats, sparse = found.stats, need_logp_grad or found.pays
         else:
             gradient = logp_grad.view(-1, hidden.shape[-1]) if need_logp_grad else None
-            stats = exact.forward(plane, shape, moments=moments, logp_grad=gradient)
+            stats = exact.forward(plane, shape, moments=moments, logp_grad=gradient, logit_sums=logit_sums)
     lse = stats.lse
     entropy, log_sum_p2 = (stats.entropy, stats.log_sum_p2) if moments else (None, None)
     dropped_mass = kept_share = None
@@ -147,6 +152,7 @@ def linear_logprob_fwd(
         log_sum_p2,
         dropped_mass,
         kept_share,
+        None if logit_sums is None else logit_sums.values / plane.head.vocab,
     )
     outputs = (lse.new_empty(0) if v is None else rows.spread(v, labels.shape) for v in values)
     return ForwardResult._make((*outputs, logp_grad, codes, code_counts, torch.tensor(sparse)))
@@ -251,6 +257,7 @@ def _fwd_fake(
     workspace_bytes: int | None,
     backend: str,
     moments: bool,
+    mean: bool,
     need_logp_grad: bool,
     sparsity: str,
     tolerance: float,
@@ -273,6 +280,7 @@ def _fwd_fake(
         log_sum_p2=per_label(moments),
         dropped_mass=per_label(chosen),
         kept_share=per_label(chosen),
+        mean_logit=per_label(mean),
         logp_grad=torch.empty(grad_shape, dtype=logp_grad_dtype(hidden), device=device),
         codes=torch.empty(codes, dtype=torch.uint8, device=device),
         code_counts=torch.empty(codes[:1], dtype=torch.int64, device="cpu"),

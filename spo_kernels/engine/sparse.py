@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spo_kernels.backends.contract import MASS_BLOCK, TokenStats
 from spo_kernels.engine.exact import Plane, VocabularySlice, forward
+from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.sparse_blocks import BlockChooser, KeptBlocks, weights_of
 from spo_kernels.engine.tokens import TokenRows
 from spo_kernels.engine.workspace import TileShape, block_width
@@ -50,13 +51,19 @@ def possible(shape: TileShape, vocab: int) -> bool:
 
 
 def sparse_forward(
-    plane: Plane, shape: TileShape, sparsity: Sparsity, codes: Tensor, *, moments: bool
+    plane: Plane,
+    shape: TileShape,
+    sparsity: Sparsity,
+    codes: Tensor,
+    *,
+    moments: bool,
+    logit_sums: LogitSums | None = None,
 ) -> SparseForward:
     """One product. `codes` (`[blocks, >= n]`, uint8) is where the choice is kept for the backward."""
     n, vocab = plane.tokens.count, plane.head.vocab
     width = block_width(codes.shape[1], vocab, plane.hidden.device.type)
     chooser = BlockChooser(sparsity, codes, width, n, vocab, plane.hidden.new_empty(0, dtype=plane.wide))
-    stats = forward(plane, shape, moments=moments, logp_grad=None, chooser=chooser)
+    stats = forward(plane, shape, moments=moments, logp_grad=None, chooser=chooser, logit_sums=logit_sums)
     # the one wait for the device
     *counts, expected = torch.cat([chooser.counts.double(), chooser.expected[None]]).tolist()
     kept = KeptBlocks(codes, [int(count) for count in counts], width)

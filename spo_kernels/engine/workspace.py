@@ -102,8 +102,15 @@ class KeptSpace:
     accumulator_bytes: int  # of one [V, H] accumulator
 
     @classmethod
-    def of(cls, hidden: Tensor, head: HeadSlices, backend: Backend, workspace_bytes: int | None) -> KeptSpace:
-        """For this head and these hidden states."""
+    def of(
+        cls,
+        hidden: Tensor,
+        head: HeadSlices,
+        backend: Backend,
+        workspace_bytes: int | None,
+        temporaries: float | None = None,
+    ) -> KeptSpace:
+        """For this head and these hidden states; `temporaries` as in `plan_tiles`."""
         wide = accumulator_dtype(hidden.dtype).itemsize
         narrow, kept = (
             t.itemsize for t in (backend.products.operand_dtype(hidden), backend.products.tile_dtype(hidden))
@@ -121,7 +128,7 @@ class KeptSpace:
             columns=_whole_blocks(columns, vocab),
             row_bytes=vocab * kept + width * (wide + narrow) + backend.products.row_bytes,
             column_bytes=column_bytes,
-            cell_bytes=backend.cell_bytes(hidden) - kept,
+            cell_bytes=backend.cell_bytes(hidden, temporaries) - kept,
             accumulator_bytes=vocab * width * wide,
         )
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from spo_kernels.head import LMHead, inner_model
 from spo_kernels.integrations.hidden import forward_without_logits
-from spo_kernels.integrations.mean_logit import mean_logit
 from spo_kernels.logprob import linear_logprob
 from spo_kernels.loss import fused_spo_loss
 from spo_kernels.losses import Objective
@@ -75,7 +74,7 @@ class TokenLogps:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """`fused_spo_loss` of pairs, its metrics, the sums of mean logits of both sides' tokens, and the router's loss."""
+    """`fused_spo_loss` of pairs, its metrics, and the router's loss."""
 
     objective: Objective
     labels: Tensor
@@ -100,9 +99,6 @@ class PreferenceLoss:
             **self.options,
         )
         found = {**metrics, "loss": loss}
-        sides = zip(("chosen", "rejected"), hidden[:, :-1].chunk(2), (self.labels[:, 1:] != -100).chunk(2), strict=True)
-        for side, states, counted in sides:
-            found[f"logits/{side}"] = mean_logit(states[counted], head).sum()
         router_loss = getattr(output, "aux_loss", None)
         return found if router_loss is None else {**found, "aux_loss": router_loss}
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from spo_kernels.head import LMHead
-from spo_kernels.integrations.mean_logit import mean_logit
 from spo_kernels.logprob import linear_logprob
 
 # per-token outputs beside log-probabilities, as TRL names and orders them
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_OURS = {"entropy": "entropy", "log_sum_sq_probs": "log_sum_p2", "is_top1": "correct"}
+_OURS = {"entropy": "entropy", "log_sum_sq_probs": "log_sum_p2", "is_top1": "correct", "mean_logits": "mean_logit"}
 
 
 class FusedHead:
@@ -60,7 +59,7 @@ class FusedHead:
             logp,
             extras.get("entropy"),
             None if log_sum_p2 is None else log_sum_p2.detach(),
-            mean_logit(hidden, head) if "mean_logits" in outputs else None,
+            extras.get("mean_logit"),
             extras.get("correct"),
         )
 

@@ -27,14 +27,13 @@ def batch_metrics(
     pairs = torch.as_tensor(len(labels) // 2, device=labels.device)
     weights = {name: pairs for name in found if name in PAIR_METRICS[1:] or name.startswith("sparsity/")}
     weights |= {"entropy": chosen + rejected, "mean_token_accuracy": chosen, "aux_loss": torch.ones_like(pairs)}
+    weights |= {"logits/chosen": chosen, "logits/rejected": rejected}
     names = [name for name in weights if name in found]
-    counts = {"logits/chosen": chosen, "logits/rejected": rejected}
     # a mean's numerator and denominator
-    sums = [found[name] * weights[name] for name in names] + [found[name] for name in counts]
-    over = [weights[name] for name in names] + list(counts.values())
+    sums, over = [found[name] * weights[name] for name in names], [weights[name] for name in names]
     both = torch.stack([value.detach().double().to(labels.device) for value in (*sums, *over, attention_mask.sum())])
     *totals, tokens = accelerator.reduce(both, reduction="sum").tolist()
-    means = zip([*names, *counts], totals, totals[len(totals) // 2 :], strict=False)
+    means = zip(names, totals, totals[len(names) :], strict=False)
     metrics = {name: total / count if count else 0.0 for name, total, count in means}
     return {name: value * (reward_scale if _is_reward(name) else 1.0) for name, value in metrics.items()}, int(tokens)
 

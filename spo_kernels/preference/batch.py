@@ -74,7 +74,7 @@ class PairBatch:
     def call(self) -> LogprobCall:
         """The policy's log-probabilities, and the outputs that objective and metrics want."""
         wanted = [name for name in self.token_outputs if name in OUTPUTS]
-        outputs = (*wanted, *(("correct", "entropy") if self.token_metrics else ()))
+        outputs = (*wanted, *(("correct", "entropy", "mean_logit") if self.token_metrics else ()))
         return LogprobCall.of(self.policy, self.tokens, self.layout.shift, self.execution, outputs)
 
 

@@ -81,7 +81,7 @@ def _unscaled(
 
         stats = tiles.run(work.tokens.part(start, stop), coefficients, out, grad_hidden, accumulate=not fresh)
         total += (stats.logp * weights).sum(dtype=torch.float64)
-        work.count_metrics(stats, chosen=stats.max.numel() if sequence < work.pairs else 0)
+        work.count_metrics(tiles, stats, chosen=stats.max.numel() if sequence < work.pairs else 0)
         fresh = False
     return total
 

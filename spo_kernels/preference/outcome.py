@@ -23,10 +23,14 @@ PAIR_METRICS = (
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Over the policy's tokens: entropies of all, and how many of the chosen responses' have the largest logit."""
+    """Over the policy's tokens: entropies of all, how many of the chosen responses' have the largest logit, and the
+    mean logits of either side's.
+    """
 
     entropy: Tensor
     correct_chosen: Tensor
+    chosen_logits: Tensor
+    rejected_logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,11 @@ class Outcome:
             metrics["pair_logps"] = self.summary[5:].flatten()
         if self.token_sums is not None:
             # TRL's: entropy over all counted tokens, accuracy over those of the chosen responses
-            chosen = lengths[: self.summary.shape[1]].sum().clamp_min(1)
+            chosen, rejected = (side.sum().clamp_min(1) for side in lengths.chunk(2))
             metrics["entropy"] = self.token_sums.entropy.float() / lengths.sum().clamp_min(1)
             metrics["mean_token_accuracy"] = self.token_sums.correct_chosen / chosen
+            metrics["logits/chosen"] = self.token_sums.chosen_logits.float() / chosen
+            metrics["logits/rejected"] = self.token_sums.rejected_logits.float() / rejected
         return metrics
 
 

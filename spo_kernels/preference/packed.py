@@ -33,7 +33,7 @@ def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | Non
             return slopes
 
         stats = tiles.run(tokens, coefficients, total, grad_hidden, accumulate=number > 0)
-        work.count_metrics(stats, chosen=sum(work.counts[pairs.start : pairs.stop]))
+        work.count_metrics(tiles, stats, chosen=sum(work.counts[pairs.start : pairs.stop]))
     head_out.copy_(total)
     if len(found) == 1:
         return found[0][0], found[0][1].flatten()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from spo_kernels.backends.registry import load_backend
+from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.workspace import KeptSpace
 from spo_kernels.losses.pairs import Coupling, coupling_of, token_outputs_of
 from spo_kernels.preference.batch import PairBatch
@@ -99,12 +100,14 @@ def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
     if reason is not None:
         return TWO_PASS
     backend = load_backend(batch.execution.backend)
+    head = policy.slices()
+    beside = LogitSums.temporaries(head, backend) if batch.token_metrics else None
     chosen, rejected = batch.host_lengths[: batch.pairs], batch.host_lengths[batch.pairs :]
     problem = PairProblem(
         coupling=coupling_of(batch.objective),
         whole_pairs=bool(names) or batch.pilots is not None,
         pair_tokens=tuple(w + l for w, l in zip(chosen, rejected, strict=True)),  # noqa: E741
-        space=KeptSpace.of(policy.hidden, policy.slices(), backend, batch.execution.workspace_bytes),
+        space=KeptSpace.of(policy.hidden, head, backend, batch.execution.workspace_bytes, beside),
     )
     return choose_path(problem, forced)
 

@@ -54,11 +54,19 @@ class PairWork:
         self.kernel = PairKernel.of(self.batch) if weights is None else None
         self.summaries: list[Tensor] = []  # the kernel's, of the pairs so far
         zero = torch.zeros((), device=self.hidden.device) if self.batch.token_metrics else None
-        self.token_sums = None if zero is None else TokenSums(zero, zero)
+        self.token_sums = None if zero is None else TokenSums(zero, zero, zero, zero)
 
     def tiles(self, rows: int) -> KeptTiles:
         """A tile of `rows` tokens."""
-        return KeptTiles(self.hidden, self.head, self.backend, rows, self.plan.columns, moments=self.batch.moments)
+        return KeptTiles(
+            self.hidden,
+            self.head,
+            self.backend,
+            rows,
+            self.plan.columns,
+            moments=self.batch.moments,
+            mean_logits=self.batch.token_metrics,
+        )
 
     def accumulator(self, head_out: HeadGradient) -> HeadGradient:
         """Where the head's gradient is summed: itself, or an accumulator beside it. Not written yet."""
@@ -132,12 +140,18 @@ class PairWork:
         counts = [self.counts[first + pair] for first in (0, self.pairs) for pair in pairs]
         return counts[0] if counts and counts[0] and min(counts) == max(counts) else None
 
-    def count_metrics(self, stats: TokenStats, chosen: int) -> None:
+    def count_metrics(self, tiles: KeptTiles, stats: TokenStats, chosen: int) -> None:
         """Add a tile's tokens to the token metrics; the first `chosen` of them belong to chosen responses."""
-        if self.token_sums is not None:
-            correct = (stats.label_logit == stats.max)[:chosen].sum().float()
-            before = self.token_sums
-            self.token_sums = TokenSums(before.entropy + stats.entropy.sum(), before.correct_chosen + correct)
+        before, n = self.token_sums, stats.max.numel()
+        if before is None or tiles.logit_sums is None:
+            return
+        logits = tiles.logit_sums.values[:n] / self.head.vocab
+        self.token_sums = TokenSums(
+            entropy=before.entropy + stats.entropy.sum(),
+            correct_chosen=before.correct_chosen + (stats.label_logit == stats.max)[:chosen].sum().float(),
+            chosen_logits=before.chosen_logits + logits[:chosen].sum(),
+            rejected_logits=before.rejected_logits + logits[chosen:].sum(),
+        )
 
 
 # writes gradients of hidden ([rows, H], zero where no token counts) and of the head; gives losses [B] and sums [2B]

@@ -23,8 +23,13 @@ def run(batch: PairBatch, plan: PathPlan) -> Outcome:
     sparsity = _sparsity_metrics(extras, batch.lengths)
     token_sums = None
     if batch.token_metrics:
-        correct = layout.sum(extras["correct"].float())
-        token_sums = TokenSums(extras["entropy"].detach().sum(), correct[: batch.pairs].sum())
+        correct, logits = layout.sum(extras["correct"].float()), layout.sum(extras["mean_logit"])
+        token_sums = TokenSums(
+            entropy=extras["entropy"].detach().sum(),
+            correct_chosen=correct[: batch.pairs].sum(),
+            chosen_logits=logits[: batch.pairs].sum(),
+            rejected_logits=logits[batch.pairs :].sum(),
+        )
     kernel = PairKernel.of(batch) if batch.reduced and batch.token_weights is None else None
     if kernel is not None:
         loss, summary = kernel.loss(logp, batch)

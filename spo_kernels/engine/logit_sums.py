@@ -1,0 +1,57 @@
+"""Each token's logits summed over the vocabulary, while tiles pass that are made anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from spo_kernels.backends.contract import Backend, Tile
+from spo_kernels.backends.torch_backend import to_logits
+from spo_kernels.engine.head_slices import HeadSlices
+from spo_kernels.engine.workspace import spans
+
+# what a pass over a tile needs beside it, in tiles
+_PIECE = 1 / 16
+# none of fewer cells: a piece costs microseconds of launches
+_SMALLEST_PIECE = 8192
+_TOKENS = 1024
+
+
+class LogitSums:
+    """Sums `[n]`. Without a softcap they are a product with the sum of the head's rows, and no tile is read."""
+
+    def __init__(self, head: HeadSlices, like: Tensor, tokens: int) -> None:
+        """Of no token yet; dtype and device are those of `like`."""
+        self.values = like.new_zeros(tokens)
+        self._transform = head.transform
+        self._row = head.summed_rows(like.dtype) if head.transform.softcap is None else None
+        self._bias = None if head.bias is None else head.bias.sum(dtype=like.dtype)
+
+    @staticmethod
+    def temporaries(head: HeadSlices, backend: Backend) -> float | None:
+        """What passes over a tile need, for `plan_tiles`."""
+        return None if head.transform.softcap is None else max(backend.temporaries, _PIECE)
+
+    def begin(self, tokens: slice, states: Tensor) -> None:
+        """Tokens whose tiles come next, and their hidden states."""
+        out = self.values[tokens]
+        if self._row is None:
+            out.zero_()
+            return
+        for part in spans(len(states), _TOKENS):
+            out[part] = states[part].to(out.dtype) @ self._row
+        if self._bias is not None:
+            out += self._bias
+        out *= self._transform.scale
+
+    def add(self, tokens: slice, tile: Tile) -> None:
+        """A tile of these tokens, before it is written over."""
+        if self._row is None:
+            out = self.values[tokens]
+            for part in _pieces(*tile.products.shape):
+                out[part] += to_logits(tile.products[part], tile.bias, tile.transform).sum(1)
+
+
+def _pieces(rows: int, columns: int) -> Iterator[slice]:
+    return spans(rows, max(int(rows * _PIECE), _SMALLEST_PIECE // max(columns, 1), 1))
