@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from spo_kernels.head import inner_model
+from spo_kernels.integrations.wrappers import is_fsdp2
+
+Result = TypeVar("Result")
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -33,6 +37,16 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 def forward_without_logits(model: nn.Module, **inputs: Any) -> tuple[Tensor, Any]:
     """`hidden_states`, and the model's output, whose logits are those of the last position."""
+    return forward_to_head(model, lambda hidden: hidden, **inputs)
+
+
+def forward_to_head(model: nn.Module, at_head: Callable[[Tensor], Result], **inputs: Any) -> tuple[Result, Any]:
+    """What `at_head` makes of `hidden_states` where the head runs, and the model's output as above.
+
+    There the head's weight is whole, whatever group of FSDP or ZeRO it is in: for a head in a group of its own, the
+    result takes the place of the head's output, so that the group's hooks gather the weight again for the backward and
+    reduce its gradient after.
+    """
     if inputs.get("labels") is not None:
         raise ValueError("labels belong to the loss, not to the hidden states: leave them out")
     while isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -42,27 +56,59 @@ def forward_without_logits(model: nn.Module, **inputs: Any) -> tuple[Tensor, Any
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None:
         raise TypeError(f"model must be a transformers causal language model with a head, got {type(inner).__name__}")
+    own_group = is_fsdp2(head)
+    if own_group:
+        _check_tied(inner, head)
     seen: list[Tensor] = []
+    logits: list[Tensor] = []
+    found: list[Result] = []
 
     def last_position(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(arguments[0])
+        seen.append(_checked(model, arguments[0], inputs.get("input_ids")))
         return arguments[0][..., -1:, :], *arguments[1:]
 
-    hook = head.register_forward_pre_hook(last_position)
+    def compute(_: nn.Module, __: Any, output: Tensor) -> Result:
+        logits.append(output)
+        return at_head(seen[0])
+
+    def put_back(_: nn.Module, __: Any, result: Result) -> Tensor:
+        found.append(result)
+        return logits[0]
+
+    hooks = [
+        head.register_forward_pre_hook(last_position),
+        head.register_forward_hook(compute, prepend=own_group),
+        head.register_forward_hook(put_back),
+    ]
     try:
         output = model(**inputs, use_cache=False)
     finally:
-        hook.remove()
-    if not seen:
+        for hook in hooks:
+            hook.remove()
+    if not found:
         raise RuntimeError(f"{type(inner).__name__}: its head did not run, so its hidden states were not seen")
-    (hidden,) = seen
-    given = inputs.get("input_ids")
-    if isinstance(given, Tensor) and hidden.shape[:-1] != given.shape:
+    (result,) = found
+    return result, output
+
+
+def _checked(model: nn.Module, hidden: Tensor, input_ids: Tensor | None) -> Tensor:
+    if input_ids is not None and hidden.shape[:-1] != input_ids.shape:
         raise ValueError(
-            f"{type(model).__name__}: input_ids are {list(given.shape)} and hidden states {list(hidden.shape[:-1])}: "
-            "an adapter that adds virtual tokens (prompt, prefix or p-tuning) is not supported"
+            f"{type(model).__name__}: input_ids are {list(input_ids.shape)} and hidden states "
+            f"{list(hidden.shape[:-1])}: an adapter that adds virtual tokens (prompt, prefix or p-tuning) is not "
+            "supported"
         )
-    return hidden, output
+    return hidden
+
+
+def _check_tied(inner: Any, head: nn.Module) -> None:
+    """`fully_shard(lm_head)` takes a weight of its own out of a tied one, and says nothing."""
+    tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and inner.get_input_embeddings().weight is not head.weight:
+        raise ValueError(
+            f"{type(inner).__name__}: fully_shard has parted the head from the embeddings that it is tied to "
+            "(tie_word_embeddings); shard both as one group, fully_shard([embeddings, head]), or leave both to the root"
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:

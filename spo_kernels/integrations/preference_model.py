@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from spo_kernels import LMHead, fused_spo_loss
 from spo_kernels.extras.token_weights import ld_dpo_weights
-from spo_kernels.integrations.hidden import forward_without_logits
+from spo_kernels.integrations.hidden import forward_to_head, forward_without_logits
+from spo_kernels.integrations.wrappers import ddp_around, inside_ddp, opened, sealed
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
 from spo_kernels.losses.registry import resolve_objective
@@ -26,8 +27,8 @@ class FusedPreferenceModel(nn.Module):
     """A causal language model whose forward returns a preference loss; logits are never materialised.
 
     Everything happens inside one forward, so that the hooks of DDP, FSDP and DeepSpeed see every use of a parameter:
-    wrap this module, not the model inside. Under DDP a loss made of `ddp.module` lets the ranks drift apart without a
-    word.
+    wrap this module, not the model inside. A call with gradients that goes around DDP would let the ranks drift apart;
+    it is refused.
 
     Equivalent PyTorch, without the memory::
 
@@ -82,7 +83,11 @@ class FusedPreferenceModel(nn.Module):
         self._ld_alpha, self._sparsity = ld_alpha, as_sparsity(sparsity)
         self._options = {"ignore_index": -100, **options}
         self._needs_reference = needs_reference(self.objective)
-        self._looked_at_labels = False
+        self._looked_at_labels = self._looked_for_ddp = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, with the numbers of pairs as exact as they come."""
+        return super().__call__(*args, **sealed(kwargs, ("ref_logps", "pair_inputs", "token_weights")))
 
     @property
     def config(self) -> Any:
@@ -114,23 +119,33 @@ class FusedPreferenceModel(nn.Module):
             The mean loss over pairs (their sum with reduction="sum"), plus for each pair the model's auxiliary loss
             where its configuration asks for router logits; and metrics under TRL's names, detached.
         """
+        self._refuse_bypass()
         self._look_at(labels, input_ids)
+        ref_logps, pair_inputs, token_weights = opened(ref_logps), opened(pair_inputs), opened(token_weights)
+        if ref_logps is not None and ref_logps.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"ref_logps must be float32 or float64, got {ref_logps.dtype}, in which a sum of log-probabilities is "
+                "off by up to 1; where mixed precision casts the inputs of a forward, pass it by keyword"
+            )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         reference = self._reference_inputs(inputs) if ref_logps is None and self._needs_reference else {}
-        hidden, output = forward_without_logits(self.model, **inputs)
-        loss, metrics = fused_spo_loss(
-            hidden,
-            LMHead.of(self.model),
-            labels,
-            loss=self.objective,
-            ref_logps=ref_logps,
-            pair_inputs=pair_inputs,
-            token_weights=self._token_weights(labels) if token_weights is None else token_weights,
-            shift=True,
-            sparsity=of_next_batch(self._sparsity, self.training),
-            **reference,
-            **self._options,
-        )
+
+        def at_head(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return fused_spo_loss(
+                hidden,
+                LMHead.of(self.model),
+                labels,
+                loss=self.objective,
+                ref_logps=ref_logps,
+                pair_inputs=pair_inputs,
+                token_weights=self._token_weights(labels) if token_weights is None else token_weights,
+                shift=True,
+                sparsity=of_next_batch(self._sparsity, self.training),
+                **reference,
+                **self._options,
+            )
+
+        (loss, metrics), output = forward_to_head(self.model, at_head, **inputs)
         router_loss = self._router_loss(output, labels)
         if router_loss is not None:
             coefficient = self.config.get_text_config().router_aux_loss_coef
@@ -164,6 +179,16 @@ class FusedPreferenceModel(nn.Module):
         finally:
             model.train(training)
         return {"ref_hidden": hidden, "ref_head": LMHead.of(model)}
+
+    def _refuse_bypass(self) -> None:
+        if self._looked_for_ddp or not torch.is_grad_enabled() or inside_ddp():
+            return
+        if ddp_around(self) is not None:
+            raise RuntimeError(
+                "the forward of a module that DistributedDataParallel wraps was called with gradients and not through "
+                "the wrapper: they would not be averaged, and the ranks would drift apart; call the wrapper"
+            )
+        self._looked_for_ddp = True
 
     def _look_at(self, labels: Tensor, input_ids: Tensor) -> None:
         """Warn where labels are those of the next position: a loss of shifted labels is another model's."""
