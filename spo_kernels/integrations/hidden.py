@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spo_kernels.head import inner_model
-from spo_kernels.integrations.wrappers import is_fsdp2
+from spo_kernels.integrations.wrappers import is_gathered_for_forward, is_one_group
 
 Result = TypeVar("Result")
 
@@ -30,8 +30,15 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     Raises:
         TypeError: The model has no head.
         ValueError: `labels` were passed; the adapter adds virtual tokens (prompt or prefix tuning).
-        RuntimeError: The head did not run.
+        RuntimeError: The head did not run; or gradients are wanted of a model that FSDP2 holds as one group, whose
+            hooks see no more than its output.
     """
+    if torch.is_grad_enabled() and is_one_group(model):
+        raise RuntimeError(
+            f"{type(model).__name__}: fully_shard made it one group, whose gradients are reduced once that of its "
+            "output is known; hidden states go around the output, so theirs would stay as each rank has them: use "
+            "FusedPreferenceModel, or shard a module whose forward has the loss, or the decoder layers too"
+        )
     return forward_without_logits(model, **inputs)[0]
 
 
@@ -56,9 +63,6 @@ def forward_to_head(model: nn.Module, at_head: Callable[[Tensor], Result], **inp
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None:
         raise TypeError(f"model must be a transformers causal language model with a head, got {type(inner).__name__}")
-    own_group = is_fsdp2(head)
-    if own_group:
-        _check_tied(inner, head)
     seen: list[Tensor] = []
     logits: list[Tensor] = []
     found: list[Result] = []
@@ -77,7 +81,7 @@ def forward_to_head(model: nn.Module, at_head: Callable[[Tensor], Result], **inp
 
     hooks = [
         head.register_forward_pre_hook(last_position),
-        head.register_forward_hook(compute, prepend=own_group),
+        head.register_forward_hook(compute, prepend=is_gathered_for_forward(head)),
         head.register_forward_hook(put_back),
     ]
     try:
@@ -99,16 +103,6 @@ def _checked(model: nn.Module, hidden: Tensor, input_ids: Tensor | None) -> Tens
             "supported"
         )
     return hidden
-
-
-def _check_tied(inner: Any, head: nn.Module) -> None:
-    """`fully_shard(lm_head)` takes a weight of its own out of a tied one, and says nothing."""
-    tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and inner.get_input_embeddings().weight is not head.weight:
-        raise ValueError(
-            f"{type(inner).__name__}: fully_shard has parted the head from the embeddings that it is tied to "
-            "(tie_word_embeddings); shard both as one group, fully_shard([embeddings, head]), or leave both to the root"
-        )
 
 
 def device_of(model: nn.Module) -> torch.device:

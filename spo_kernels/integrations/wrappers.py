@@ -55,3 +55,13 @@ def ddp_around(module: nn.Module) -> nn.Module | None:
         return None
     kind = nn.parallel.DistributedDataParallel
     return next((o for o in gc.get_objects() if type(o) is kind and o.module is module), None)
+
+
+def is_gathered_for_forward(module: nn.Module) -> bool:
+    """Whether hooks of the module itself, FSDP2's or ZeRO-3's, gather its weight and free it when its forward ends."""
+    return is_fsdp2(module) or hasattr(module.weight, "ds_id")
+
+
+def is_one_group(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called with the module and with none of its parts."""
+    return is_fsdp2(module) and not any(is_fsdp2(part) for part in module.modules() if part is not module)

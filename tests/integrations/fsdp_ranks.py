@@ -6,67 +6,112 @@ Process 0 leaves in the folder what each case gave: mean losses, gathered gradie
 import faulthandler
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from spo_kernels.integrations.transformers import FusedPreferenceModel, PairCollator
-from tests.integrations.test_transformers import PAIRS, REFERENCE, build
+from spo_kernels import LMHead, fused_spo_loss
+from spo_kernels.integrations.transformers import FusedPreferenceModel, PairCollator, hidden_states
+from spo_kernels.losses import DPO
+from tests.integrations.test_transformers import PAIRS, REFERENCE, build, lora
 
 WATCHDOG = 100
 PROCESSES, STEPS = 2, 10
 RECORDS = [PAIRS[i % 3] for i in (0, 1, 2, 1)]
 
 
-def batch_of(rows: slice) -> dict[str, torch.Tensor]:
-    sums = REFERENCE.view(2, 3)[:, [0, 1, 2, 1]][:, rows]
-    return {**PairCollator(0)(RECORDS[rows]), "ref_logps": sums.flatten()}
+def batch_of(rows: slice, online: bool = False) -> dict[str, torch.Tensor]:
+    """Pairs, with the reference's sums unless it is online."""
+    batch, sums = PairCollator(0)(RECORDS[rows]), REFERENCE.view(2, 3)[:, [0, 1, 2, 1]][:, rows]
+    return batch if online else {**batch, "ref_logps": sums.flatten()}
 
 
-def root(policy: Any, mesh: Any) -> Any:
-    fully_shard(policy, mesh=mesh)
+class Recipe(torch.nn.Module):
+    """What a user writes: the loss after the model, whose head is in parts again by then."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels: Any, ref_logps: Any, **inputs: Any) -> Any:
+        hidden, head = hidden_states(self.model, **inputs), LMHead.of(self.model)
+        return fused_spo_loss(hidden, head, labels, loss="dpo", ref_logps=ref_logps, shift=True, path="two_pass")
 
 
-def layers(policy: Any, mesh: Any) -> Any:
-    for layer in policy.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(policy, mesh=mesh)
+# modules, and a mesh where they are to be sharded
+def fused(kind: str, mesh: DeviceMesh | None, **options: Any) -> Any:
+    return FusedPreferenceModel(build(kind), "dpo", **options)
 
 
-def head(policy: Any, mesh: Any) -> Any:
+def recipe(kind: str, mesh: DeviceMesh | None) -> Any:
+    return Recipe(build(kind))
+
+
+def with_reference(kind: str, mesh: DeviceMesh | None) -> Any:
+    """Another model, whose head is in parts when the loss needs it."""
+    reference = Recipe(build(kind, seed=1))
+    if mesh is not None:
+        inside(reference, mesh)
+    return FusedPreferenceModel(build(kind), "dpo", reference=reference.model)
+
+
+def adapters_off(kind: str, mesh: DeviceMesh | None) -> Any:
+    return FusedPreferenceModel(lora(build(kind)), "dpo", reference="adapters_off")
+
+
+# groups
+def root(policy: Any, mesh: DeviceMesh, **precision: Any) -> None:
+    fully_shard(policy, mesh=mesh, **precision)
+
+
+def layers(policy: Any, mesh: DeviceMesh, **precision: Any) -> None:
+    inner = policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model
+    for layer in inner.model.layers:
+        fully_shard(layer, mesh=mesh, **precision)
+    fully_shard(policy, mesh=mesh, **precision)
+
+
+def head(policy: Any, mesh: DeviceMesh, **precision: Any) -> None:
     """A tied head is in one group with the embeddings."""
-    model = policy.model
-    tied = model.config.tie_word_embeddings
-    fully_shard([model.model.embed_tokens, model.lm_head] if tied else model.lm_head, mesh=mesh)
-    layers(policy, mesh)
+    own, tied = policy.model.get_output_embeddings(), policy.model.config.tie_word_embeddings
+    fully_shard([policy.model.get_input_embeddings(), own] if tied else own, mesh=mesh, **precision)
+    layers(policy, mesh, **precision)
 
 
-def inside(policy: Any, mesh: Any) -> Any:
+def inside(policy: Any, mesh: DeviceMesh) -> None:
     """The model was sharded before the loss came around it."""
     fully_shard(policy.model.lm_head, mesh=mesh)
     fully_shard(policy.model, mesh=mesh)
 
 
-Wrap = Callable[[Any, Any], Any]
-# name: model, groups, mesh, options
-CASES: dict[str, tuple[str, Wrap, tuple[int, ...], dict[str, Any]]] = {
-    "root": ("llama", root, (2,), {}),
-    "root, tied": ("tied", root, (2,), {}),
-    "layers": ("gemma2", layers, (2,), {}),
-    "layers, tied, replicas": ("tied", layers, (2, 1), {}),
-    "head": ("llama", head, (2,), {}),
-    "head, tied": ("tied", head, (2,), {}),
-    "head, replicas": ("llama", head, (2, 1), {}),
-    "head, two_pass": ("llama", head, (2,), {"path": "two_pass"}),
-    "head, tied, two_pass": ("tied", head, (2,), {"path": "two_pass"}),
-    "head, factorised": ("llama", head, (2,), {"path": "factorised"}),
-    "inside": ("llama", inside, (2,), {"path": "two_pass"}),
+Make, Wrap = Callable[[str, DeviceMesh | None], Any], Callable[[Any, DeviceMesh], None]
+two_pass, kept = partial(fused, path="two_pass"), partial(fused, path="factorised")
+ONE, REPLICAS = (2,), (2, 1)
+CASES: dict[str, tuple[str, Make, Wrap, tuple[int, ...]]] = {
+    "root": ("llama", fused, root, ONE),
+    "root, tied": ("tied", fused, root, ONE),
+    "layers": ("gemma2", fused, layers, ONE),
+    "layers, tied, replicas": ("tied", fused, layers, REPLICAS),
+    "head": ("llama", fused, head, ONE),
+    "head, tied": ("tied", fused, head, ONE),
+    "head, replicas": ("llama", fused, head, REPLICAS),
+    "head, two_pass": ("llama", two_pass, head, ONE),
+    "head, tied, two_pass": ("tied", two_pass, head, ONE),
+    "head, factorised": ("llama", kept, head, ONE),
+    "inside": ("llama", two_pass, inside, ONE),
+    "recipe": ("llama", recipe, head, ONE),
+    "recipe, replicas": ("llama", recipe, head, REPLICAS),
+    "reference": ("llama", with_reference, layers, ONE),
+    "adapters off": ("llama", adapters_off, head, ONE),
 }
+ONLINE = ("reference", "adapters off")
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -75,29 +120,77 @@ def whole(tensor: Any) -> torch.Tensor:
 
 def train(policy: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Losses of each step, gradients of the first, weights at the end."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-4, eps=1e-6)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=5e-4, eps=1e-6)
     losses, gradients = [], {}
     for _ in range(STEPS):
         loss, _metrics = policy(**batch)
         loss.backward()
-        gradients = gradients or {name: whole(p.grad) for name, p in policy.named_parameters()}
+        gradients = gradients or {name: whole(p.grad) for name, p in trained.items()}
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    weights = {name: whole(p) for name, p in trained.items()}
+    return {"losses": torch.tensor(losses), "gradients": gradients, "weights": weights}
+
+
+def run(name: str, mine: slice) -> dict[str, Any]:
+    kind, make, wrap, shape = CASES[name]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    policy = make(kind, mesh)
+    wrap(policy, mesh)
+    found = train(policy, batch_of(mine, name in ONLINE))
+    dist.all_reduce(found["losses"])
+    return {**found, "losses": found["losses"] / PROCESSES}
+
+
+class Watching(DPO):
+    """DPO that keeps what it was given."""
+
+    def __call__(self, pairs: Any) -> torch.Tensor:
+        self.__dict__["given"] = torch.cat([pairs.ref_chosen, pairs.ref_rejected])
+        return super().__call__(pairs)
+
+
+def message(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def mixed_precision(mine: slice) -> dict[str, Any]:
+    """What reaches the objective, and what is said where it cannot be exact."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    objective, batch = Watching(), batch_of(mine)
+    batch["ref_logps"] = batch["ref_logps"] - 300.123
+    policy = FusedPreferenceModel(build("llama"), objective)
+    head(policy, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    loss, _ = policy(**batch)
+    loss.backward()
+    inputs = (batch["input_ids"], batch["labels"], batch["attention_mask"], batch["ref_logps"])
     return {
-        "losses": torch.tensor(losses),
-        "gradients": gradients,
-        "weights": {name: whole(p) for name, p in policy.named_parameters()},
+        "given": objective.__dict__["given"],
+        "expected": batch["ref_logps"],
+        "gradient": whole(policy.model.lm_head.weight.grad),
+        "by place": message(lambda: policy(*inputs)),
     }
 
 
-def run(name: str, rank: int) -> dict[str, Any]:
-    kind, wrap, shape, options = CASES[name]
-    policy = FusedPreferenceModel(build(kind), "dpo", **options)
-    wrap(policy, init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]))
-    found = train(policy, batch_of(slice(2 * rank, 2 * rank + 2)))
-    dist.all_reduce(found["losses"])
-    return {**found, "losses": found["losses"] / PROCESSES}
+def refused(mine: slice) -> dict[str, str]:
+    batch = batch_of(mine)
+    ddp = DistributedDataParallel(FusedPreferenceModel(build("llama")))
+    found = {"first": message(lambda: ddp.module(**batch)), "ddp": message(lambda: ddp(**batch))}
+    found["later"] = message(lambda: ddp.module(**batch))
+    with torch.no_grad():
+        found["no_grad"] = message(lambda: ddp.module(**batch))
+    model = build("llama")
+    fully_shard(model)
+    found["one group"] = message(lambda: hidden_states(model, input_ids=batch["input_ids"]))
+    with torch.no_grad():
+        found["one group, no_grad"] = message(lambda: hidden_states(model, input_ids=batch["input_ids"]))
+    return found
 
 
 if __name__ == "__main__":
@@ -105,7 +198,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES)
-    found = {name: run(name, rank) for name in CASES}
+    mine = slice(2 * rank, 2 * rank + 2)
+    found: dict[str, Any] = {name: run(name, mine) for name in CASES}
+    found |= {"mixed precision": mixed_precision(mine), "refused": refused(mine)}
     if rank == 0:
         torch.save(found, folder / "found")
     dist.destroy_process_group()
