@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spo_kernels.gathered import gathered
+
 # Model types whose configuration multiplies by `logits_scaling`; the others (Granite) divide.
 _MULTIPLIES_LOGITS_SCALING = frozenset({"hyperclovax"})
 # what wrappers call the module inside: DDP and DeepSpeed, torch.compile
@@ -55,9 +57,11 @@ class LMHead:
 
     @classmethod
     def of(cls, model: nn.Module) -> LMHead:
-        """The head of a transformers causal language model, also inside PEFT, DDP, DeepSpeed or torch.compile.
+        """The head of a transformers causal language model, also inside PEFT, DDP, FSDP2, DeepSpeed or torch.compile.
 
         Scale and softcap are read from the configuration. Equivalent, for a plain Llama: `LMHead(lm_head.weight)`.
+        A weight of which this process holds a part (a DTensor) is gathered: all processes must call this together. Its
+        gradient is the mean over them.
 
         Raises:
             TypeError: The model has no configuration, or no linear head.
@@ -72,7 +76,7 @@ class LMHead:
             raise TypeError(f"{kind} has no output embeddings, so there is no head to fuse with a loss")
         _check_module(kind, head)
         scale, softcap = logit_transform(inner.config)
-        return cls(head.weight, head.bias, logit_scale=scale, logit_softcap=softcap)
+        return cls(gathered(head.weight), gathered(head.bias), logit_scale=scale, logit_softcap=softcap)
 
 
 def _is_finite(value: object) -> bool:

@@ -1,7 +1,9 @@
 """What a sparse backward may leave out."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 MODES = ("exact", "certified", "unbiased")
 
@@ -46,6 +48,16 @@ class Sparsity:
 
 
 EXACT = Sparsity("exact")
+
+
+def of_next_batch(sparsity: Sparsity, training: bool) -> Sparsity:
+    """What a training loop uses for its next batch: "unbiased" with a new seed, and nothing but EXACT in evaluation.
+
+    The seed comes from torch's default generator, whose state checkpoints keep.
+    """
+    if not training:
+        return EXACT
+    return replace(sparsity, seed=int(torch.randint(2**62, ()))) if sparsity.mode == "unbiased" else sparsity
 
 
 def as_sparsity(value: str | Sparsity) -> Sparsity:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from spo_kernels.head import inner_model
+from spo_kernels.integrations.wrappers import is_gathered_for_forward, is_one_group
+
+Result = TypeVar("Result")
+Run = Callable[..., Any]
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -27,17 +31,33 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     Raises:
         TypeError: The model has no head.
         ValueError: `labels` were passed; the adapter adds virtual tokens (prompt or prefix tuning).
-        RuntimeError: The head did not run.
+        RuntimeError: The head did not run; or gradients are wanted of a model that FSDP2 holds as one group, whose
+            hooks see no more than its output.
     """
+    if torch.is_grad_enabled() and is_one_group(model):
+        raise RuntimeError(
+            f"{type(model).__name__}: fully_shard made it one group, whose gradients are reduced once that of its "
+            "output is known; hidden states go around the output, so theirs would stay as each rank has them: use "
+            "FusedPreferenceModel, or shard a module whose forward has the loss, or the decoder layers too"
+        )
     return forward_without_logits(model, **inputs)[0]
 
 
-def forward_without_logits(
-    model: nn.Module, run: Callable[..., Any] | None = None, **inputs: Any
-) -> tuple[Tensor, Any]:
-    """`hidden_states`, and the model's output, whose logits are those of the last position.
+def forward_without_logits(model: nn.Module, run: Run | None = None, **inputs: Any) -> tuple[Tensor, Any]:
+    """`hidden_states`, and the model's output, whose logits are those of the last position."""
+    return forward_to_head(model, lambda hidden: hidden, run, **inputs)
+
+
+def forward_to_head(
+    model: nn.Module, at_head: Callable[[Tensor], Result], run: Run | None = None, **inputs: Any
+) -> tuple[Result, Any]:
+    """What `at_head` makes of `hidden_states` where the head runs, and the model's output as above.
 
     `run` is called in the model's place, for who replaced the model's own forward.
+
+    There the head's weight is whole, whatever group of FSDP or ZeRO it is in: for a head in a group of its own, the
+    result takes the place of the head's output, so that the group's hooks gather the weight again for the backward and
+    reduce its gradient after.
     """
     if inputs.get("labels") is not None:
         raise ValueError("labels belong to the loss, not to the hidden states: leave them out")
@@ -49,26 +69,45 @@ def forward_without_logits(
     if head is None:
         raise TypeError(f"model must be a transformers causal language model with a head, got {type(inner).__name__}")
     seen: list[Tensor] = []
+    logits: list[Tensor] = []
+    found: list[Result] = []
 
     def last_position(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(arguments[0])
+        seen.append(_checked(model, arguments[0], inputs.get("input_ids")))
         return arguments[0][..., -1:, :], *arguments[1:]
 
-    hook = head.register_forward_pre_hook(last_position)
+    def compute(_: nn.Module, __: Any, output: Tensor) -> Result:
+        logits.append(output)
+        return at_head(seen[0])
+
+    def put_back(_: nn.Module, __: Any, result: Result) -> Tensor:
+        found.append(result)
+        return logits[0]
+
+    hooks = [
+        head.register_forward_pre_hook(last_position),
+        head.register_forward_hook(compute, prepend=is_gathered_for_forward(head)),
+        head.register_forward_hook(put_back),
+    ]
     try:
         output = (run or model)(**inputs, use_cache=False)
     finally:
-        hook.remove()
-    if not seen:
+        for hook in hooks:
+            hook.remove()
+    if not found:
         raise RuntimeError(f"{type(inner).__name__}: its head did not run, so its hidden states were not seen")
-    (hidden,) = seen
-    given = inputs.get("input_ids")
-    if isinstance(given, Tensor) and hidden.shape[:-1] != given.shape:
+    (result,) = found
+    return result, output
+
+
+def _checked(model: nn.Module, hidden: Tensor, input_ids: Tensor | None) -> Tensor:
+    if input_ids is not None and hidden.shape[:-1] != input_ids.shape:
         raise ValueError(
-            f"{type(model).__name__}: input_ids are {list(given.shape)} and hidden states {list(hidden.shape[:-1])}: "
-            "an adapter that adds virtual tokens (prompt, prefix or p-tuning) is not supported"
+            f"{type(model).__name__}: input_ids are {list(input_ids.shape)} and hidden states "
+            f"{list(hidden.shape[:-1])}: an adapter that adds virtual tokens (prompt, prefix or p-tuning) is not "
+            "supported"
         )
-    return hidden, output
+    return hidden
 
 
 def device_of(model: nn.Module) -> torch.device:

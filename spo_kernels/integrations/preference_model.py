@@ -11,21 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from spo_kernels import LMHead, fused_spo_loss
-from spo_kernels.integrations.hidden import forward_without_logits
+from spo_kernels.extras.token_weights import ld_dpo_weights
+from spo_kernels.integrations.hidden import forward_to_head, forward_without_logits
+from spo_kernels.integrations.wrappers import ddp_around, inside_ddp, opened, sealed
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
 from spo_kernels.losses.registry import resolve_objective
+from spo_kernels.sparsity import Sparsity, as_sparsity, of_next_batch
 
 ADAPTERS_OFF = "adapters_off"
-OPTIONS = ("sparsity", "workspace_bytes", "backend", "path", "token_metrics", "ignore_index")
+OPTIONS = ("workspace_bytes", "backend", "path", "token_metrics", "pair_logps", "reduction", "ignore_index")
 
 
 class FusedPreferenceModel(nn.Module):
     """A causal language model whose forward returns a preference loss; logits are never materialised.
 
     Everything happens inside one forward, so that the hooks of DDP, FSDP and DeepSpeed see every use of a parameter:
-    wrap this module, not the model inside. Under DDP a loss made of `ddp.module` lets the ranks drift apart without a
-    word.
+    wrap this module, not the model inside. A call with gradients that goes around DDP would let the ranks drift apart;
+    it is refused.
 
     Equivalent PyTorch, without the memory::
 
@@ -39,7 +42,10 @@ class FusedPreferenceModel(nn.Module):
         reference: Where the reference's log-probabilities come from if a call brings none: "adapters_off" (the model
             with its PEFT adapters switched off), or another causal language model, which is put in evaluation mode and
             gets no gradient. It is no submodule: it is neither trained nor saved with this one.
-        options: Keyword arguments of `fused_spo_loss` that are the same for each call, see `OPTIONS`.
+        ld_alpha: The α of `ld_dpo_weights`, which are then the token weights of every call that brings none.
+        sparsity: As in `fused_spo_loss`, for training; each forward of "unbiased" has a seed of its own, from torch's
+            generator. In evaluation mode everything is exact.
+        options: Further keyword arguments of `fused_spo_loss` that are the same for each call, see `OPTIONS`.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it.
@@ -53,13 +59,16 @@ class FusedPreferenceModel(nn.Module):
         model: nn.Module,
         loss: str | Objective = "dpo",
         reference: nn.Module | str | None = None,
+        ld_alpha: float | None = None,
+        sparsity: str | Sparsity = "exact",
         **options: Any,
     ) -> None:
         super().__init__()
         LMHead.of(model)
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
-            raise TypeError(f"FusedPreferenceModel takes no {', '.join(unknown)}; its options are {', '.join(OPTIONS)}")
+            known = ", ".join(("ld_alpha", "sparsity", *OPTIONS))
+            raise TypeError(f"FusedPreferenceModel takes no {', '.join(unknown)}; its options are {known}")
         if reference == ADAPTERS_OFF and not hasattr(model, "disable_adapter"):
             raise ValueError(f'reference = "adapters_off" needs a PEFT model, got {type(model).__name__}')
         if isinstance(reference, str) and reference != ADAPTERS_OFF:
@@ -71,9 +80,14 @@ class FusedPreferenceModel(nn.Module):
         self.objective = resolve_objective(loss)
         # in a tuple, so that torch registers no submodule
         self._reference = (reference,)
+        self._ld_alpha, self._sparsity = ld_alpha, as_sparsity(sparsity)
         self._options = {"ignore_index": -100, **options}
         self._needs_reference = needs_reference(self.objective)
-        self._looked_at_labels = False
+        self._looked_at_labels = self._looked_for_ddp = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, with the numbers of pairs as exact as they come."""
+        return super().__call__(*args, **sealed(kwargs, ("ref_logps", "pair_inputs", "token_weights")))
 
     @property
     def config(self) -> Any:
@@ -102,31 +116,54 @@ class FusedPreferenceModel(nn.Module):
             inputs: Further arguments of the model's forward.
 
         Returns:
-            The mean loss over pairs, plus the model's auxiliary loss where its configuration asks for router logits;
-            and metrics under TRL's names, detached.
+            The mean loss over pairs (their sum with reduction="sum"), plus for each pair the model's auxiliary loss
+            where its configuration asks for router logits; and metrics under TRL's names, detached.
         """
+        self._refuse_bypass()
         self._look_at(labels, input_ids)
+        ref_logps, pair_inputs, token_weights = opened(ref_logps), opened(pair_inputs), opened(token_weights)
+        if ref_logps is not None and ref_logps.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"ref_logps must be float32 or float64, got {ref_logps.dtype}, in which a sum of log-probabilities is "
+                "off by up to 1; where mixed precision casts the inputs of a forward, pass it by keyword"
+            )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         reference = self._reference_inputs(inputs) if ref_logps is None and self._needs_reference else {}
-        hidden, output = forward_without_logits(self.model, **inputs)
-        loss, metrics = fused_spo_loss(
-            hidden,
-            LMHead.of(self.model),
-            labels,
-            loss=self.objective,
-            ref_logps=ref_logps,
-            pair_inputs=pair_inputs,
-            token_weights=token_weights,
-            shift=True,
-            **reference,
-            **self._options,
-        )
-        router_loss = getattr(output, "aux_loss", None)
-        if isinstance(router_loss, Tensor):
+
+        def at_head(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return fused_spo_loss(
+                hidden,
+                LMHead.of(self.model),
+                labels,
+                loss=self.objective,
+                ref_logps=ref_logps,
+                pair_inputs=pair_inputs,
+                token_weights=self._token_weights(labels) if token_weights is None else token_weights,
+                shift=True,
+                sparsity=of_next_batch(self._sparsity, self.training),
+                **reference,
+                **self._options,
+            )
+
+        (loss, metrics), output = forward_to_head(self.model, at_head, **inputs)
+        router_loss = self._router_loss(output, labels)
+        if router_loss is not None:
             coefficient = self.config.get_text_config().router_aux_loss_coef
-            loss = loss + coefficient * router_loss.to(loss.device)
+            weight = len(labels) // 2 if self._options.get("reduction") == "sum" else 1
+            loss = loss + coefficient * router_loss.to(loss.device) * weight
             metrics["aux_loss"] = router_loss.detach()
         return loss, metrics
+
+    def _router_loss(self, output: Any, labels: Tensor) -> Tensor | None:
+        """Of a mixture of experts; the model computes it where its configuration asks for router logits."""
+        found = getattr(output, "aux_loss", None)
+        return found if isinstance(found, Tensor) else None
+
+    def _token_weights(self, labels: Tensor) -> Tensor | None:
+        ignored = self._options["ignore_index"]
+        return (
+            None if self._ld_alpha is None else ld_dpo_weights(labels, self._ld_alpha, ignore_index=ignored, shift=True)
+        )
 
     @torch.no_grad()
     def _reference_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -142,6 +179,16 @@ class FusedPreferenceModel(nn.Module):
         finally:
             model.train(training)
         return {"ref_hidden": hidden, "ref_head": LMHead.of(model)}
+
+    def _refuse_bypass(self) -> None:
+        if self._looked_for_ddp or not torch.is_grad_enabled() or inside_ddp():
+            return
+        if ddp_around(self) is not None:
+            raise RuntimeError(
+                "the forward of a module that DistributedDataParallel wraps was called with gradients and not through "
+                "the wrapper: they would not be averaged, and the ranks would drift apart; call the wrapper"
+            )
+        self._looked_for_ddp = True
 
     def _look_at(self, labels: Tensor, input_ids: Tensor) -> None:
         """Warn where labels are those of the next position: a loss of shifted labels is another model's."""

@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
+from spo_kernels.head import inner_model
 from spo_kernels.train.batches import IGNORE_INDEX
 from spo_kernels.train.errors import TrainError
 
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """`coefficient * function(router logits of each layer, experts, experts per token, mask)`."""
+    """`function(router logits of each layer, experts, experts per token, mask)`, which counts `coefficient` times."""
 
     coefficient: float
     function: Any
@@ -31,11 +32,12 @@ class RouterLoss:
         mask = counts.flip(1).cummax(1).values.flip(1)
         # At least one, in a batch without responses too.
         mask[:, 0] = 1
-        return self.coefficient * self.function(tuple(router_logits), self.experts, self.per_token, mask)
+        return self.function(tuple(router_logits), self.experts, self.per_token, mask)
 
 
 def router_loss(model: Any) -> RouterLoss | None:
     """What the configuration of a causal language model, as transformers loads it, asks for."""
+    model = inner_model(model)
     text = model.config.get_text_config()
     coefficient = getattr(text, "router_aux_loss_coef", 0.0) or 0.0
     if not getattr(text, "output_router_logits", False) or not coefficient:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo_kernels.data import Example
+from spo_kernels.losses.state import has_state
 from spo_kernels.train.batches import collate, micro_batches, step_indices
 from spo_kernels.train.checkpoint import (
     Checkpoint,
@@ -234,12 +235,12 @@ class Trainer:
         window = self.window.state_dict()
         means = self.window.means(self.accelerator)
         policy = self.accelerator.unwrap_model(self.policy)
-        each = gather_object([{"rng": capture_rng(), "window": window, "objective": policy.objective_state()}])
+        objective = policy.objective.state_dict() if has_state(policy.objective) else {}
+        each = gather_object([{"rng": capture_rng(), "window": window, "objective": objective}])
         with together(self.accelerator):
             if means:
                 self._check_finite(means["loss"])
             if self._is_main:
-                model = policy.headless.model
                 state = {
                     "optimizer": self.optimizer.state_dict(),
                     "scheduler": self.scheduler.state_dict(),
@@ -247,12 +248,12 @@ class Trainer:
                     "processes": each,
                 }
                 keep = self.config.keep_checkpoints
-                save_checkpoint(self.output, self.step, trained_weights(model), state, self.identity, keep)
+                save_checkpoint(self.output, self.step, trained_weights(policy.model), state, self.identity, keep)
 
     def _restore(self, checkpoint: Checkpoint) -> bool:
         """Whether the evaluation of the checkpoint's step is still to be done."""
         policy = self.accelerator.unwrap_model(self.policy)
-        restore_weights(policy.headless.model, checkpoint.weights(), checkpoint.path)
+        restore_weights(policy.model, checkpoint.weights(), checkpoint.path)
         with reading(checkpoint) as state:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -263,7 +264,8 @@ class Trainer:
                 group["lr"] = rate * factor(checkpoint.step)
             own = state["processes"][self.accelerator.process_index]
             self.window.load_state_dict(own["window"], self.accelerator.device)
-            policy.load_objective_state(own["objective"])
+            if own["objective"]:
+                policy.objective.load_state_dict(own["objective"])
             restore_rng(own["rng"])
             self.step = checkpoint.step
             return bool(state.get("evaluation due"))

@@ -1,7 +1,7 @@
-"""Load a causal language model and take it apart: backbone (hidden states) and head (weight, bias).
+"""Load a causal language model whose head can be taken apart from the rest.
 
-The model's own head never runs. What stands between the head's product and its logits is read from
-the configuration, and a check on a few tokens holds the result to the model's own logits.
+What stands between the head's product and its logits is read from the configuration, and a check on a few tokens
+holds the result to the model's own logits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spo_kernels import LMHead, linear_logprob
 from spo_kernels.head import inner_model
+from spo_kernels.integrations.hidden import hidden_states
 from spo_kernels.train.adapters import base_of_adapter, check_tied, load_adapter
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.dropout import switch_off
@@ -53,6 +54,7 @@ def load_model(name: str, config: TrainConfig, device: torch.device, trained: bo
     if not config.dropout:
         switch_off(model)
     model.config.use_cache = False
+    check_head(model)
     return model.to(device) if not getattr(model, "is_quantized", False) else model
 
 
@@ -110,71 +112,51 @@ def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
             ),
         )
         check_tied(adapted, f"--lora-targets {config.lora_targets}")
+        check_head(adapted)
         return adapted
     except ValueError as error:
         raise TrainError(f"--lora-targets {config.lora_targets}: {error}") from error
 
 
-class HeadlessModel(nn.Module):
-    """A causal language model seen as hidden states and a head that others multiply with.
+def check_head(model: nn.Module) -> None:
+    """Refuse a model whose head cannot be computed apart, or whose routers' loss is unknown."""
+    try:
+        LMHead.of(model)
+    except (TypeError, ValueError) as error:
+        raise TrainError(str(error)) from error
+    router_loss(model)
 
-    Attributes: `model` (as loaded, or wrapped by peft).
+
+def freeze_unused(model: Any, tokens: Tensor) -> None:
+    """Parts that text never reaches, such as a vision tower, get no gradient: DDP would wait for it.
+
+    Whether tokens [T] reach a part is asked of parts beside backbone and head alone: experts wait for tokens of their
+    own.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        try:
-            _ = self.head
-        except (TypeError, ValueError) as error:
-            raise TrainError(str(error)) from error
-        inner = inner_model(model)
-        backbone, kind = inner.get_decoder(), type(inner).__name__
-        if backbone is None or backbone is inner:
-            raise TrainError(f"{kind} does not tell its backbone from its head, so hidden states can't be had")
-        # In a tuple, so that torch does not register it a second time beside `model`.
-        self._backbone: tuple[Any] = (backbone,)
-        self.router_loss = router_loss(inner)
-
-    @property
-    def head(self) -> LMHead:
-        """As it is now: training engines replace parameters."""
-        return LMHead.of(self.model)
-
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        """Last hidden states [rows, T, H], after the final norm; no attention mask, see `collate`."""
-        return self._backbone[0](input_ids=input_ids, use_cache=False).last_hidden_state
-
-    def hidden_and_router_loss(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Also the auxiliary loss of a mixture of experts whose configuration asks for it."""
-        if self.router_loss is None:
-            return self.hidden(input_ids), None
-        output = self._backbone[0](input_ids=input_ids, use_cache=False, output_router_logits=True)
-        return output.last_hidden_state, self.router_loss(output.router_logits, labels)
-
-    def freeze_unused(self) -> None:
-        """Parts that text never reaches, such as a vision tower, get no gradient: DDP would wait for it."""
-        used = {id(p) for p in (*self._backbone[0].parameters(), self.head.weight, self.head.bias)}
-        for parameter in self.model.parameters():
-            if id(parameter) not in used:
-                parameter.requires_grad_(False)
+    inner = inner_model(model)
+    kept = {id(p) for part in (inner.get_decoder(), inner.get_output_embeddings()) for p in part.parameters()}
+    beside = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    if not beside:
+        return
+    hidden = hidden_states(model, input_ids=tokens[None, :16])
+    for parameter, gradient in zip(beside, torch.autograd.grad(hidden.sum(), beside, allow_unused=True), strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 @torch.no_grad()
-def check_against_own_logits(headless: HeadlessModel, tokens: Tensor, backend: str | None = None) -> None:
+def check_against_own_logits(model: nn.Module, tokens: Tensor, backend: str | None = None) -> None:
     """Refuse a model whose logits are not what we compute, on one row of a few tokens [T].
 
     Two things are checked: log-probs against the model's own logits (an unknown scale, cap, norm or
     projection between backbone and head), and that later tokens do not change earlier hidden states.
     """
-    model, kind = headless.model, type(headless.model).__name__
-    training = model.training
+    kind, training = type(model).__name__, model.training
     model.eval()
-    tokens = tokens[None, :16]
-    hidden = headless.hidden(tokens)
+    tokens, head = tokens[None, :16], LMHead.of(model)
+    hidden = hidden_states(model, input_ids=tokens)
     labels = tokens.roll(1, dims=1)
     try:
-        ours = linear_logprob(hidden, headless.head, labels, backend=backend)
+        ours = linear_logprob(hidden, head, labels, backend=backend)
     # A backend, or SPO_BACKEND, that can't serve this device and dtype; the message says why.
     except (ValueError, RuntimeError) as error:
         raise TrainError(f"the fused loss can't run: {error}") from error
@@ -182,7 +164,7 @@ def check_against_own_logits(headless: HeadlessModel, tokens: Tensor, backend: s
     theirs = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     # Relative to the spread of the logits: float32 agrees to 1e-6 of it, bfloat16 logits to 2e-2.
     spread = (logits - logits.mean(-1, keepdim=True)).abs().max().item()
-    exact = headless.head.weight.dtype == torch.float32
+    exact = head.weight.dtype == torch.float32
     limit = (1e-4 if exact else 5e-2) * spread + 1e-6
     difference = (ours - theirs).abs().max().item()
     if not difference <= limit:
@@ -191,7 +173,7 @@ def check_against_own_logits(headless: HeadlessModel, tokens: Tensor, backend: s
             f"nat (allowed: {limit:.2g}); it changes its logits in a way its configuration does not tell"
         )
     half = tokens.shape[1] // 2
-    prefix = headless.hidden(tokens[:, :half])
+    prefix = hidden_states(model, input_ids=tokens[:, :half])
     drift = (hidden[:, :half] - prefix).abs().max().item() if half else 0.0
     if not drift <= (1e-3 if exact else 5e-2) * hidden.abs().max().item():
         raise TrainError(f"{kind}: later tokens change earlier hidden states; only causal attention is supported")

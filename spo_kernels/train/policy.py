@@ -1,121 +1,67 @@
-"""The trained module: backbone and fused loss in one forward, so that a DDP wrapper sees every use.
+"""The trained module of each stage: what the loop adds to `FusedPreferenceModel`, and its counterpart for sft.
 
-Calling a part of a wrapped model from outside would bypass DDP's gradient hooks.
+Both sum over units, since accumulation and processes make means of their own, and take no attention mask, see
+`collate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spo_kernels import Sparsity, fused_spo_loss, linear_logprob, sequence_logps
-from spo_kernels.extras.token_weights import ld_dpo_weights
+from spo_kernels import LMHead, Sparsity, linear_logprob, sequence_logps
+from spo_kernels.integrations.hidden import forward_without_logits, hidden_states
+from spo_kernels.integrations.preference_model import FusedPreferenceModel
 from spo_kernels.losses import Objective
-from spo_kernels.losses.state import has_state
-from spo_kernels.sparsity import EXACT
+from spo_kernels.sparsity import EXACT, of_next_batch
 from spo_kernels.train.batches import IGNORE_INDEX
-from spo_kernels.train.model import HeadlessModel
+from spo_kernels.train.experts import router_loss
+
+# what a policy's forward gives: loss, metrics, log-probabilities [2B] of the responses of pairs
+Found = tuple[Tensor, dict[str, Tensor], Tensor | None]
 
 
-class Reference:
-    """The reference model of an online run: a frozen copy, or the policy with its adapters off."""
+class Policy(FusedPreferenceModel):
+    """Forward returns (loss, metrics, pair_logps): *sums* over pairs, and the responses' log-probabilities [2B].
 
-    def __init__(self, headless: HeadlessModel, adapters_off: bool) -> None:
-        self.headless, self.adapters_off = headless, adapters_off
-
-    @torch.no_grad()
-    def inputs(self, input_ids: Tensor) -> dict[str, Any]:
-        """ref_hidden and ref_head for fused_spo_loss, without dropout."""
-        model: Any = self.headless.model
-        training = model.training
-        model.eval()
-        with model.disable_adapter() if self.adapters_off else nullcontext():
-            hidden = self.headless.hidden(input_ids)
-        model.train(training)
-        return {"ref_hidden": hidden, "ref_head": self.headless.head}
-
-
-def pair_token_weights(labels: Tensor, ld_alpha: float | None) -> Tensor | None:
-    """What each token of a batch of pairs from `collate` counts in its response's log-prob; None: all the same."""
-    return None if ld_alpha is None else ld_dpo_weights(labels, ld_alpha, ignore_index=IGNORE_INDEX, shift=True)
-
-
-class Policy(nn.Module):
-    """Forward returns (loss, metrics, pair_logps). The first two are *sums* over units: response tokens for sft,
-    pairs otherwise; the last are the responses' log-probabilities [2B], detached, or None for sft.
+    See `FusedPreferenceModel` for the arguments; `kernels` are workspace_bytes and backend.
     """
 
     def __init__(
         self,
-        headless: HeadlessModel,
-        objective: Objective | None = None,
-        reference: Reference | None = None,
+        model: nn.Module,
+        loss: Objective,
+        reference: nn.Module | str | None = None,
         ld_alpha: float | None = None,
         sparsity: Sparsity = EXACT,
-        **kernel_options: Any,
+        **kernels: Any,
     ) -> None:
-        super().__init__()
-        self._ld_alpha = ld_alpha
-        self._sparsity = sparsity
-        self.headless = headless
-        self.objective = objective
-        # Not a submodule: it must not be trained, saved, or switched to training mode with the policy.
-        self._reference = (reference,)
-        self._options = {
-            **kernel_options,
-            "shift": True,
-            "ignore_index": IGNORE_INDEX,
-        }
+        super().__init__(model, loss, reference, ld_alpha, sparsity, reduction="sum", pair_logps=True, **kernels)
+        self._kernels = {**kernels, "shift": True, "ignore_index": IGNORE_INDEX}
+        self._experts = router_loss(model)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor,
         labels: Tensor,
         ref_logps: Tensor | None = None,
         pair_inputs: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """input_ids and labels [rows, T] from `collate`; ref_logps, [2B] or in labels' shape, unless the reference is
+    ) -> Found:
+        """input_ids and labels [2B, T] from `collate`; ref_logps, [2B] or in labels' shape, unless the reference is
         online.
         """
-        if self.objective is None:
-            return *self._sft(input_ids, labels), None
-        (reference,) = self._reference
-        online = {} if reference is None or ref_logps is not None else reference.inputs(input_ids)
-        hidden, router_loss = self.headless.hidden_and_router_loss(input_ids, labels)
-        loss, metrics = fused_spo_loss(
-            hidden,
-            self.headless.head,
-            labels,
-            loss=self.objective,
-            ref_logps=ref_logps,
-            pair_inputs=pair_inputs,
-            token_weights=pair_token_weights(labels, self._ld_alpha),
-            reduction="sum",
-            pair_logps=True,
-            sparsity=self._next_sparsity(),
-            **online,
-            **self._options,
-        )
+        loss, metrics = super().forward(input_ids, labels, ref_logps=ref_logps, pair_inputs=pair_inputs)
         pair_logps = metrics.pop("pair_logps")
         chosen, rejected = pair_logps.chunk(2)
         # before training, policy and reference are equal and reward accuracy is rounding noise; this is not
         metrics["logps/accuracies"] = (chosen > rejected).float().mean()
-        sums = {k: v * len(chosen) for k, v in metrics.items()}
-        return *_add_router_loss(loss, sums, router_loss, len(chosen)), pair_logps
-
-    def objective_state(self) -> dict[str, Any]:
-        """Running statistics of the objective, where it has any."""
-        return cast(Any, self.objective).state_dict() if has_state(self.objective) else {}
-
-    def load_objective_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `objective_state` gave."""
-        if state:
-            cast(Any, self.objective).load_state_dict(state)
+        if self._experts is not None:
+            metrics["router_loss"] = self._experts.coefficient * metrics.pop("aux_loss")
+        sums = {name: value * len(chosen) for name, value in metrics.items()}
+        return loss, {**sums, "loss": loss.detach()}, pair_logps
 
     def chosen_logps(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Log-probabilities [B] of the chosen responses of pairs, as the objective sees them; differentiable.
@@ -123,64 +69,67 @@ class Policy(nn.Module):
         Only the chosen rows are computed.
         """
         rows = len(labels) // 2
-        weights = pair_token_weights(labels, self._ld_alpha)
+        weights = self._token_weights(labels)
         # without the padding that only rejected responses need
         length = max((labels[:rows] != IGNORE_INDEX).any(0).nonzero().flatten().tolist(), default=0) + 1
-        input_ids, labels = input_ids[:rows, :length], labels[:rows, :length]
         return sequence_logps(
-            self.headless.hidden(input_ids),
-            self.headless.head,
-            labels,
+            hidden_states(self.model, input_ids=input_ids[:rows, :length]),
+            LMHead.of(self.model),
+            labels[:rows, :length],
             token_weights=None if weights is None else weights[:rows, :length],
-            **self._options,
+            **self._kernels,
         )
 
     @torch.no_grad()
     def log_ratios(self, input_ids: Tensor, labels: Tensor, ref_logps: Tensor | None = None) -> Tensor:
         """`log πθ(y|x) - log πref(y|x)` of rows, [rows]; `ref_logps` [rows] unless the reference is online."""
-        logps = sequence_logps(self.headless.hidden(input_ids), self.headless.head, labels, **self._options)
+        inputs = {"input_ids": input_ids}
+        logps = sequence_logps(hidden_states(self.model, **inputs), LMHead.of(self.model), labels, **self._kernels)
         if ref_logps is None:
-            (reference,) = self._reference
-            assert reference is not None
-            model = reference.inputs(input_ids)
-            ref_logps = sequence_logps(model["ref_hidden"], model["ref_head"], labels, **self._options)
+            model = self._reference_inputs(inputs)
+            ref_logps = sequence_logps(model["ref_hidden"], model["ref_head"], labels, **self._kernels)
         return logps - ref_logps
 
-    def _sft(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        sparsity = self._next_sparsity()
+    def _router_loss(self, output: Any, labels: Tensor) -> Tensor | None:
+        """Without padding, of which the model knows nothing."""
+        return None if self._experts is None else self._experts(output.router_logits, labels)
+
+
+class SFTPolicy(nn.Module):
+    """Forward returns (loss, metrics, None): *sums* over response tokens."""
+
+    objective = None
+
+    def __init__(self, model: nn.Module, sparsity: Sparsity = EXACT, **kernels: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._sparsity = sparsity
+        self._kernels = {**kernels, "shift": True, "ignore_index": IGNORE_INDEX}
+        self._experts = router_loss(model)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Found:
+        """input_ids and labels [B, T] from `collate`."""
+        sparsity = of_next_batch(self._sparsity, self.training)
         sparse = sparsity.mode != "exact"
-        hidden, router_loss = self.headless.hidden_and_router_loss(input_ids, labels)
+        hidden, output = forward_without_logits(self.model, input_ids=input_ids)
         logp, extra = linear_logprob(
             hidden,
-            self.headless.head,
+            LMHead.of(self.model),
             labels,
             outputs=("correct", "kept_share", "dropped_mass") if sparse else ("correct",),
             sparsity=sparsity,
-            **self._options,
+            **self._kernels,
         )
+        loss = -logp.sum()
         sums = {"mean_token_accuracy": extra["correct"].sum().float()}
         if sparse:
             sums |= {
                 "sparsity/kept": extra["kept_share"].sum(),
                 "sparsity/dropped_mass_mean": extra["dropped_mass"].sum(),
             }
-        units = (labels[:, 1:] != IGNORE_INDEX).sum()
-        return _add_router_loss(-logp.sum(), sums, router_loss, units)
-
-    def _next_sparsity(self) -> Sparsity:
-        """With a seed of its own for every batch, from torch's generator: checkpoints keep that one's state."""
-        if not self.training:
-            return EXACT
-        if self._sparsity.mode != "unbiased":
-            return self._sparsity
-        return replace(self._sparsity, seed=int(torch.randint(2**62, ())))
-
-
-def _add_router_loss(
-    loss: Tensor, sums: dict[str, Tensor], router_loss: Tensor | None, units: int | Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The batch's auxiliary loss weighs as much as the batch has units, so that their mean is over all batches."""
-    if router_loss is not None:
-        loss = loss + router_loss * units
-        sums = {**sums, "router_loss": router_loss.detach() * units}
-    return loss, {**sums, "loss": loss.detach()}
+        if self._experts is not None:
+            # it weighs as much as the batch has units, so that the mean is over all batches
+            units = (labels[:, 1:] != IGNORE_INDEX).sum()
+            of_routers = self._experts.coefficient * self._experts(output.router_logits, labels) * units
+            loss, sums["router_loss"] = loss + of_routers, of_routers.detach()
+        return loss, {**sums, "loss": loss.detach()}, None

@@ -16,15 +16,15 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from spo_kernels import linear_logprob, sequence_logps
+from spo_kernels import LMHead, linear_logprob, sequence_logps
 from spo_kernels.data import Example
+from spo_kernels.extras.token_weights import ld_dpo_weights
+from spo_kernels.integrations.hidden import hidden_states
 from spo_kernels.train.batches import IGNORE_INDEX, collate, micro_batches
 from spo_kernels.train.files import whole, writing
-from spo_kernels.train.model import HeadlessModel
-from spo_kernels.train.policy import pair_token_weights
 from spo_kernels.train.together import together
 from spo_kernels.train.token_logps import TokenPlaces
 
@@ -32,12 +32,12 @@ CACHE_FORMAT = 1
 
 
 def reference_logps(
-    headless: HeadlessModel,
+    model: nn.Module,
     examples: Sequence[Example],
     accelerator: Any,
     folder: Path,
     warn: Callable[[str], None],
-    model_hash: str,
+    content: str,
     batch_size: int,
     quiet: bool = True,
     ld_alpha: float | None = None,
@@ -46,13 +46,14 @@ def reference_logps(
 ) -> Tensor:
     """Sums of response log-probs [n, responses], or those of all tokens as `TokenPlaces` has them; float32 on the CPU.
 
-    Cached. `ld_alpha` as in `Policy`; it has no part in log-probs of tokens.
+    Cached under `content`, a `model_hash`. `ld_alpha` as in `Policy`; it has no part in log-probs of tokens.
     """
+    head = LMHead.of(model)
     key = cache_key(
-        model=model_hash,
+        model=content,
         data=data_hash(examples),
         precision=accelerator.mixed_precision,
-        transform=f"{headless.head.logit_scale} {headless.head.logit_softcap}",
+        transform=f"{head.logit_scale} {head.logit_softcap}",
         backend=kernel_options.get("backend"),
         **({"of_tokens": True} if of_tokens else {"ld_alpha": ld_alpha}),
     )
@@ -63,7 +64,7 @@ def reference_logps(
     if broadcast_object_list([cached is not None])[0]:
         logps = torch.empty(shape) if cached is None else cached
         return broadcast(logps.to(accelerator.device)).cpu()
-    logps = score(headless, examples, accelerator, batch_size, quiet, ld_alpha, places, **kernel_options)
+    logps = score(model, examples, accelerator, batch_size, quiet, ld_alpha, places, **kernel_options)
     with together(accelerator):
         if accelerator.is_main_process:
             _save(path, key, logps)
@@ -72,7 +73,7 @@ def reference_logps(
 
 @torch.no_grad()
 def score(
-    headless: HeadlessModel,
+    model: nn.Module,
     examples: Sequence[Example],
     accelerator: Any,
     batch_size: int,
@@ -82,7 +83,7 @@ def score(
     **kernel_options: Any,
 ) -> Tensor:
     """As `reference_logps`; every process does its share, all get the whole."""
-    headless.model.eval()
+    model.eval()
     responses = len(examples[0].responses)
     shape = (len(examples), responses) if places is None else (places.total,)
     found = torch.zeros(shape, device=accelerator.device)
@@ -92,9 +93,9 @@ def score(
         input_ids, labels = collate((examples[i] for i in batch), accelerator.device)
         options = {"shift": True, "ignore_index": IGNORE_INDEX, **kernel_options}
         with accelerator.autocast():
-            hidden, head = headless.hidden(input_ids), headless.head
+            hidden, head = hidden_states(model, input_ids=input_ids), LMHead.of(model)
             if places is None:
-                weights = pair_token_weights(labels, ld_alpha)
+                weights = None if ld_alpha is None else ld_dpo_weights(labels, ld_alpha, shift=True)
                 sums = sequence_logps(hidden, head, labels, token_weights=weights, **options)
                 found[batch] = sums.view(responses, len(batch)).T
             else:

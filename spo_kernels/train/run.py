@@ -16,13 +16,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 import spo_kernels
-from spo_kernels import backend_info
+from spo_kernels import LMHead, backend_info
 from spo_kernels.data import Example
+from spo_kernels.integrations.preference_model import ADAPTERS_OFF
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
 from spo_kernels.losses.pairs import token_subsets_of
@@ -35,15 +36,15 @@ from spo_kernels.train.inner import InnerSteps, build_inner
 from spo_kernels.train.loop import Split, Trainer
 from spo_kernels.train.mismatched import MismatchedExamples, MismatchedPairs
 from spo_kernels.train.model import (
-    HeadlessModel,
     add_lora,
     check_against_own_logits,
+    freeze_unused,
     load_model,
     load_tokenizer,
 )
 from spo_kernels.train.objective import build_objective, input_columns, mismatched_inputs
 from spo_kernels.train.output import CACHE_FOLDER, SETTINGS, claimed, rescue, save_model, warn_of_space
-from spo_kernels.train.policy import Policy, Reference
+from spo_kernels.train.policy import Policy, SFTPolicy
 from spo_kernels.train.reference import data_hash, model_hash, reference_logps
 from spo_kernels.train.signals import StopSignals
 from spo_kernels.train.together import together
@@ -65,7 +66,7 @@ def run(config: TrainConfig, stop: StopSignals | None = None) -> None:
     with claimed(config, accelerator, warn) as (output, checkpoint):
         trainer, tokenizer = _prepare(config, objective, accelerator, warn, output, checkpoint)
         trainer.stop = stop or trainer.stop
-        model = accelerator.unwrap_model(trainer.policy).headless.model
+        model = accelerator.unwrap_model(trainer.policy).model
         try:
             trainer.run(checkpoint)
             with together(accelerator):
@@ -100,31 +101,29 @@ def _prepare(
                 tokenizer = load_tokenizer(config.model, config)
                 examples = load_examples(config, input_columns(config, objective), tokenizer, warn)
     with together(accelerator):
-        headless = HeadlessModel(load_model(config.model, config, accelerator.device))
-        _check_fits(headless, examples, config.model)
+        model = load_model(config.model, config, accelerator.device)
+        _check_fits(model, examples, config.model)
         first = examples[0][0]
         tokens = torch.tensor([*first.prompt, *first.responses[0]], dtype=torch.int64, device=accelerator.device)
-        check_against_own_logits(headless, tokens, config.backend)
-        identity = _identity(config, examples, headless.model, accelerator)
+        check_against_own_logits(model, tokens, config.backend)
+        identity = _identity(config, examples, model, accelerator)
         if checkpoint is not None:
             _check_resumed(checkpoint, identity, config, examples[0], warn)
         if accelerator.is_main_process:
             with whole(output / SETTINGS) as temporary:
                 temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
 
-    splits, reference = _references(config, objective, headless, examples, accelerator, warn, identity["model content"])
-    headless, reference = _trainable(headless, reference, config)
+    splits, reference = _references(config, objective, model, examples, accelerator, warn, identity["model content"])
+    model = _trainable(model, config)
+    freeze_unused(model, tokens)
     if accelerator.is_main_process:
-        warn_of_space(headless.model, output, warn)
-    policy = Policy(
-        headless,
-        objective,
-        reference,
-        config.ld_alpha,
-        config.backward,
-        workspace_bytes=config.workspace_bytes,
-        backend=config.backend,
-    )
+        warn_of_space(model, output, warn)
+    kernels: dict[str, Any] = {"workspace_bytes": config.workspace_bytes, "backend": config.backend}
+    policy: Policy | SFTPolicy
+    if objective is None:
+        policy = SFTPolicy(model, config.backward, **kernels)
+    else:
+        policy = Policy(model, objective, reference, config.ld_alpha, config.backward, **kernels)
     trainer = _trainer(config, accelerator, policy, splits, output, identity, build_inner(config, objective))
     trainer.warn = warn
     set_seed(config.seed, device_specific=True)
@@ -151,10 +150,9 @@ def _check_backend(config: TrainConfig) -> None:
         raise TrainError(f"--backend {config.backend}: not available: {known[config.backend].detail}")
 
 
-def _check_fits(headless: HeadlessModel, examples: list[Sequence[Example]], name: str) -> None:
+def _check_fits(model: Any, examples: list[Sequence[Example]], name: str) -> None:
     """Token ids and lengths that the model can take."""
-    model: Any = headless.model
-    vocabulary = min(len(model.get_input_embeddings().weight), len(headless.head.weight))
+    vocabulary = min(len(model.get_input_embeddings().weight), len(LMHead.of(model).weight))
     largest = max(int(ids.max()) for part in examples for e in part for ids in (e.prompt, *e.responses))
     if largest >= vocabulary:
         raise TrainError(f"the tokenizer produces token id {largest}, but {name} has only {vocabulary} tokens")
@@ -218,26 +216,25 @@ def _check_resumed(
 def _references(
     config: TrainConfig,
     objective: Objective | None,
-    headless: HeadlessModel,
+    model: nn.Module,
     examples: list[Sequence[Example]],
     accelerator: Accelerator,
     warn: Callable[[str], None],
     own_hash: str,
-) -> tuple[list[Split], Reference | None]:
-    """Splits with their reference log-probs, or the model that computes them online, or neither."""
+) -> tuple[list[Split], nn.Module | str | None]:
+    """Splits with their reference log-probs, or where the policy gets them online, or neither."""
     needed = objective is not None and needs_reference(objective)
     if objective is None or not (needed or config.diagnostics):
         return [Split(part) for part in examples], None
-    other, content = headless, own_hash
+    other, content = model, own_hash
     if config.ref_model is not None:
-        other = HeadlessModel(load_model(config.ref_model, config, accelerator.device, trained=False))
-        content = model_hash(other.model)
+        other = load_model(config.ref_model, config, accelerator.device, trained=False)
+        content = model_hash(other)
         _check_fits(other, examples, config.ref_model)
-    reference = None
+    reference: nn.Module | str | None = None
     if needed and config.reference == "online":
-        copied = config.ref_model is None and not config.lora_r
-        frozen = HeadlessModel(copy.deepcopy(headless.model)) if copied else other
-        reference = Reference(frozen, adapters_off=frozen is headless)
+        own: nn.Module | str = ADAPTERS_OFF if config.lora_r else copy.deepcopy(model)
+        reference = own if config.ref_model is None else other
     folder = Path(config.cache_dir).expanduser() if config.cache_dir else Path(config.output_dir) / CACHE_FOLDER
 
     def precomputed(part: Sequence[Example], of_tokens: bool = False, ld_alpha: float | None = None) -> Tensor:
@@ -273,13 +270,8 @@ def _references(
     return splits, reference
 
 
-def _trainable(
-    headless: HeadlessModel, reference: Reference | None, config: TrainConfig
-) -> tuple[HeadlessModel, Reference | None]:
-    """Adapters and checkpointing; with adapters switched off, the policy is its own reference."""
-    if reference is not None and not reference.adapters_off:
-        reference.headless.model.requires_grad_(False)
-    model: Any = headless.model
+def _trainable(model: Any, config: TrainConfig) -> nn.Module:
+    """Adapters and checkpointing."""
     if config.gradient_checkpointing:
         # transformers renamed it in 5.x; the old name warns there.
         new = getattr(model, "activation_checkpointing_enable", None)
@@ -289,18 +281,13 @@ def _trainable(
             enable({"use_reentrant": False})
         except ValueError as error:
             raise TrainError(f"--gradient-checkpointing: {error}") from error
-    if config.lora_r:
-        headless = HeadlessModel(add_lora(model, config))
-        if reference is not None and reference.adapters_off:
-            reference = Reference(headless, adapters_off=True)
-    headless.freeze_unused()
-    return headless, reference
+    return add_lora(model, config) if config.lora_r else model
 
 
 def _trainer(
     config: TrainConfig,
     accelerator: Accelerator,
-    policy: Policy,
+    policy: Policy | SFTPolicy,
     splits: list[Split],
     output: Path,
     identity: dict[str, Any],

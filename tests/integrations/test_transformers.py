@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from tiny_models import SIZES
 
-from spo_kernels import LMHead, linear_logprob
+from spo_kernels import LMHead, Sparsity, linear_logprob
+from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.integrations.transformers import FusedPreferenceModel, PairCollator, hidden_states
 from spo_kernels.losses import DPO, SPO
+from spo_kernels.sparsity import of_next_batch
 
 tf = pytest.importorskip("transformers")
 
@@ -128,6 +130,21 @@ def test_loss_and_gradients_are_those_of_full_logits(name: str, loss: Any) -> No
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5 * scale + 1e-7, msg=key)
 
 
+def test_options_that_are_the_same_for_each_call() -> None:
+    """ld_alpha makes the token weights, "sum" counts the auxiliary loss for each pair, "unbiased" draws each time."""
+    model, batch = build("mixtral").eval(), {**batch_of(), "ref_logps": REFERENCE}
+    weights = ld_dpo_weights(batch["labels"], 0.5, shift=True)
+    mean, _ = FusedPreferenceModel(model)(**batch, token_weights=weights)
+    total, metrics = FusedPreferenceModel(model, ld_alpha=0.5, reduction="sum", pair_logps=True)(**batch)
+    torch.testing.assert_close(total, 3 * mean)
+    assert not torch.isclose(mean, FusedPreferenceModel(model)(**batch)[0], rtol=1e-3)
+    torch.testing.assert_close(metrics["pair_logps"][:3].mean(), metrics["logps/chosen"])
+    sparse = FusedPreferenceModel(model, sparsity=Sparsity("unbiased", 0.9))
+    assert "sparsity/kept" in sparse.train()(**batch)[1] and "sparsity/kept" not in sparse.eval()(**batch)[1]
+    seeds = [of_next_batch(Sparsity("unbiased"), training=True).seed for _ in range(2)]
+    assert seeds[0] != seeds[1]
+
+
 def test_where_the_reference_comes_from() -> None:
     """Adapters off, another model, and sums that were computed before: one loss."""
     base, adapted = build("llama").eval(), lora(build("llama"), lora_dropout=0.5).eval()
@@ -146,9 +163,11 @@ def test_where_the_reference_comes_from() -> None:
     assert len(list(module.parameters())) == len(list(adapted.parameters()))
 
 
-def test_the_reference_has_no_dropout_and_training_mode_comes_back() -> None:
-    adapted = lora(build("llama"), lora_dropout=0.9).train()
-    module = FusedPreferenceModel(adapted, "dpo", reference="adapters_off")
+@pytest.mark.parametrize("own", [True, False], ids=["adapters off", "another model"])
+def test_the_reference_has_no_dropout_and_training_mode_comes_back(own: bool) -> None:
+    adapted = lora(build("llama"), lora_dropout=0.9)
+    other = lora(build("llama"), lora_dropout=0.9).train()
+    module = FusedPreferenceModel(adapted, "dpo", reference="adapters_off" if own else other).train()
     references = [module._reference_inputs({"input_ids": batch_of()["input_ids"]})["ref_hidden"] for _ in range(2)]
     assert torch.equal(*references) and adapted.training
 
@@ -164,7 +183,7 @@ def test_errors_name_what_to_do() -> None:
         FusedPreferenceModel(model, reference="adapters_off")
     with pytest.raises(ValueError, match='reference must be "adapters_off", a model or None'):
         FusedPreferenceModel(model, reference="base")
-    with pytest.raises(TypeError, match="takes no wokspace; its options are sparsity, workspace_bytes"):
+    with pytest.raises(TypeError, match="takes no wokspace; its options are ld_alpha, sparsity, workspace_bytes"):
         FusedPreferenceModel(model, wokspace=3)
     with pytest.raises(TypeError, match="pad_token_id must be an int, got None"):
         PairCollator(None)  # type: ignore[arg-type]

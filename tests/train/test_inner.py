@@ -11,11 +11,11 @@ from accelerate import Accelerator
 
 from spo_kernels.data import Example
 from spo_kernels.extras import bilevel
+from spo_kernels.losses import SPO
 from spo_kernels.train.batches import IGNORE_INDEX, collate
 from spo_kernels.train.checkpoint import capture_rng
 from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.loop import Trainer
-from spo_kernels.train.model import HeadlessModel
 from spo_kernels.train.policy import Policy
 
 from .conftest import Fails, Train, assert_close_weights, assert_same_weights, read_metrics
@@ -65,7 +65,7 @@ def eager_values(model: Any, batch: dict[str, Any], steps: int, rate: float, nor
 @pytest.mark.parametrize("normalization", ["mean", "sum"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_values_equal_plain_sgd(model: Any, steps: int, normalization: str) -> None:
-    batch, policy = make_batch(), Policy(HeadlessModel(model))
+    batch, policy = make_batch(), Policy(model, SPO())
     expected = eager_values(model, batch, steps, 0.05, normalization)
     before = eager_values(model, batch, 0, 0.05, normalization)
     assert (before - expected).mean() > 1e-2
@@ -78,7 +78,7 @@ def test_frozen_parameters_take_no_step(model: Any) -> None:
     model.get_input_embeddings().weight.requires_grad_(False)  # tied: head and embedding
     batch = make_batch()
     expected = eager_values(model, batch, 2, 0.05, "mean")
-    values = InnerSteps(2, 0.05, "mean").values(Policy(HeadlessModel(model)), batch, Accelerator(), shared=True)
+    values = InnerSteps(2, 0.05, "mean").values(Policy(model, SPO()), batch, Accelerator(), shared=True)
     torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -91,7 +91,7 @@ def dropout_gpt2(vocabulary: int) -> Any:
 def test_nothing_is_disturbed(tokenizer: Any, checkpointing: bool) -> None:
     """Weights, .grad, modes and random state, of a model with dropout in the middle of accumulation."""
     model = dropout_gpt2(len(tokenizer))
-    policy = Policy(HeadlessModel(model)).train()
+    policy = Policy(model, SPO()).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy.chosen_logps(**make_batch()).sum().backward()
@@ -110,7 +110,7 @@ def test_nothing_is_disturbed(tokenizer: Any, checkpointing: bool) -> None:
 
 
 def test_weights_come_back_after_an_error(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = Policy(HeadlessModel(model))
+    policy = Policy(model, SPO())
     before = [p.detach().clone() for p in policy.parameters()]
     step = bilevel._descend
 
@@ -126,7 +126,7 @@ def test_weights_come_back_after_an_error(model: Any, monkeypatch: pytest.Monkey
 
 def test_autocast_sees_each_step(model: Any) -> None:
     """Half-precision copies of weights that autocast keeps must not outlive a step."""
-    batch, policy = make_batch(), Policy(HeadlessModel(model))
+    batch, policy = make_batch(), Policy(model, SPO())
     values = InnerSteps(3, 0.05, "mean").values(policy, batch, Accelerator(mixed_precision="bf16"), shared=True)
     expected = eager_values(model, batch, 3, 0.05, "mean")
     two = eager_values(model, batch, 2, 0.05, "mean")

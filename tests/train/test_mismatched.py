@@ -59,7 +59,7 @@ def test_ratios_are_the_models_own(
 
     def watched(self: Trainer, split: Any, indices: list[int], training: bool) -> Any:
         batch = original(self, split, indices, training)
-        policy = self.accelerator.unwrap_model(self.policy).headless.model
+        policy = self.accelerator.unwrap_model(self.policy).model
         examples = [split.mismatched.examples[i] for i in indices]
         expected = torch.stack([full_logits(policy, e) - full_logits(before, e) for e in examples])
         ratios = batch["pair_inputs"][MISMATCHED]

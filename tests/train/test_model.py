@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers as tf
 
-from spo_kernels import linear_logprob, sequence_logps
+from spo_kernels import LMHead, linear_logprob, sequence_logps
 from spo_kernels.head import logit_transform
+from spo_kernels.integrations.hidden import hidden_states
 from spo_kernels.train.errors import TrainError
-from spo_kernels.train.model import HeadlessModel, add_lora, check_against_own_logits
-from spo_kernels.train.policy import Reference
+from spo_kernels.train.model import add_lora, check_against_own_logits, check_head, freeze_unused
 
 from .test_encode import config
 
@@ -73,14 +73,14 @@ def tokens(n: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_probs_and_gradients_equal_the_models_own(name: str) -> None:
     model = build(name)
-    headless = HeadlessModel(model)
-    assert (headless.head.logit_scale, headless.head.logit_softcap) == CONFIGS[name][2]
-    check_against_own_logits(headless, tokens())
+    head = LMHead.of(model)
+    assert (head.logit_scale, head.logit_softcap) == CONFIGS[name][2]
+    check_against_own_logits(model, tokens())
     input_ids = tokens(40).view(2, 20)
     labels = input_ids.clone()
     labels[0, :7], labels[1, 15:] = -100, -100
 
-    ours = linear_logprob(headless.hidden(input_ids), headless.head, labels, shift=True)
+    ours = linear_logprob(hidden_states(model, input_ids=input_ids), head, labels, shift=True)
     ours_grads = torch.autograd.grad(ours.sum(), list(model.parameters()))
     logp = model(input_ids=input_ids).logits[:, :-1].log_softmax(-1)
     theirs = logp.gather(-1, labels[:, 1:, None].clamp_min(0))[..., 0] * (labels[:, 1:] != -100)
@@ -94,10 +94,9 @@ def test_log_probs_and_gradients_equal_the_models_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_right_padding_needs_no_mask(name: str) -> None:
-    headless = HeadlessModel(build(name))
-    row = tokens(12)[None]
-    padded = torch.nn.functional.pad(row, (0, 9))
-    torch.testing.assert_close(headless.hidden(padded)[:, :12], headless.hidden(row), rtol=1e-4, atol=1e-4)
+    model, row = build(name), tokens(12)[None]
+    padded = hidden_states(model, input_ids=torch.nn.functional.pad(row, (0, 9)))
+    torch.testing.assert_close(padded[:, :12], hidden_states(model, input_ids=row), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -107,27 +106,11 @@ def test_lora_wrapped_model(name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.3)
-    headless = HeadlessModel(model)
-    check_against_own_logits(headless, tokens())
+    check_against_own_logits(model, tokens())
     with model.disable_adapter():
-        off = headless.hidden(tokens()[None])
-    assert not torch.allclose(off, headless.hidden(tokens()[None]))
-    assert not headless.head.weight.requires_grad
-
-
-@pytest.mark.parametrize("adapters_off", [False, True])
-def test_reference_has_no_dropout(adapters_off: bool) -> None:
-    """Also while the policy that it shares its weights with trains with dropout."""
-    pytest.importorskip("peft")
-    model = add_lora(build("gpt2"), config(lora_r=4)) if adapters_off else build("gpt2")
-    headless = HeadlessModel(model)
-    row = tokens()[None]
-    expected = headless.hidden(row)
-    model.train()
-    assert not torch.equal(headless.hidden(row), expected)
-    found = Reference(headless, adapters_off).inputs(row)
-    torch.testing.assert_close(found["ref_hidden"], expected)
-    assert model.training and not found["ref_hidden"].requires_grad
+        off = hidden_states(model, input_ids=tokens()[None])
+    assert not torch.allclose(off, hidden_states(model, input_ids=tokens()[None]))
+    assert not LMHead.of(model).weight.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -151,9 +134,8 @@ def test_text_of_a_vision_model() -> None:
     vision |= {"image_size": 28, "patch_size": 14}
     text = {**SIZES, "head_dim": 8, "final_logit_softcapping": None}
     model = tf.AutoModelForCausalLM.from_config(tf.Gemma3Config(text_config=text, vision_config=vision))
-    headless = HeadlessModel(model)
-    check_against_own_logits(headless, tokens())
-    headless.freeze_unused()
+    check_against_own_logits(model, tokens())
+    freeze_unused(model, tokens())
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("language_model" in name or "lm_head" in name), name
 
@@ -161,14 +143,14 @@ def test_text_of_a_vision_model() -> None:
 def test_lora_on_the_head_is_refused() -> None:
     pytest.importorskip("peft")
     with pytest.raises(TrainError, match="the head carries an adapter"):
-        HeadlessModel(add_lora(build("llama"), config(lora_r=4, lora_targets="q_proj,lm_head")))
+        add_lora(build("llama"), config(lora_r=4, lora_targets="q_proj,lm_head"))
 
 
 def test_trained_copy_of_the_head_is_refused() -> None:
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(TrainError, match="modules_to_save"):
-        HeadlessModel(peft.get_peft_model(build("llama"), settings))
+        check_head(peft.get_peft_model(build("llama"), settings))
 
 
 def test_unknown_lora_target_is_refused() -> None:
@@ -179,55 +161,53 @@ def test_unknown_lora_target_is_refused() -> None:
 
 def test_model_without_a_head_is_refused() -> None:
     with pytest.raises(TrainError, match="LlamaModel has no output embeddings"):
-        HeadlessModel(build("llama").model)
+        check_head(build("llama").model)
 
 
 def test_quantised_head_is_refused() -> None:
     model = build("llama")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(TrainError, match=r"the head's weight is quantised \(torch\.int8\)"):
-        HeadlessModel(model)
+        check_head(model)
     model.lm_head = torch.nn.Identity()
     with pytest.raises(TrainError, match="the head is a Identity"):
-        HeadlessModel(model)
+        check_head(model)
 
 
 def test_unknown_logit_transform_is_refused() -> None:
     model = build("llama")
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.05)
     with pytest.raises(TrainError, match="differ from its own logits"):
-        check_against_own_logits(HeadlessModel(model), tokens())
+        check_against_own_logits(model, tokens())
 
 
 def test_ignored_softcap_is_refused() -> None:
     model = build("llama")
     model.config.final_logit_softcapping = 3.0
     with pytest.raises(TrainError, match="differ from its own logits"):
-        check_against_own_logits(HeadlessModel(model), tokens())
+        check_against_own_logits(model, tokens())
 
 
-def test_projection_between_backbone_and_head_is_refused() -> None:
-    bert = tf.BertConfig(
-        vocab_size=97,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        is_decoder=True,
-    )
-    with pytest.raises(TrainError, match="differ from its own logits"):
-        check_against_own_logits(HeadlessModel(tf.AutoModelForCausalLM.from_config(bert)), tokens())
+def test_projection_between_backbone_and_head_is_trained() -> None:
+    """It belongs to neither and text reaches it; what text does not reach is frozen."""
+    sizes = {k: SIZES[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    model = tf.AutoModelForCausalLM.from_config(tf.BertConfig(**sizes, intermediate_size=48, is_decoder=True))
+    model.extra = torch.nn.Linear(3, 3)
+    check_against_own_logits(model, tokens())
+    freeze_unused(model, tokens())
+    assert all(p.requires_grad == ("extra" not in name) for name, p in model.named_parameters())
 
 
 def test_attention_to_later_tokens_is_refused() -> None:
     model = build("llama")
     model.model.layers[0].register_forward_hook(lambda module, inputs, output: output + output.mean(1, keepdim=True))
     with pytest.raises(TrainError, match="later tokens change earlier hidden states"):
-        check_against_own_logits(HeadlessModel(model), tokens())
+        check_against_own_logits(model, tokens())
 
 
 def test_bfloat16_weights_pass_the_check() -> None:
-    headless = HeadlessModel(build("gemma2").to(torch.bfloat16))
-    check_against_own_logits(headless, tokens())
-    sums = sequence_logps(headless.hidden(tokens()[None]), headless.head, tokens()[None], shift=True)
+    model = build("gemma2").to(torch.bfloat16)
+    check_against_own_logits(model, tokens())
+    hidden = hidden_states(model, input_ids=tokens()[None])
+    sums = sequence_logps(hidden, LMHead.of(model), tokens()[None], shift=True)
     assert sums.dtype == torch.float32

@@ -23,9 +23,9 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     original = reference.score
 
-    def counting(headless: Any, examples: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def counting(model: Any, examples: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(len(examples))
-        return original(headless, examples, *args, **kwargs)
+        return original(model, examples, *args, **kwargs)
 
     monkeypatch.setattr(reference, "score", counting)
     return calls

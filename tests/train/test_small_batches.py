@@ -9,7 +9,6 @@ import torch
 from spo_kernels.losses import LOSSES, build_loss
 from spo_kernels.losses.state import has_state
 from spo_kernels.train.batches import IGNORE_INDEX, micro_batches, step_indices
-from spo_kernels.train.model import HeadlessModel
 from spo_kernels.train.policy import Policy
 
 from .conftest import Train, read_metrics, read_weights
@@ -54,7 +53,7 @@ BATCHES = {
 def test_empty_responses(name: str, rows: list[tuple[int, int]]) -> None:
     """Losses, gradients and running statistics stay finite, and the next batch's do."""
     objective = build_loss(name, **FIELDS.get(name, {}))
-    policy = Policy(HeadlessModel(build("llama")), objective).train()
+    policy = Policy(build("llama"), objective).train()
     for pairs in (rows, [(3, 4), (5, 2)], rows):
         ids, labels = batch(pairs)
         loss, sums, pair_logps = policy(ids, labels, ref_logps=torch.zeros(2 * len(pairs)))
@@ -63,13 +62,13 @@ def test_empty_responses(name: str, rows: list[tuple[int, int]]) -> None:
         assert all(bool(v.isfinite().all()) for v in sums.values()), sums
         assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in policy.parameters())
         if has_state(objective):
-            state = [v for v in policy.objective_state().values() if isinstance(v, torch.Tensor | float)]
-            assert all(math.isfinite(float(v)) for v in state), policy.objective_state()
+            state = [v for v in objective.state_dict().values() if isinstance(v, torch.Tensor | float)]
+            assert all(math.isfinite(float(v)) for v in state), objective.state_dict()
 
 
 def test_value_of_empty_chosen_responses() -> None:
     """What the inner steps of SPO ask for."""
-    policy = Policy(HeadlessModel(build("llama")), build_loss("spo"))
+    policy = Policy(build("llama"), build_loss("spo"))
     assert policy.chosen_logps(*batch([(0, 3)])).tolist() == [0.0]
 
 

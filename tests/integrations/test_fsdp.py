@@ -1,0 +1,67 @@
+"""FusedPreferenceModel under FSDP2 on two processes against one process with all pairs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tests.integrations.fsdp_ranks import CASES, ONLINE, PROCESSES, WATCHDOG, batch_of, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    # the loopback: a machine's own name may resolve to nothing, or slowly
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.integrations.fsdp_ranks", str(rank), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(PROCESSES)
+    ]
+    messages = [process.communicate(timeout=WATCHDOG + 30)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(messages)
+    return torch.load(folder / "found")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one(found: dict[str, Any], name: str) -> None:
+    """Loss, gradients, and weights after ten steps of AdamW, relative to how far they moved."""
+    kind, make, _, _ = CASES[name]
+    ours, policy = found[name], make(kind, None)
+    start = {key: p.detach().clone() for key, p in policy.named_parameters()}
+    expected = train(policy, batch_of(slice(0, 4), name in ONLINE))
+    torch.testing.assert_close(ours["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
+    for key, gradient in expected["gradients"].items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(ours["gradients"][key], gradient, rtol=1e-4, atol=1e-5 * scale, msg=key)
+        moved = (expected["weights"][key] - start[key]).norm()
+        assert moved > 0 and (ours["weights"][key] - expected["weights"][key]).norm() <= 1e-3 * moved, key
+
+
+def test_mixed_precision_leaves_the_references_sums_alone(found: dict[str, Any]) -> None:
+    """Of -300.123 and the like, every bit; those that come by place are cast before anybody can see it."""
+    case = found["mixed precision"]
+    assert torch.equal(case["given"], case["expected"])
+    assert bool(case["gradient"].isfinite().all()) and bool(case["gradient"].any())
+    assert "TypeError: ref_logps must be float32 or float64, got torch.bfloat16" in case["by place"]
+
+
+def test_what_would_go_wrong_in_silence_is_refused(found: dict[str, Any]) -> None:
+    case = found["refused"]
+    for name in ("first", "later"):
+        assert "RuntimeError: the forward of a module that DistributedDataParallel wraps" in case[name]
+    assert "RuntimeError: FSDPLlamaForCausalLM: fully_shard made it one group" in case["one group"]
+    assert case["ddp"] == case["no_grad"] == case["one group, no_grad"] == "no error"
