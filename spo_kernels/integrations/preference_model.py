@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spo_kernels import LMHead, fused_spo_loss
-from spo_kernels.integrations.hidden import forward_without_logits
+from spo_kernels.integrations.layout import LaidPairs, check_layout, lay_pairs
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
 from spo_kernels.losses.registry import resolve_objective
@@ -39,6 +39,9 @@ class FusedPreferenceModel(nn.Module):
         reference: Where the reference's log-probabilities come from if a call brings none: "adapters_off" (the model
             with its PEFT adapters switched off), or another causal language model, which is put in evaluation mode and
             gets no gradient. It is no submodule: it is neither trained nor saved with this one.
+        layout: How policy and reference compute a padded batch: "padded" as it is; "packed" without padding; "shared"
+            also with each prompt once for all responses to it; "auto" shared where a comparison at the first batch
+            finds the same hidden states, else padded, with one warning that says why. See docs/packing.md.
         options: Keyword arguments of `fused_spo_loss` that are the same for each call, see `OPTIONS`.
 
     Raises:
@@ -53,10 +56,12 @@ class FusedPreferenceModel(nn.Module):
         model: nn.Module,
         loss: str | Objective = "dpo",
         reference: nn.Module | str | None = None,
+        layout: str = "auto",
         **options: Any,
     ) -> None:
         super().__init__()
         LMHead.of(model)
+        check_layout(layout)
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise TypeError(f"FusedPreferenceModel takes no {', '.join(unknown)}; its options are {', '.join(OPTIONS)}")
@@ -71,6 +76,7 @@ class FusedPreferenceModel(nn.Module):
         self.objective = resolve_objective(loss)
         # in a tuple, so that torch registers no submodule
         self._reference = (reference,)
+        self._layout = layout
         self._options = {"ignore_index": -100, **options}
         self._needs_reference = needs_reference(self.objective)
         self._looked_at_labels = False
@@ -107,17 +113,19 @@ class FusedPreferenceModel(nn.Module):
         """
         self._look_at(labels, input_ids)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        reference = self._reference_inputs(inputs) if ref_logps is None and self._needs_reference else {}
-        hidden, output = forward_without_logits(self.model, **inputs)
+        laid = lay_pairs(self.model, labels, self._layout, ignore_index=self._options["ignore_index"], **inputs)
+        reference = self._reference_inputs(laid) if ref_logps is None and self._needs_reference else {}
+        hidden, output = laid.hidden(self.model)
         loss, metrics = fused_spo_loss(
             hidden,
             LMHead.of(self.model),
-            labels,
+            laid.labels,
             loss=self.objective,
-            ref_logps=ref_logps,
+            ref_logps=laid.of_tokens(ref_logps),
             pair_inputs=pair_inputs,
-            token_weights=token_weights,
-            shift=True,
+            token_weights=laid.of_tokens(token_weights),
+            cu_seqlens=laid.cu_seqlens,
+            shift=laid.shift,
             **reference,
             **self._options,
         )
@@ -129,7 +137,7 @@ class FusedPreferenceModel(nn.Module):
         return loss, metrics
 
     @torch.no_grad()
-    def _reference_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _reference_inputs(self, laid: LaidPairs) -> dict[str, Any]:
         (reference,) = self._reference
         if reference is None:
             raise ValueError("the objective needs a reference: pass ref_logps, or make the module with reference=")
@@ -138,7 +146,7 @@ class FusedPreferenceModel(nn.Module):
         model.eval()
         try:
             with model.disable_adapter() if isinstance(reference, str) else nullcontext():
-                hidden, _ = forward_without_logits(model, **inputs)
+                hidden, _ = laid.hidden(model)
         finally:
             model.train(training)
         return {"ref_hidden": hidden, "ref_head": LMHead.of(model)}

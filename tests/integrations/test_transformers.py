@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny_models import SIZES
 
 from spo_kernels import LMHead, linear_logprob
+from spo_kernels.integrations.layout import lay_pairs
 from spo_kernels.integrations.transformers import FusedPreferenceModel, PairCollator, hidden_states
 from spo_kernels.losses import DPO, SPO
 
@@ -149,7 +150,8 @@ def test_where_the_reference_comes_from() -> None:
 def test_the_reference_has_no_dropout_and_training_mode_comes_back() -> None:
     adapted = lora(build("llama"), lora_dropout=0.9).train()
     module = FusedPreferenceModel(adapted, "dpo", reference="adapters_off")
-    references = [module._reference_inputs({"input_ids": batch_of()["input_ids"]})["ref_hidden"] for _ in range(2)]
+    laid = lay_pairs(adapted, **batch_of())
+    references = [module._reference_inputs(laid)["ref_hidden"] for _ in range(2)]
     assert torch.equal(*references) and adapted.training
 
 
