@@ -15,19 +15,21 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from spo_kernels.head import LMHead, inner_model
-from spo_kernels.integrations.hidden import forward_without_logits
+from spo_kernels.integrations.hidden import Run
+from spo_kernels.integrations.layout import lay_pairs
+from spo_kernels.integrations.layout.batch import LaidPairs
 from spo_kernels.logprob import linear_logprob
 from spo_kernels.loss import fused_spo_loss
 from spo_kernels.losses import Objective
 from spo_kernels.sequences import sequence_logps
 
-# from last hidden states [rows, T, H], the head, and the model's output
-AtHead = Callable[[Tensor, LMHead, Any], dict[str, Tensor]]
+# from the model, what runs in its place, and the inputs of its forward
+AtHead = Callable[[nn.Module, Run, dict[str, Any]], dict[str, Tensor]]
 _MARK = "_spo_kernels_at_head"
 
 
 def add_at_head(model: nn.Module) -> None:
-    """Let `model(..., at_head=f)` return `f(hidden, head, output)`; without `at_head` it does what it did.
+    """Let `model(..., at_head=f)` return what `f` makes of its forward; without `at_head` it does what it did.
 
     Args:
         model: A transformers causal language model, maybe inside PEFT. Called again, this changes nothing.
@@ -42,67 +44,103 @@ def add_at_head(model: nn.Module) -> None:
     def forward(self: nn.Module, *args: Any, at_head: AtHead | None = None, **kwargs: Any) -> Any:
         if at_head is None:
             return original(*args, **kwargs)
-        kwargs.pop("use_cache", None)
-        hidden, output = forward_without_logits(self, functools.partial(original, *args), **kwargs)
-        return at_head(hidden, LMHead.of(self), output)
+        # PEFT names them, without a value
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("use_cache", "labels")}
+        return at_head(self, functools.partial(original, *args), kwargs)
 
     inner.forward = MethodType(forward, inner)
     setattr(inner, _MARK, True)
 
 
 @dataclass(frozen=True)
-class TokenLogps:
-    """Log-probabilities of the labels: of each token, shaped like labels, or the `[rows]` sums of those weighted.
+class OfPairs:
+    """What an `at_head` of a padded batch of pairs knows beside the model's inputs.
 
-    No dataclass of this module is opened by FSDP, which would round its tensors to the model's precision.
+    FSDP rounds floating-point inputs of a forward to the model's precision; into an object of ours it does not look.
+
+    Attributes:
+        labels: `[2B, T]`, not shifted, chosen rows first.
+        token_weights: Of the same shape, or None.
+        layout: As in `FusedPreferenceModel`.
+        options: Of `fused_spo_loss` and `linear_logprob`: workspace_bytes.
     """
 
     labels: Tensor
-    summed: bool = False
     token_weights: Tensor | None = None
+    layout: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, hidden: Tensor, head: LMHead, output: Any) -> dict[str, Tensor]:
-        """`{"logps": ...}`."""
-        hidden = _real_tokens(hidden, self.labels)
-        if self.summed:
-            weights = self.token_weights
-            sums = sequence_logps(hidden, head, self.labels, shift=True, token_weights=weights, **self.options)
-            return {"logps": sums}
-        return {"logps": cast(Tensor, linear_logprob(hidden, head, self.labels, shift=True, **self.options))}
+    def lay(self, model: nn.Module, run: Run, inputs: Mapping[str, Any]) -> LaidPairs:
+        """The batch as the layout says."""
+        return lay_pairs(model, self.labels, self.layout, run=run, **inputs)
+
+    def real_tokens(self, hidden: Tensor, laid: LaidPairs) -> Tensor:
+        """Without the virtual tokens that prompt-learning adapters put before the others of a padded batch."""
+        return hidden if laid.row is not None else hidden[:, hidden.shape[1] - self.labels.shape[1] :]
 
 
 @dataclass(frozen=True)
-class PreferenceLoss:
-    """`fused_spo_loss` of pairs, its metrics, and the router's loss."""
+class ResponseLogps(OfPairs):
+    """Log-probabilities of the labels: of each token, shaped like labels, or `summed` `[2B]` and weighted."""
 
-    objective: Objective
-    labels: Tensor
-    ref_logps: Tensor | None
-    pair_inputs: Mapping[str, Tensor] | None
-    token_weights: Tensor | None
-    options: Mapping[str, Any]
+    summed: bool = True
 
-    def __call__(self, hidden: Tensor, head: LMHead, output: Any) -> dict[str, Tensor]:
-        """ "loss" with its gradient, the rest detached."""
-        hidden = _real_tokens(hidden, self.labels)
-        loss, metrics = fused_spo_loss(
-            hidden,
-            head,
-            self.labels,
-            loss=self.objective,
-            ref_logps=self.ref_logps,
-            pair_inputs=self.pair_inputs,
-            token_weights=self.token_weights,
-            shift=True,
-            token_metrics=True,
-            **self.options,
-        )
+    def __call__(self, model: nn.Module, run: Run, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`{"logps": ...}`."""
+        laid = self.lay(model, run, inputs)
+
+        def at_head(hidden: Tensor) -> Tensor:
+            hidden, head = self.real_tokens(hidden, laid), LMHead.of(model)
+            if not self.summed:
+                logps = linear_logprob(hidden, head, laid.labels, shift=laid.shift, **self.options)
+                return laid.padded(cast(Tensor, logps))
+            return sequence_logps(
+                hidden,
+                head,
+                laid.labels,
+                token_weights=laid.of_tokens(self.token_weights),
+                cu_seqlens=laid.cu_seqlens,
+                shift=laid.shift,
+                **self.options,
+            )
+
+        logps, _ = laid.to_head(model, at_head, run)
+        return {"logps": logps}
+
+
+@dataclass(frozen=True)
+class PairLoss(OfPairs):
+    """`fused_spo_loss` of the pairs.
+
+    Attributes:
+        objective, ref_logps, pair_inputs: As `fused_spo_loss` takes them.
+    """
+
+    objective: Objective | None = None
+    ref_logps: Tensor | None = None
+    pair_inputs: Mapping[str, Tensor] | None = None
+
+    def __call__(self, model: nn.Module, run: Run, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """ "loss" with its gradient; metrics, and the router's "aux_loss" where the model gives one."""
+        assert self.objective is not None
+        laid = self.lay(model, run, inputs)
+
+        def at_head(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return fused_spo_loss(
+                self.real_tokens(hidden, laid),
+                LMHead.of(model),
+                laid.labels,
+                loss=cast(Objective, self.objective),
+                ref_logps=laid.of_tokens(self.ref_logps),
+                pair_inputs=self.pair_inputs,
+                token_weights=laid.of_tokens(self.token_weights),
+                cu_seqlens=laid.cu_seqlens,
+                shift=laid.shift,
+                token_metrics=True,
+                **self.options,
+            )
+
+        (loss, metrics), output = laid.to_head(model, at_head, run)
         found = {**metrics, "loss": loss}
         router_loss = getattr(output, "aux_loss", None)
         return found if router_loss is None else {**found, "aux_loss": router_loss}
-
-
-def _real_tokens(hidden: Tensor, labels: Tensor) -> Tensor:
-    """Without the virtual tokens that prompt-learning adapters put before the others."""
-    return hidden[:, hidden.shape[1] - labels.shape[1] :]

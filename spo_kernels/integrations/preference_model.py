@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spo_kernels import LMHead, fused_spo_loss
 from spo_kernels.extras.token_weights import ld_dpo_weights
-from spo_kernels.integrations.hidden import forward_to_head, forward_without_logits
+from spo_kernels.integrations.layout import LaidPairs, check_layout, lay_pairs
 from spo_kernels.integrations.wrappers import ddp_around, inside_ddp, opened, sealed
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
@@ -42,6 +42,9 @@ class FusedPreferenceModel(nn.Module):
         reference: Where the reference's log-probabilities come from if a call brings none: "adapters_off" (the model
             with its PEFT adapters switched off), or another causal language model, which is put in evaluation mode and
             gets no gradient. It is no submodule: it is neither trained nor saved with this one.
+        layout: How policy and reference compute a padded batch: "padded" as it is; "packed" without padding; "shared"
+            also with each prompt once for all responses to it; "auto" shared where a comparison at the first batch
+            finds the same hidden states, else padded, with one warning that says why. See docs/packing.md.
         ld_alpha: The α of `ld_dpo_weights`, which are then the token weights of every call that brings none.
         sparsity: As in `fused_spo_loss`, for training; each forward of "unbiased" has a seed of its own, from torch's
             generator. In evaluation mode everything is exact.
@@ -59,12 +62,14 @@ class FusedPreferenceModel(nn.Module):
         model: nn.Module,
         loss: str | Objective = "dpo",
         reference: nn.Module | str | None = None,
+        layout: str = "auto",
         ld_alpha: float | None = None,
         sparsity: str | Sparsity = "exact",
         **options: Any,
     ) -> None:
         super().__init__()
         LMHead.of(model)
+        check_layout(layout)
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             known = ", ".join(("ld_alpha", "sparsity", *OPTIONS))
@@ -81,6 +86,7 @@ class FusedPreferenceModel(nn.Module):
         # in a tuple, so that torch registers no submodule
         self._reference = (reference,)
         self._ld_alpha, self._sparsity = ld_alpha, as_sparsity(sparsity)
+        self._layout = layout
         self._options = {"ignore_index": -100, **options}
         self._needs_reference = needs_reference(self.objective)
         self._looked_at_labels = self._looked_for_ddp = False
@@ -128,24 +134,27 @@ class FusedPreferenceModel(nn.Module):
                 "off by up to 1; where mixed precision casts the inputs of a forward, pass it by keyword"
             )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        reference = self._reference_inputs(inputs) if ref_logps is None and self._needs_reference else {}
+        laid = lay_pairs(self.model, labels, self._layout, ignore_index=self._options["ignore_index"], **inputs)
+        reference = self._reference_inputs(laid) if ref_logps is None and self._needs_reference else {}
+        weights = self._token_weights(labels) if token_weights is None else token_weights
 
         def at_head(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return fused_spo_loss(
                 hidden,
                 LMHead.of(self.model),
-                labels,
+                laid.labels,
                 loss=self.objective,
-                ref_logps=ref_logps,
+                ref_logps=laid.of_tokens(ref_logps),
                 pair_inputs=pair_inputs,
-                token_weights=self._token_weights(labels) if token_weights is None else token_weights,
-                shift=True,
+                token_weights=laid.of_tokens(weights),
+                cu_seqlens=laid.cu_seqlens,
+                shift=laid.shift,
                 sparsity=of_next_batch(self._sparsity, self.training),
                 **reference,
                 **self._options,
             )
 
-        (loss, metrics), output = forward_to_head(self.model, at_head, **inputs)
+        (loss, metrics), output = laid.to_head(self.model, at_head)
         router_loss = self._router_loss(output, labels)
         if router_loss is not None:
             coefficient = self.config.get_text_config().router_aux_loss_coef
@@ -166,7 +175,7 @@ class FusedPreferenceModel(nn.Module):
         )
 
     @torch.no_grad()
-    def _reference_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _reference_inputs(self, laid: LaidPairs) -> dict[str, Any]:
         (reference,) = self._reference
         if reference is None:
             raise ValueError("the objective needs a reference: pass ref_logps, or make the module with reference=")
@@ -175,7 +184,7 @@ class FusedPreferenceModel(nn.Module):
         model.eval()
         try:
             with model.disable_adapter() if isinstance(reference, str) else nullcontext():
-                hidden, _ = forward_without_logits(model, **inputs)
+                hidden, _ = laid.hidden(model)
         finally:
             model.train(training)
         return {"ref_hidden": hidden, "ref_head": LMHead.of(model)}

@@ -53,6 +53,8 @@ class FusedDPOConfig(DPOConfig):
         spo_inner_steps: K of SPO's lower level for `SPO(penalty="hinge", value="input")`; 0 for none. See
             `spo_kernels.extras.bilevel`.
         spo_inner_lr: η of these steps, > 0.
+        layout: How a padded batch of pairs is computed: "auto", "padded", "packed" or "shared", see
+            `FusedPreferenceModel` and docs/packing.md.
         sparsity: "exact", "certified" or "unbiased", see `spo_kernels.Sparsity`.
         workspace_mib: Memory for temporaries of the loss in MiB; None for the library's default.
     """
@@ -71,6 +73,9 @@ class FusedDPOConfig(DPOConfig):
     )
     spo_inner_steps: int = field(default=0, metadata={"help": "SGD steps of SPO's lower level; 0 for none."})
     spo_inner_lr: float | None = field(default=None, metadata={"help": "Learning rate of these steps."})
+    layout: str = field(
+        default="auto", metadata={"help": "Rows of the backbone: 'auto', 'padded', 'packed' or 'shared'."}
+    )
     sparsity: str = field(
         default="exact", metadata={"help": "Backward of the loss: 'exact', 'certified' or 'unbiased'."}
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ from trl.trainer.utils import use_adapter
 
 from spo_kernels.extras.bilevel import bilevel_value
 from spo_kernels.extras.token_weights import ld_dpo_weights
-from spo_kernels.integrations.at_head import PreferenceLoss, TokenLogps, add_at_head
+from spo_kernels.integrations.at_head import PairLoss, ResponseLogps, add_at_head
 from spo_kernels.integrations.trl_config import FusedDPOConfig, objective_of
 from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse
 from spo_kernels.integrations.trl_metrics import batch_metrics
 from spo_kernels.integrations.trl_seam import check_dpo_trainer
 from spo_kernels.losses.needs import needs_reference, value_normalization
 from spo_kernels.losses.state import has_state
-from spo_kernels.sparsity import EXACT, as_sparsity
+from spo_kernels.sparsity import as_sparsity, of_next_batch
 
 check_dpo_trainer(DPOTrainer)
 
@@ -72,6 +71,7 @@ class FusedDPOTrainer(DPOTrainer):
         self._referenced = ref_model is not None or needs_reference(self._objective) or not _has_objective(args)
         refuse(args, self._objective, self._referenced)
         self._sparsity = as_sparsity(getattr(args, "sparsity", "exact"))
+        self._layout = getattr(args, "layout", "auto")
         mib = getattr(args, "workspace_mib", None)
         self._options = {} if mib is None else {"workspace_bytes": mib << 20}
         # the precomputation is what keeps TRL from loading a reference
@@ -96,12 +96,12 @@ class FusedDPOTrainer(DPOTrainer):
         """The reference's log-probabilities of chosen and of rejected responses, `[B]` each."""
         labels = _labels(inputs)
         with self.accelerator.autocast():
-            call = TokenLogps(labels, True, self._token_weights(labels), self._options)
+            call = ResponseLogps(labels, self._token_weights(labels), self._layout, self._options)
             chosen, rejected = self._reference(model, inputs, call).chunk(2)
         return chosen, rejected
 
     @torch.no_grad()
-    def _reference(self, model: nn.Module, inputs: Mapping[str, Tensor], call: TokenLogps) -> Tensor:
+    def _reference(self, model: nn.Module, inputs: Mapping[str, Tensor], call: ResponseLogps) -> Tensor:
         add_at_head(model)
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), self._adapters():
             return model(**self._model_inputs(inputs), at_head=call)["logps"]
@@ -122,13 +122,14 @@ class FusedDPOTrainer(DPOTrainer):
         given = self._model_inputs(inputs)
         if self.aux_loss_enabled:
             given["output_router_logits"] = True
-        call = PreferenceLoss(
-            self._objective,
+        call = PairLoss(
             labels,
-            self._ref_logps(inputs, labels, model),
-            self._pair_inputs(inputs, labels),
             self._token_weights(labels),
-            {**self._options, "sparsity": self._next_sparsity()},
+            self._layout,
+            {**self._options, "sparsity": of_next_batch(self._sparsity, self.model.training)},
+            objective=self._objective,
+            ref_logps=self._ref_logps(inputs, labels, model),
+            pair_inputs=self._pair_inputs(inputs, labels),
         )
         found = model(**given, at_head=call)
         loss = found["loss"]
@@ -148,7 +149,8 @@ class FusedDPOTrainer(DPOTrainer):
         if self.precompute_ref_logps:
             return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         with self.accelerator.autocast():
-            return self._reference(self.ref_model or model, inputs, TokenLogps(labels, options=self._options))
+            call = ResponseLogps(labels, layout=self._layout, options=self._options, summed=False)
+            return self._reference(self.ref_model or model, inputs, call)
 
     def _pair_inputs(self, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         given = {name: inputs[name] for name in self._columns}
@@ -162,7 +164,8 @@ class FusedDPOTrainer(DPOTrainer):
         pairs = len(labels) // 2
         labels, weights = labels[:pairs], self._token_weights(labels)
         chosen = {name: value[:pairs] for name, value in self._model_inputs(inputs).items()}
-        call = TokenLogps(labels, True, None if weights is None else weights[:pairs], self._options)
+        # chosen responses alone are no pairs
+        call = ResponseLogps(labels, None if weights is None else weights[:pairs], "padded", self._options)
         lengths = (labels[:, 1:] != -100).sum(-1).clamp_min(1)
         over = lengths if value_normalization(self._objective) == "mean" else torch.ones_like(lengths)
 
@@ -183,13 +186,6 @@ class FusedDPOTrainer(DPOTrainer):
 
     def _token_weights(self, labels: Tensor) -> Tensor | None:
         return None if self.ld_alpha is None else ld_dpo_weights(labels, self.ld_alpha, shift=True)
-
-    def _next_sparsity(self) -> Any:
-        if not self.model.training:
-            return EXACT
-        if self._sparsity.mode != "unbiased":
-            return self._sparsity
-        return replace(self._sparsity, seed=int(torch.randint(2**62, ())))
 
     def _model_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         left_out = (*_NOT_THE_MODELS, *self._columns)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from trl import DPOConfig
 
+from spo_kernels.integrations.layout import check_layout
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_inputs, needs_value
 from spo_kernels.losses.pairs import token_outputs_of, token_subsets_of
@@ -32,6 +33,7 @@ def refuse(args: DPOConfig, objective: Objective, referenced: bool) -> None:
             f"{objective!r} compares whole distributions with the reference's, of which this trainer has the labels' "
             "log-probabilities only: use spo-train --reference online, or FusedPreferenceModel with reference="
         )
+    check_layout(getattr(args, "layout", "auto"))
     mib = getattr(args, "workspace_mib", None)
     if mib is not None and not (isinstance(mib, int) and mib >= 1):
         raise ValueError(f"workspace_mib must be a whole number of MiB >= 1 or None, got {mib!r}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spo_kernels import LMHead, Sparsity, linear_logprob, sequence_logps
 from spo_kernels.integrations.hidden import forward_without_logits, hidden_states
+from spo_kernels.integrations.layout import LaidPairs
 from spo_kernels.integrations.preference_model import FusedPreferenceModel
 from spo_kernels.losses import Objective
 from spo_kernels.sparsity import EXACT, of_next_batch
@@ -39,7 +40,8 @@ class Policy(FusedPreferenceModel):
         sparsity: Sparsity = EXACT,
         **kernels: Any,
     ) -> None:
-        super().__init__(model, loss, reference, ld_alpha, sparsity, reduction="sum", pair_logps=True, **kernels)
+        options = {"reduction": "sum", "pair_logps": True, **kernels}
+        super().__init__(model, loss, reference, ld_alpha=ld_alpha, sparsity=sparsity, **options)
         self._kernels = {**kernels, "shift": True, "ignore_index": IGNORE_INDEX}
         self._experts = router_loss(model)
 
@@ -86,7 +88,7 @@ class Policy(FusedPreferenceModel):
         inputs = {"input_ids": input_ids}
         logps = sequence_logps(hidden_states(self.model, **inputs), LMHead.of(self.model), labels, **self._kernels)
         if ref_logps is None:
-            model = self._reference_inputs(inputs)
+            model = self._reference_inputs(LaidPairs(inputs, labels))
             ref_logps = sequence_logps(model["ref_hidden"], model["ref_head"], labels, **self._kernels)
         return logps - ref_logps
 

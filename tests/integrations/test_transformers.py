@@ -9,6 +9,7 @@ from tiny_models import SIZES
 
 from spo_kernels import LMHead, Sparsity, linear_logprob
 from spo_kernels.extras.token_weights import ld_dpo_weights
+from spo_kernels.integrations.layout import lay_pairs
 from spo_kernels.integrations.transformers import FusedPreferenceModel, PairCollator, hidden_states
 from spo_kernels.losses import DPO, SPO
 from spo_kernels.sparsity import of_next_batch
@@ -168,7 +169,8 @@ def test_the_reference_has_no_dropout_and_training_mode_comes_back(own: bool) ->
     adapted = lora(build("llama"), lora_dropout=0.9)
     other = lora(build("llama"), lora_dropout=0.9).train()
     module = FusedPreferenceModel(adapted, "dpo", reference="adapters_off" if own else other).train()
-    references = [module._reference_inputs({"input_ids": batch_of()["input_ids"]})["ref_hidden"] for _ in range(2)]
+    laid = lay_pairs(adapted, **batch_of())
+    references = [module._reference_inputs(laid)["ref_hidden"] for _ in range(2)]
     assert torch.equal(*references) and adapted.training
 
 
