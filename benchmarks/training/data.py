@@ -85,7 +85,7 @@ def generated(name: str, rng: random.Random, tokenizer: Any) -> Iterator[Pair]:
         return said
 
     while True:
-        yield {"prompt": text(*prompt).lstrip(), "chosen": text(*response), "rejected": text(*response)}
+        yield {"prompt": text(*prompt), "chosen": text(*response), "rejected": text(*response)}
 
 
 def write_pairs(folder: Path, pairs: list[Pair], batch: int) -> None:
