@@ -96,10 +96,14 @@ def test_report_of_real_processes(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert row["above_floor_mib"] == pytest.approx(row["peak_mib"] - row["floor_mib"]) and row["floor_mib"] > 100
     # without TRL in the run there is nothing to divide by
     assert "speed_ratio" not in row
-    command.main(["--read", str(out), "--plot", str(plot)])
+    report = command.main(["--read", str(out), str(out), "--plot", str(plot)])
+    assert [each["status"] for each in report["rows"]] == ["skipped", "ok"] * 2
     printed = capsys.readouterr().out
-    assert printed.count("| tldr | full | spo-train |") == 2 and "machine:" in printed
+    assert printed.count("| tldr | full | spo-train |") == 3 and "machine:" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
+    out.with_name("other.json").write_text(json.dumps(report | {"setting": "another"}))
+    with pytest.raises(ValueError, match="of one setting"):
+        command.joined([out, out.with_name("other.json")])
 
 
 def test_a_process_that_dies_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

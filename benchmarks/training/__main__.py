@@ -50,13 +50,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--timeout", type=float, default=900.0, help="seconds that one answer of a process may take")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     made.add_argument("--plot", type=Path, metavar="FILE", help="also draw a picture")
-    made.add_argument("--read", type=Path, metavar="FILE", help="an earlier --json instead of measuring")
+    made.add_argument("--read", type=Path, nargs="+", metavar="FILE", help="earlier --json files instead of measuring")
     return made
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser().parse_args(arguments)
-    report: dict[str, Any] = json.loads(options.read.read_text()) if options.read else run(options)
+    report = joined(options.read) if options.read else run(options)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     print(f"{machine_line(report['machine'])} (load at the end {report['machine']['load_1min_end']})")
@@ -66,6 +66,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.plot:
         table.draw(report, options.plot)
     return report
+
+
+def joined(files: list[Path]) -> dict[str, Any]:
+    """The rows of all files, with the setting and the machine of the first.
+
+    Raises:
+        ValueError: The files are of different settings.
+    """
+    reports = [json.loads(file.read_text()) for file in files]
+    settings = {report["setting"] for report in reports}
+    if len(settings) > 1:
+        raise ValueError(f"--read: files of one setting belong together, got {'; '.join(sorted(settings))}")
+    return reports[0] | {"rows": [row for report in reports for row in report["rows"]]}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
