@@ -17,7 +17,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,26 +75,31 @@ def records(pairs: int, chat: bool) -> Iterator[dict[str, Any]]:
 
 
 def build_tokenizer() -> Any:
+    """Of made-up words, with a chat template."""
+    said = sentences(random.Random(1))
+    tokenizer = train_tokenizer((next(said) for _ in range(10_000)), 4000, ("<|user|>", "<|assistant|>", "<|end|>"))
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int, roles: tuple[str, ...] = ()) -> Any:
+    """Byte-level BPE with token ids 0 `<pad>` and 1 `</s>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=4000,
-        special_tokens=special,
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "</s>", *roles],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    said = sentences(random.Random(1))
-    tokenizer.train_from_iterator((next(said) for _ in range(10_000)), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", additional_special_tokens=special[2:]
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", additional_special_tokens=list(roles)
     )
-    fast.chat_template = TEMPLATE
-    return fast
 
 
 def measure(data: Path, tokenizer: Any, processes: int) -> dict[str, float]:

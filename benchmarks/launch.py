@@ -24,7 +24,12 @@ def launch(job: Job, timeout: float) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.worker", str(job_path), str(result_path)]
         try:
             done = subprocess.run(
-                command, cwd=ROOT, env=environment(job), timeout=timeout, capture_output=True, text=True
+                command,
+                cwd=ROOT,
+                env=thread_environment(job.setting.threads),
+                timeout=timeout,
+                capture_output=True,
+                text=True,
             )
             death = None if done.returncode == 0 else describe_exit(done.returncode, done.stderr)
         except subprocess.TimeoutExpired:
@@ -36,11 +41,11 @@ def launch(job: Job, timeout: float) -> dict[str, Any]:
     return result
 
 
-def environment(job: Job) -> dict[str, str]:
+def thread_environment(threads: int) -> dict[str, str]:
     """The worker's environment: the thread count also reaches libraries that read it before torch does."""
     env = dict(os.environ)
-    if job.setting.threads:
-        env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(job.setting.threads)
+    if threads:
+        env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
     return env
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from .. import inputs
+from ..answers import WorkerDied
 from ..machine import describe_machine, load, machine_line
 from ..run import add_shape, positive
 from ..settings import Setting
 from .cases import SMALL_SHAPE, Case, all_cases
 from .differences import worst_difference
 from .trees import NoCommit, export
-from .turns import SIDES, Side, WorkerDied, take_turns
+from .turns import SIDES, Side, take_turns
 
 SMALL_REPEATS = 200  # of a call that takes a millisecond
 

@@ -3,68 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+from ..answers import Answer, Worker
 from .trees import Tree
 
 WORKER = Path(__file__).with_name("worker.py")
 SIDES = ("old", "new")
-Answer = dict[str, Any]
 
 
-class WorkerDied(Exception):
-    """A side ended before it answered; it has said why on stderr."""
-
-
-class Side:
+class Side(Worker):
     """A live worker process of one commit."""
 
     def __init__(self, name: str, tree: Tree, *, backend: str, threads: int, workspace_bytes: int | None) -> None:
-        self.name = name
         self.tree = tree
         given = {"folder": str(tree.folder), "backend": backend, "threads": threads, "workspace_bytes": workspace_bytes}
-        self.process = subprocess.Popen(
-            [sys.executable, "-S", str(WORKER), json.dumps(given)],
-            cwd=tree.folder,
-            env=tree.environment(backend, threads),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, do: str, **request: Any) -> Answer:
-        """One request and its answer; the other side sits idle meanwhile.
-
-        Raises:
-            WorkerDied: No answer came.
-        """
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise WorkerDied(
-                f"{self.name} ({self.tree.commit[:12]}) ended with {self.process.wait()} at {do} {request}"
-            )
-        answer: Answer = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        # closing flushes, and a worker that died reads no more
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.kill()
-        self.process.wait()
+        command = [sys.executable, "-S", str(WORKER), json.dumps(given)]
+        super().__init__(f"{name} ({tree.commit[:12]})", command, tree.folder, tree.environment(backend, threads))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,133 @@
+"""The benchmark of whole training steps on a tiny model: the trainers see the same batches, and what fails says so."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from benchmarks.training import __main__ as command
+from benchmarks.training import data, rounds, table
+from benchmarks.training.providers import PROVIDERS
+from benchmarks.training.settings import TUNINGS, Job, Shape
+
+TINY = Shape(vocabulary=400, hidden=16, intermediate=16, layers=1, heads=2)
+NOWHERE = Path("/nonexistent")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and three steps of two pairs."""
+    made = tmp_path_factory.mktemp("training")
+    tokenizer = data.build_model(made / "model", NOWHERE, TINY)
+    data.write_pairs(made / "tldr", data.make_pairs("tldr", 6, NOWHERE, tokenizer), batch=2)
+    return made
+
+
+def losses_of(provider: str, tuning: str, folder: Path, output: Path) -> list[float]:
+    try:
+        run = PROVIDERS[provider].load()
+    except ImportError as error:
+        pytest.skip(str(error))
+    # large, so that a step on another batch would show in the next loss
+    return run(
+        Job(
+            provider,
+            tuning,
+            model=str(folder / "model"),
+            pairs=str(folder / "tldr"),
+            output=str(output),
+            steps=2,
+            batch=2,
+            threads=1,
+            learning_rate=1e-2,
+        )
+    )
+
+
+@pytest.fixture(scope="module", params=TUNINGS)
+def of_trl(request: pytest.FixtureRequest, folder: Path) -> tuple[str, list[float]]:
+    return request.param, losses_of("trl", request.param, folder, folder / f"trl-{request.param}")
+
+
+@pytest.mark.parametrize("provider", [name for name in PROVIDERS if name != "trl"])
+def test_losses_are_those_of_trl(provider: str, of_trl: tuple[str, list[float]], folder: Path, tmp_path: Path) -> None:
+    tuning, expected = of_trl
+    assert len(expected) == 3 and len({round(loss, 4) for loss in expected}) == 3
+    assert losses_of(provider, tuning, folder, tmp_path) == pytest.approx(expected, rel=1e-4)
+
+
+def test_generated_lengths_lie_between_the_bounds() -> None:
+    tokenizer = data.train_tokenizer(["a few words"], 300)
+    for name, (prompt, response) in data.SHAPES.items():
+        for pair in data.make_pairs(name, 3, NOWHERE, tokenizer):
+            lengths = {key: len(tokenizer(text)["input_ids"]) for key, text in pair.items()}
+            assert prompt[0] <= lengths["prompt"] <= prompt[1]
+            assert all(response[0] <= lengths[key] <= response[1] for key in ("chosen", "rejected"))
+    with pytest.raises(data.NoData, match=r"preferences\.jsonl: 2 pairs are needed, got 0"):
+        data.make_pairs("gsm8k", 2, NOWHERE, tokenizer)
+
+
+def test_report_of_real_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One trainer and its floor, and data that are not there; the picture is made from the file."""
+    pytest.importorskip("matplotlib")
+    shape = [text for name, value in vars(TINY).items() for text in (f"--{name}", str(value))]
+    few = ["--steps", "2", "--batch", "1", "--threads", "1", "--tuning", "full", "--gsm8k", str(NOWHERE)]
+    out, plot = tmp_path / "report.json", tmp_path / "plot.png"
+    command.main([*shape, *few, "--providers", "spo_train", "--data", "gsm8k", "tldr", "--json", str(out)])
+    absent, row = json.loads(out.read_text())["rows"]
+    assert absent["status"] == "skipped" and "pairs are needed" in absent["reason"]
+    assert row["status"] == "ok", row["reason"]
+    assert len(row["losses"]) == 3 and len(row["seconds"]) == len(row["tokens"]) == 2
+    assert row["above_floor_mib"] == pytest.approx(row["peak_mib"] - row["floor_mib"]) and row["floor_mib"] > 100
+    # without TRL in the run there is nothing to divide by
+    assert "speed_ratio" not in row
+    report = command.main(["--read", str(out), str(out), "--plot", str(plot)])
+    assert [each["status"] for each in report["rows"]] == ["skipped", "ok"] * 2
+    printed = capsys.readouterr().out
+    assert printed.count("| tldr | full | spo-train |") == 3 and "machine:" in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    out.with_name("other.json").write_text(json.dumps(report | {"setting": "another"}))
+    with pytest.raises(ValueError, match="of one setting"):
+        command.joined([out, out.with_name("other.json")])
+
+
+def test_a_process_that_dies_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    jobs = [Job(name, "full", "model", "pairs", str(tmp_path / name), steps=1) for name in ("trl", "spo_train")]
+    runners = rounds.measure(jobs, tmp_path, timeout=60)
+    rows = rounds.rows_of("tldr", runners, [1, 1], {})
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert "trl ended with 1 at start" in rows[0]["reason"] and rows[0]["reason"] in table.render(rows)
+
+
+def test_ratios_are_medians_over_the_same_batches(tmp_path: Path) -> None:
+    def runner(name: str, seconds: list[float], peak: int, losses: list[float]) -> Any:
+        made = object.__new__(rounds.Runner)
+        made.job = Job(name, "full", "", "", "", steps=3)
+        made.status = made.reason = None
+        made.steps = [{"seconds": each, "peak": peak << 20, "method": "reset"} for each in seconds]
+        made.losses = losses
+        return made
+
+    floors = {("trl", "full"): 100 << 20, ("spo_train", "full"): 50 << 20}
+    trl = runner("trl", [2.0, 8.0, 3.0], 300, [0.7, 0.6, 0.5, 0.4])
+    ours = runner("spo_train", [1.0, 2.0, 3.0], 100, [0.7, 0.6, 0.51, 0.4])
+    base, row = rounds.rows_of("tldr", [trl, ours], [9, 100, 200, 300], floors)
+    assert base["speed_ratio"] == base["memory_ratio"] == 1 and base["tokens_per_second"] == 50
+    assert row["speed_ratio"] == 2 and row["memory_ratio"] == 0.25 and row["tokens_per_second"] == 100
+    assert row["loss_difference"] == pytest.approx(0.01)
