@@ -24,7 +24,7 @@ from spo_kernels.engine.tokens import TokenRows, Tokens
 from spo_kernels.engine.workspace import block_width, plan_tiles, spans
 from spo_kernels.sparsity import Sparsity
 
-MODEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor transform"
+MODEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor transform, Tensor? base"
 TOKENS = "Tensor labels, Tensor counted, Tensor positions, Tensor total, Tensor listed"
 OPTIONS = "bool shift, int? workspace_bytes, str backend"
 
@@ -77,10 +77,17 @@ def _codes_shape(labels: Tensor, weight: Tensor, sparsity: Sparsity) -> tuple[in
 
 
 def plane_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Tensor, tokens: Tokens, shift: bool, backend: str
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: Tensor,
+    base: Tensor | None,
+    tokens: Tokens,
+    shift: bool,
+    backend: str,
 ) -> exact.Plane:
     """What an op's arguments say is to be walked."""
-    head = HeadSlices.of(weight, bias, transform)
+    head = HeadSlices.of(weight, bias, transform, base)
     return exact.Plane(hidden.reshape(-1, hidden.shape[-1]), head, TokenRows.of(tokens, shift), load_backend(backend))
 
 
@@ -96,6 +103,7 @@ def linear_logprob_fwd(
     weight: Tensor,
     bias: Tensor | None,
     transform: Tensor,
+    base: Tensor | None,
     labels: Tensor,
     counted: Tensor,
     positions: Tensor,
@@ -112,7 +120,7 @@ def linear_logprob_fwd(
 ) -> tuple[Tensor, ...]:
     """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`."""
     tokens = Tokens(labels, counted, positions, total, listed)
-    plane = plane_of(hidden, weight, bias, transform, tokens, shift, backend)
+    plane = plane_of(hidden, weight, bias, transform, base, tokens, shift, backend)
     rows = plane.tokens
     logp_grad = hidden.new_empty(0, dtype=logp_grad_dtype(hidden))
     if need_logp_grad:
@@ -158,6 +166,7 @@ def linear_logprob_bwd(
     weight: Tensor,
     bias: Tensor | None,
     transform: Tensor,
+    base: Tensor | None,
     labels: Tensor,
     counted: Tensor,
     positions: Tensor,
@@ -183,7 +192,7 @@ def linear_logprob_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`."""
     tokens = Tokens(labels, counted, positions, total, listed)
-    plane = plane_of(hidden, weight, bias, transform, tokens, shift, backend)
+    plane = plane_of(hidden, weight, bias, transform, base, tokens, shift, backend)
     rows = plane.tokens
     grads = TokenGrads(
         lse_value=lse,
@@ -242,6 +251,7 @@ def _fwd_fake(
     weight: Tensor,
     bias: Tensor | None,
     transform: Tensor,
+    base: Tensor | None,
     labels: Tensor,
     counted: Tensor,
     positions: Tensor,
