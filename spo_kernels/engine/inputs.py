@@ -52,6 +52,7 @@ class ModelInputs:
         _check_dtypes(named)
         weight, bias, base = head.weight, head.bias, None
         if head.lora:
+            _check_adapters(f"{prefix}head.lora", head, labels)
             if torch.is_grad_enabled() and weight.requires_grad:
                 raise ValueError(
                     f"{weight_name} is trained and carries adapters, beside which it gets no gradient: freeze it, or "
@@ -144,6 +145,19 @@ def _check_shapes(name: str, hidden: Tensor, weight_name: str, head: LMHead, bia
         if name == "hidden":
             raise ValueError(f"labels must have hidden's leading shape {leading}, got {of_labels}")
         raise ValueError(f"{name} must have the labels' leading shape {of_labels}, got {leading}")
+
+
+def _check_adapters(name: str, head: LMHead, labels: Tensor) -> None:
+    vocab, width = head.weight.shape
+    for i, lora in enumerate(head.lora):
+        check_tensor(f"{name}[{i}].a", lora.a, labels)
+        check_tensor(f"{name}[{i}].b", lora.b, labels)
+        shapes = list(lora.a.shape), list(lora.b.shape)
+        if shapes != ([len(lora.a), width], [vocab, len(lora.a)]):
+            raise ValueError(
+                f"{name}[{i}] must have a [r, H] and b [V, r] with H = {width} and V = {vocab}, got {shapes[0]} and "
+                f"{shapes[1]}"
+            )
 
 
 def _check_dtypes(named: dict[str, Tensor]) -> None:

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spo_kernels import LMHead, fused_spo_loss, linear_logprob
-from spo_kernels.head import LoRA
+from spo_kernels import LMHead, LoRA, Sparsity, fused_spo_loss, linear_kl, linear_logprob
 from spo_kernels.integrations.transformers import FusedPreferenceModel, hidden_states
 from spo_kernels.testing import TensorMeter
 from tests.integrations.test_transformers import REFERENCE, batch_of, build, full_logits
@@ -133,6 +132,32 @@ def test_optional_outputs_and_small_slices(columns: int) -> None:
     assert_same((logp + 0.3 * extra["entropy"] + 0.1 * extra["lse"])[counted].sum(), theirs, model)
 
 
+def test_divergence_from_the_base() -> None:
+    model, batch = two_active(), batch_of()
+    inputs, labels = {key: batch[key] for key in ("input_ids", "attention_mask")}, batch["labels"]
+    with torch.no_grad(), model.disable_adapter():
+        reference = hidden_states(model, **inputs), LMHead.of(model)
+        log_p = model(**inputs).logits.log_softmax(-1)
+    ours = linear_kl(hidden_states(model, **inputs), LMHead.of(model), *reference, labels).sum()
+    log_q = model(**inputs).logits.log_softmax(-1)
+    assert_same(ours, (log_p.exp() * (log_p - log_q)).sum(-1)[labels != -100].sum(), model)
+
+
+def test_sparse_backward() -> None:
+    """What is left out is known, and small."""
+    torch.manual_seed(0)
+    hidden, labels = 3 * torch.randn(64, 32), torch.randint(4096, (64,))
+    weight, a, b = torch.randn(4096, 32), torch.randn(3, 32, requires_grad=True), torch.randn(4096, 3)
+    head, leaves = LMHead(weight, lora=(LoRA(a, b.requires_grad_(), 0.3),)), (hidden.requires_grad_(), a, b)
+    found = []
+    for sparsity in ("exact", Sparsity("certified", 1e-6)):
+        logp, extra = linear_logprob(hidden, head, labels, outputs=("kept_share",), sparsity=sparsity)
+        found.append(torch.autograd.grad(logp.sum(), leaves))
+    assert extra["kept_share"].mean() < 0.9
+    for exact, sparse in zip(*found, strict=True):
+        torch.testing.assert_close(sparse, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
 def test_half_precision_base_with_float32_adapters() -> None:
     model, batch = lora("llama").to(torch.bfloat16), {**batch_of(), "ref_logps": REFERENCE}
     for key, parameter in model.named_parameters():
@@ -151,6 +176,9 @@ def test_what_is_no_sum_of_two_products_is_refused_by_name() -> None:
     settings = peft.LoHaConfig(r=2, target_modules=["lm_head"])
     with pytest.raises(ValueError, match=r"carries an adapter of peft\.tuners\.loha"):
         LMHead.of(peft.get_peft_model(build("llama"), settings))
+    wrong = LMHead(torch.zeros(7, 4), lora=(LoRA(torch.zeros(2, 4), torch.zeros(7, 3)),))
+    with pytest.raises(ValueError, match=r"head\.lora\[0\] must have .* V = 7, got \[2, 4\] and \[7, 3\]"):
+        linear_logprob(torch.zeros(3, 4), wrong, torch.zeros(3, dtype=torch.int64))
     model = lora("llama")
     model.get_base_model().lm_head.base_layer.weight.requires_grad_()
     with pytest.raises(ValueError, match=r"head\.weight is trained and carries adapters"):
