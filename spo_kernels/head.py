@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,8 @@ class LMHead:
         logit_scale: Multiplies the products (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`, the
             inverse of a sampling temperature).
         logit_softcap: c, Gemma's `final_logit_softcapping`; None for none.
+        lora: Adapters, whose products are added to those of the weight. It is then a constant; no `[V, H]` gradient and
+            no copy of it are made.
 
     Raises:
         TypeError, ValueError: A number is none, or not finite. Tensors are checked where the head is used.
@@ -40,6 +43,7 @@ class LMHead:
     bias: Tensor | None = None
     logit_scale: float = field(default=1.0, kw_only=True)
     logit_softcap: float | None = field(default=None, kw_only=True)
+    lora: tuple[LoRA, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():  # the numbers may be symbolic there
@@ -55,17 +59,28 @@ class LMHead:
         """Whether logits are more than products and bias."""
         return self.logit_scale != 1.0 or self.logit_softcap is not None
 
+    def with_adapters(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`[hidden, what the adapters make of it]` `[..., H + r]` and their last steps `[V, r]`, in hidden's dtype.
+
+        `[h, s h Aᵀ] · [W, B]ᵀ` is the product of the adapted head.
+        """
+        reduced = [lora.reduced(hidden).to(hidden.dtype) for lora in self.lora]
+        steps = [lora.b.to(hidden.dtype) for lora in self.lora]
+        return torch.cat([hidden, *reduced], -1), steps[0] if len(steps) == 1 else torch.cat(steps, 1)
+
     @classmethod
     def of(cls, model: nn.Module) -> LMHead:
         """The head of a transformers causal language model, also inside PEFT, DDP, FSDP2, DeepSpeed or torch.compile.
 
         Scale and softcap are read from the configuration. Equivalent, for a plain Llama: `LMHead(lm_head.weight)`.
+        What PEFT has put there is taken as it is at the moment: LoRA's active adapters, with dropout while they train;
+        a trained copy (`modules_to_save`); neither where adapters are switched off.
         A weight of which this process holds a part (a DTensor) is gathered: all processes must call this together. Its
         gradient is the mean over them.
 
         Raises:
             TypeError: The model has no configuration, or no linear head.
-            ValueError: The head carries an adapter or a trained copy, or is quantised.
+            ValueError: The head carries an adapter that is no plain LoRA, or is quantised.
         """
         inner = inner_model(model)
         kind = type(inner).__name__
@@ -74,9 +89,64 @@ class LMHead:
         head = inner.get_output_embeddings()
         if head is None:
             raise TypeError(f"{kind} has no output embeddings, so there is no head to fuse with a loss")
-        _check_module(kind, head)
+        head = _active_copy(head)
+        plain = head.base_layer if hasattr(head, "base_layer") else head
+        _check_module(kind, plain)
+        lora, bias = _active_lora(kind, head, gathered(plain.bias)) if plain is not head else ((), gathered(plain.bias))
         scale, softcap = logit_transform(inner.config)
-        return cls(gathered(head.weight), gathered(head.bias), logit_scale=scale, logit_softcap=softcap)
+        return cls(gathered(plain.weight), bias, logit_scale=scale, logit_softcap=softcap, lora=lora)
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """A low-rank adapter of a head: it adds `scale * dropout(hidden) @ a.T @ b.T` to `hidden @ weight.T`.
+
+    Attributes:
+        a: `[r, H]`, floating.
+        b: `[V, r]`, floating.
+        scale: α / r, or α / √r.
+        dropout: What hidden states go through first; None for nothing.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+    dropout: Callable[[Tensor], Tensor] | None = None
+
+    def reduced(self, hidden: Tensor) -> Tensor:
+        """`scale * dropout(hidden) @ a.T`, `[..., r]`."""
+        hidden = hidden.to(self.a.dtype)
+        return self.scale * nn.functional.linear(hidden if self.dropout is None else self.dropout(hidden), self.a)
+
+
+def _active_copy(head: Any) -> Any:
+    """The head, or what PEFT's `modules_to_save` has in its place."""
+    if not hasattr(head, "modules_to_save"):
+        return head
+    names = [] if head.disable_adapters else [name for name in head.active_adapters if name in head.modules_to_save]
+    return head.modules_to_save[names[0]] if names else head.original_module
+
+
+def _active_lora(kind: str, head: Any, bias: Tensor | None) -> tuple[tuple[LoRA, ...], Tensor | None]:
+    """The adapters that a PEFT layer adds to its base at the moment, and its bias with theirs."""
+    if head.disable_adapters or head.merged:
+        return (), bias
+    if not hasattr(head, "lora_A"):
+        raise ValueError(f"{kind}: the head carries an adapter of {type(head).__module__}; merge it (merge_and_unload)")
+    found = []
+    for name in (name for name in head.active_adapters if name in head.lora_A):
+        variant = head.lora_variant.get(name)
+        if variant is not None:
+            raise ValueError(
+                f"{kind}: the head's adapter {name!r} is a {type(variant).__name__}, which is more than a sum of two "
+                "products; leave the head out of its targets, or merge it (merge_and_unload)"
+            )
+        a, b, scale = head.lora_A[name].weight, head.lora_B[name], head.scaling[name]
+        found.append(LoRA(gathered(a), gathered(b.weight), scale, head.lora_dropout[name]))
+        if b.bias is not None:
+            more = gathered(b.bias) * scale
+            bias = more.to(head.base_layer.weight.dtype) if bias is None else bias + more
+    return tuple(found), bias
 
 
 def _is_finite(value: object) -> bool:
@@ -110,11 +180,6 @@ def _number(config: Any, name: str, default: float) -> float:
 
 
 def _check_module(kind: str, head: nn.Module) -> None:
-    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
-        raise ValueError(
-            f"{kind}: the head carries an adapter or a trained copy (modules_to_save), which would be left out; "
-            "leave the head out of the adapter's targets, or merge it (merge_and_unload)"
-        )
     weight = getattr(head, "weight", None)
     if not isinstance(head, nn.Linear) or weight is None:
         raise TypeError(f"{kind}: the head is a {type(head).__name__}; a plain nn.Linear is needed")

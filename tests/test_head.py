@@ -61,16 +61,6 @@ def test_inside_ddp_and_compile():
         torch.distributed.destroy_process_group()
 
 
-def test_an_adapter_on_the_head_is_refused_with_the_reason():
-    peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
-    copy = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-    for config in (lora, copy):
-        wrapped = peft.get_peft_model(build("llama"), config)
-        with pytest.raises(ValueError, match=r"the head carries an adapter or a trained copy .*merge_and_unload"):
-            LMHead.of(wrapped)
-
-
 def test_what_is_no_language_model():
     with pytest.raises(TypeError, match=r"a transformers causal language model, got Linear"):
         LMHead.of(torch.nn.Linear(2, 2))

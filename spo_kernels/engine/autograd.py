@@ -95,7 +95,7 @@ class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         """Arguments: `ModelInputs.tensors()`, `Tokens` and options. Returns logp and all of `OUTPUTS`."""
-        hidden, weight, bias, transform, *tokens, options = arguments
+        hidden, weight, bias, transform, base, *tokens, options = arguments
         recompute = bool(options.differentiable) or any(ctx.needs_input_grad[1:3])
         sparsity = options.sparsity if any(ctx.needs_input_grad[:3]) else EXACT
         exact = sparsity.mode == "exact"
@@ -107,6 +107,7 @@ class LinearLogprobFunction(torch.autograd.Function):
                 weight,
                 bias,
                 transform,
+                base,
                 *tokens,
                 *options.common(),
                 options.moments,
@@ -124,6 +125,7 @@ class LinearLogprobFunction(torch.autograd.Function):
             weight,
             bias,
             transform,
+            base,
             *tokens,
             found.lse,
             found.entropy,

@@ -25,10 +25,10 @@ _library.define(
 
 def _models(*arguments: Any) -> tuple[divergence.Models, TokenRows, Tensor]:
     """The ops' common arguments as the walk takes them; the tokens, and labels."""
-    found, (shift, workspace_bytes, backend) = Tokens(*arguments[8:13]), arguments[13:]
+    found, (shift, workspace_bytes, backend) = Tokens(*arguments[10:15]), arguments[15:]
     policy, reference = (
-        plane_of(hidden, weight, bias, transform, found, shift, backend)
-        for hidden, weight, bias, transform in (arguments[:4], arguments[4:8])
+        plane_of(*model, found, shift, backend)  # type: ignore[call-arg]
+        for model in (arguments[:5], arguments[5:10])
     )
     return divergence.Models(policy, reference, workspace_bytes), policy.tokens, found.labels
 
@@ -64,7 +64,7 @@ for _op in (linear_kl_fwd, linear_kl_bwd):
 
 @torch.library.register_fake("spo_kernels::linear_kl_fwd", lib=_library)
 def _fwd_fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    labels, dtype = rest[7], accumulator_dtype(hidden.dtype)
+    labels, dtype = rest[9], accumulator_dtype(hidden.dtype)
     kl, ref_lse, lse = (torch.empty(labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
     return kl, ref_lse, lse
 

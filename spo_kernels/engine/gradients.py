@@ -92,6 +92,8 @@ class SliceGradient:
     def add(self, tile: Tensor, states: Tensor, listed: Tensor | None = None) -> None:
         """Add `tile.T @ states`, or `tile.T @ states[listed]`, and the tile's column sums for the bias."""
         if self._sum is not None:
+            if self._sum.shape[1] != states.shape[1]:  # of the last entries of a row alone
+                states = states[:, -self._sum.shape[1] :]
             self._products.matmul(tile.t(), states, out=self._sum, accumulate=self._begun, b_rows=listed)
         if self._gradient.bias is not None:
             sums, bias = tile.sum(0, dtype=self._wide), self._gradient.bias[self._part]

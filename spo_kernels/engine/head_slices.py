@@ -19,17 +19,22 @@ _SUMMED_ROWS = 4096
 
 @dataclass(frozen=True)
 class HeadSlices:
-    """A plain head: all rows of the vocabulary, in this process, in one tensor."""
+    """All rows of the vocabulary, in this process: of one tensor, or of a frozen one beside a trained one.
 
-    weight: Tensor  # [V, H]
+    With a base, rows are `[base, weight]`, and put together a slice at a time: `weight` is what an adapter's last step
+    multiplies the last entries of the hidden states with. Gradients are of `weight` alone.
+    """
+
+    weight: Tensor  # [V, H], or [V, r] beside a base
     bias: Tensor | None  # [V]
     transform: LogitTransform
+    base: Tensor | None = None  # [V, H - r], a constant
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, transform: Tensor) -> HeadSlices:
+    def of(cls, weight: Tensor, bias: Tensor | None, transform: Tensor, base: Tensor | None) -> HeadSlices:
         """From the tensors that an op takes; see `ModelInputs.tensors`."""
         scale, softcap = transform.tolist()
-        return cls(weight, bias, LogitTransform(scale, softcap or None))
+        return cls(weight, bias, LogitTransform(scale, softcap or None), base)
 
     @property
     def vocab(self) -> int:
@@ -39,6 +44,11 @@ class HeadSlices:
     @property
     def width(self) -> int:
         """H."""
+        return self.trained_width + (0 if self.base is None else self.base.shape[1])
+
+    @property
+    def trained_width(self) -> int:
+        """Entries of a row that have a gradient."""
         return self.weight.shape[1]
 
     @property
@@ -46,9 +56,14 @@ class HeadSlices:
         """Of one entry of the weight as it is stored."""
         return self.weight.dtype.itemsize
 
+    def copied_bytes(self, itemsize: int) -> int:
+        """What an entry of `rows`, in a dtype of that size, costs where rows are cast or put together; else 0."""
+        return itemsize if self.base is not None or itemsize != self.weight_bytes else 0
+
     def rows(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Rows of the weight that are a slice of the vocabulary, in the dtype of the products."""
-        return self._whole(self.weight, part).to(dtype)
+        rows = self._whole(self.weight, part).to(dtype)
+        return rows if self.base is None else torch.cat([self._whole(self.base, part).to(dtype), rows], 1)
 
     def bias_rows(self, part: slice, dtype: torch.dtype) -> Tensor | None:
         """The same of the bias."""
@@ -59,12 +74,14 @@ class HeadSlices:
 
     def label_rows(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """The labels' rows of the weight, `[n, H]`."""
-        return self.weight[labels].to(dtype)
+        rows = self.weight[labels].to(dtype)
+        return rows if self.base is None else torch.cat([self.base[labels].to(dtype), rows], 1)
 
     def summed_rows(self, dtype: torch.dtype) -> Tensor:
         """The sum of all rows of the weight, `[H]`."""
+        parts = [self.weight] if self.base is None else [self.base, self.weight]
         # slices: a sum in another dtype copies what it sums on a CPU
-        return torch.stack([rows.to(dtype).sum(0) for rows in self.weight.split(_SUMMED_ROWS)]).sum(0)
+        return torch.cat([torch.stack([r.to(dtype).sum(0) for r in p.split(_SUMMED_ROWS)]).sum(0) for p in parts])
 
     def of_classes(self, classes: Tensor, dtype: torch.dtype) -> HeadSlices:
         """A head that has these rows alone, cast."""

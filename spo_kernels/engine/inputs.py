@@ -18,13 +18,17 @@ from spo_kernels.sparsity import EXACT, Sparsity, as_sparsity
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """A model's last hidden states and head, in the dtype that they are computed in."""
+    """A model's last hidden states and head, in the dtype that they are computed in.
+
+    With adapters, `hidden` has what they make of it behind it and `weight` is their last step, beside a base.
+    """
 
     hidden: Tensor  # [..., H]
-    weight: Tensor  # [V, H]
+    weight: Tensor  # [V, H], or [V, r] beside a base
     bias: Tensor | None  # [V]
     logit_scale: float
     logit_softcap: float | None
+    base: Tensor | None = None  # [V, H - r]
 
     @classmethod
     def resolve(cls, hidden: Tensor, head: Tensor | LMHead, labels: Tensor, prefix: str = "") -> ModelInputs:
@@ -46,13 +50,21 @@ class ModelInputs:
             if value.device != labels.device:
                 raise ValueError(f"{key} is on {value.device}, but labels is on {labels.device}")
         _check_dtypes(named)
-        weight, bias = head.weight, head.bias
+        weight, bias, base = head.weight, head.bias, None
+        if head.lora:
+            _check_adapters(f"{prefix}head.lora", head, labels)
+            if torch.is_grad_enabled() and weight.requires_grad:
+                raise ValueError(
+                    f"{weight_name} is trained and carries adapters, beside which it gets no gradient: freeze it, or "
+                    "merge them"
+                )
+            hidden, weight, base = *head.with_adapters(hidden), weight
         device = hidden.device.type
         if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        return cls(hidden, weight, bias, head.logit_scale, head.logit_softcap)
+            bias, base = (None if value is None else value.to(dtype) for value in (bias, base))
+        return cls(hidden, weight, bias, head.logit_scale, head.logit_softcap, base)
 
     @classmethod
     def resolve_reference(
@@ -85,10 +97,10 @@ class ModelInputs:
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """As ops take them: hidden, weight, bias, and scale and softcap (0 for none) as float64 `[2]` on the CPU.
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+        """As ops take them: hidden, weight, bias, scale and softcap (0 for none) as float64 `[2]` on the CPU, base.
 
-        These are a tensor, since a graph is compiled anew for every value of a float that crosses into an op.
+        The numbers are a tensor, since a graph is compiled anew for every value of a float that crosses into an op.
         """
         numbers = (self.logit_scale, 0.0 if self.logit_softcap is None else self.logit_softcap)
         if torch.compiler.is_compiling():
@@ -96,11 +108,12 @@ class ModelInputs:
             transform = torch.stack([torch.ones((), dtype=torch.float64) * number for number in numbers])
         else:
             transform = torch.tensor(numbers, dtype=torch.float64)
-        return self.hidden, self.weight, self.bias, transform
+        return self.hidden, self.weight, self.bias, transform, self.base
 
     def slices(self) -> HeadSlices:
         """The head as the engine sees it."""
-        return HeadSlices(self.weight, self.bias, LogitTransform(float(self.logit_scale), self.logit_softcap))
+        transform = LogitTransform(float(self.logit_scale), self.logit_softcap)
+        return HeadSlices(self.weight, self.bias, transform, self.base)
 
     @property
     def trains_head(self) -> bool:
@@ -132,6 +145,19 @@ def _check_shapes(name: str, hidden: Tensor, weight_name: str, head: LMHead, bia
         if name == "hidden":
             raise ValueError(f"labels must have hidden's leading shape {leading}, got {of_labels}")
         raise ValueError(f"{name} must have the labels' leading shape {of_labels}, got {leading}")
+
+
+def _check_adapters(name: str, head: LMHead, labels: Tensor) -> None:
+    vocab, width = head.weight.shape
+    for i, lora in enumerate(head.lora):
+        check_tensor(f"{name}[{i}].a", lora.a, labels)
+        check_tensor(f"{name}[{i}].b", lora.b, labels)
+        shapes = list(lora.a.shape), list(lora.b.shape)
+        if shapes != ([len(lora.a), width], [vocab, len(lora.a)]):
+            raise ValueError(
+                f"{name}[{i}] must have a [r, H] and b [V, r] with H = {width} and V = {vocab}, got {shapes[0]} and "
+                f"{shapes[1]}"
+            )
 
 
 def _check_dtypes(named: dict[str, Tensor]) -> None:

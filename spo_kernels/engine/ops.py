@@ -25,7 +25,7 @@ from spo_kernels.engine.tokens import TokenRows, Tokens
 from spo_kernels.engine.workspace import block_width, plan_tiles, spans
 from spo_kernels.sparsity import Sparsity
 
-MODEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor transform"
+MODEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor transform, Tensor? base"
 TOKENS = "Tensor labels, Tensor counted, Tensor positions, Tensor total, Tensor listed"
 OPTIONS = "bool shift, int? workspace_bytes, str backend"
 
@@ -79,10 +79,17 @@ def _codes_shape(labels: Tensor, weight: Tensor, sparsity: Sparsity) -> tuple[in
 
 
 def plane_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Tensor, tokens: Tokens, shift: bool, backend: str
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: Tensor,
+    base: Tensor | None,
+    tokens: Tokens,
+    shift: bool,
+    backend: str,
 ) -> exact.Plane:
     """What an op's arguments say is to be walked."""
-    head = HeadSlices.of(weight, bias, transform)
+    head = HeadSlices.of(weight, bias, transform, base)
     return exact.Plane(hidden.reshape(-1, hidden.shape[-1]), head, TokenRows.of(tokens, shift), load_backend(backend))
 
 
@@ -98,6 +105,7 @@ def linear_logprob_fwd(
     weight: Tensor,
     bias: Tensor | None,
     transform: Tensor,
+    base: Tensor | None,
     labels: Tensor,
     counted: Tensor,
     positions: Tensor,
@@ -115,7 +123,7 @@ def linear_logprob_fwd(
 ) -> tuple[Tensor, ...]:
     """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`."""
     tokens = Tokens(labels, counted, positions, total, listed)
-    plane = plane_of(hidden, weight, bias, transform, tokens, shift, backend)
+    plane = plane_of(hidden, weight, bias, transform, base, tokens, shift, backend)
     rows = plane.tokens
     logp_grad = hidden.new_empty(0, dtype=logp_grad_dtype(hidden))
     if need_logp_grad:
@@ -164,6 +172,7 @@ def linear_logprob_bwd(
     weight: Tensor,
     bias: Tensor | None,
     transform: Tensor,
+    base: Tensor | None,
     labels: Tensor,
     counted: Tensor,
     positions: Tensor,
@@ -189,7 +198,7 @@ def linear_logprob_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`."""
     tokens = Tokens(labels, counted, positions, total, listed)
-    plane = plane_of(hidden, weight, bias, transform, tokens, shift, backend)
+    plane = plane_of(hidden, weight, bias, transform, base, tokens, shift, backend)
     rows = plane.tokens
     grads = TokenGrads(
         lse_value=lse,
@@ -248,6 +257,7 @@ def _fwd_fake(
     weight: Tensor,
     bias: Tensor | None,
     transform: Tensor,
+    base: Tensor | None,
     labels: Tensor,
     counted: Tensor,
     positions: Tensor,

@@ -63,7 +63,7 @@ def plan_tiles(
     """The largest tile whose temporaries fit the budget, of which each of `models` heads in work has its share.
 
     Per cell: see `Backend.cell_bytes`. Per row: the gathered token, its accumulated sum and what the product packs.
-    Per column: the weight row where it is cast, and its accumulated gradient or a label's weight row.
+    Per column: the weight row where it is copied, and its accumulated gradient or a label's weight row.
 
     Raises:
         ValueError: Not even one cell fits.
@@ -73,7 +73,7 @@ def plan_tiles(
     narrow = backend.products.operand_dtype(hidden).itemsize
     cell = backend.cell_bytes(hidden, temporaries)
     row = width * (wide + narrow) + backend.products.row_bytes
-    column = width * (wide + (narrow if narrow != head.weight_bytes else 0))
+    column = width * (wide + head.copied_bytes(narrow))
     device = hidden.device.type
     budget = budget_of(workspace_bytes, device) // models
     if cell + row + column > budget:
@@ -99,7 +99,7 @@ class KeptSpace:
     row_bytes: int  # of a token: its tile over the whole vocabulary, its hidden state and gradient
     column_bytes: int  # of a column in work: its weight row cast, its gradient before the cast
     cell_bytes: int  # of a column in work and one token, beside what is kept of it
-    accumulator_bytes: int  # of one [V, H] accumulator
+    accumulator_bytes: int  # of one accumulator of the weight's gradient
 
     @classmethod
     def of(
@@ -118,7 +118,7 @@ class KeptSpace:
         vocab, width, direct = head.vocab, head.width, head.weight_bytes == wide
         device = hidden.device.type
         budget = budget_of(workspace_bytes, device)
-        column_bytes = width * ((0 if narrow == head.weight_bytes else narrow) + (0 if direct else wide))
+        column_bytes = width * head.copied_bytes(narrow) + head.trained_width * (0 if direct else wide)
         columns = min(vocab, _KEPT_COLUMNS.get(device, vocab))
         if column_bytes:
             columns = min(columns, max(64, budget // 8 // column_bytes))
@@ -129,7 +129,7 @@ class KeptSpace:
             row_bytes=vocab * kept + width * (wide + narrow) + backend.products.row_bytes,
             column_bytes=column_bytes,
             cell_bytes=backend.cell_bytes(hidden, temporaries) - kept,
-            accumulator_bytes=vocab * width * wide,
+            accumulator_bytes=vocab * head.trained_width * wide,
         )
 
     def rows(self, accumulators: int) -> int:

@@ -184,10 +184,10 @@ class FusedPreferenceModel(nn.Module):
         model.eval()
         try:
             with model.disable_adapter() if isinstance(reference, str) else nullcontext():
-                hidden, _ = laid.hidden(model)
+                hidden, head = laid.hidden(model)[0], LMHead.of(model)
         finally:
             model.train(training)
-        return {"ref_hidden": hidden, "ref_head": LMHead.of(model)}
+        return {"ref_hidden": hidden, "ref_head": head}
 
     def _refuse_bypass(self) -> None:
         if self._looked_for_ddp or not torch.is_grad_enabled() or inside_ddp():

@@ -94,7 +94,7 @@ def _load(name: str, config: TrainConfig, frozen: bool, device: torch.device) ->
 
 
 def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Wrap the model with fresh adapters; the head never gets one."""
+    """Wrap the model with fresh adapters; "all-linear" is all but the head."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

@@ -140,17 +140,13 @@ def test_text_of_a_vision_model() -> None:
         assert parameter.requires_grad == ("language_model" in name or "lm_head" in name), name
 
 
-def test_lora_on_the_head_is_refused() -> None:
+def test_lora_on_the_head() -> None:
     pytest.importorskip("peft")
-    with pytest.raises(TrainError, match="the head carries an adapter"):
-        add_lora(build("llama"), config(lora_r=4, lora_targets="q_proj,lm_head"))
-
-
-def test_trained_copy_of_the_head_is_refused() -> None:
-    peft = pytest.importorskip("peft")
-    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    with pytest.raises(TrainError, match="modules_to_save"):
-        check_head(peft.get_peft_model(build("llama"), settings))
+    model = add_lora(build("llama"), config(lora_r=4, lora_targets="q_proj,lm_head"))
+    torch.nn.init.normal_(model.get_base_model().lm_head.lora_B["default"].weight, std=0.3)
+    check_against_own_logits(model, tokens())
+    freeze_unused(model, tokens())
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
 
 
 def test_unknown_lora_target_is_refused() -> None:
