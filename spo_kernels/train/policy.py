@@ -39,7 +39,8 @@ class Policy(FusedPreferenceModel):
         sparsity: Sparsity = EXACT,
         **kernels: Any,
     ) -> None:
-        super().__init__(model, loss, reference, ld_alpha, sparsity, reduction="sum", pair_logps=True, **kernels)
+        options: dict[str, Any] = {"ld_alpha": ld_alpha, "sparsity": sparsity, "reduction": "sum", "pair_logps": True}
+        super().__init__(model, loss, reference, **options, **kernels)
         self._kernels = {**kernels, "shift": True, "ignore_index": IGNORE_INDEX}
         self._experts = router_loss(model)
 
