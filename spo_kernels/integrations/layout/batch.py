@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, overload
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spo_kernels.head import inner_model
 from spo_kernels.integrations.hidden import forward_without_logits
 from spo_kernels.integrations.layout.rows import PairRow, lay_row
-from spo_kernels.integrations.layout.ways import NotExact, run_row, way_of
+from spo_kernels.integrations.layout.ways import NotExact, inputs_of, way_of
 
 LAYOUTS = ("auto", "padded", "packed", "shared")
 _MODEL_INPUTS = {"input_ids", "attention_mask"}
@@ -56,20 +56,25 @@ class LaidPairs:
             return values
         return self.row.of_tokens(values)
 
-    def hidden(self, model: nn.Module) -> tuple[Tensor, Any]:
-        """The model's hidden states at each label, `labels.shape + [H]`, and its output.
+    def for_model(self, model: nn.Module) -> tuple[Mapping[str, Any], Callable[[Tensor], Tensor]]:
+        """Inputs of the model's forward, and a function from its last hidden states to those of `labels`.
 
         A model that cannot take the row (a reference of another family) computes the padded batch.
         """
-        if self.row is None:
-            return forward_without_logits(model, **self.inputs)
+        row = self.row
+        if row is None:
+            return self.inputs, lambda hidden: hidden
         try:
-            hidden, output = run_row(model, self.row, way_of(model))
+            return inputs_of(model, row, way_of(model)), lambda hidden: hidden[0, row.index]
         except NotExact as error:
             _say(model, str(error))
-            hidden, output = forward_without_logits(model, **self.inputs)
-            return hidden.flatten(0, 1)[self.row.places - 1], output
-        return hidden[self.row.index], output
+            return self.inputs, lambda hidden: hidden.flatten(0, 1)[row.places - 1]
+
+    def hidden(self, model: nn.Module) -> tuple[Tensor, Any]:
+        """The model's hidden states, `labels.shape + [H]`, and its output."""
+        inputs, of_labels = self.for_model(model)
+        hidden, output = forward_without_logits(model, **inputs)
+        return of_labels(hidden), output
 
 
 def lay_pairs(

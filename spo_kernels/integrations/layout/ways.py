@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from spo_kernels.engine.checks import without_autocast
 from spo_kernels.head import inner_model
 from spo_kernels.integrations.hidden import device_of, forward_without_logits
 from spo_kernels.integrations.layout.masks import MASK_BYTES, dense_mask, in_the_models_form, reaches, segment_table
@@ -73,24 +74,23 @@ def way_of(model: nn.Module) -> Masks:
     return way
 
 
-def run_row(model: nn.Module, row: PairRow, way: Masks) -> tuple[Tensor, Any]:
-    """Hidden states `[N, H]` of a row's tokens, and the model's output.
+def inputs_of(model: nn.Module, row: PairRow, way: Masks) -> dict[str, Any]:
+    """What the model's forward takes for the row.
 
     Raises:
         NotExact: This row is too long for the model's way.
     """
     mask = way(inner_model(model).config, row, next(model.parameters()).dtype)
-    hidden, output = forward_without_logits(
-        model, input_ids=row.input_ids, attention_mask=mask, position_ids=row.position_ids
-    )
-    return hidden[0], output
+    return {"input_ids": row.input_ids, "attention_mask": mask, "position_ids": row.position_ids}
 
 
 def _named(model: nn.Module, inner: Any) -> str | None:
     """Why a model of a known family cannot take such rows."""
     config = inner.config.get_text_config()
     kind = config.model_type
-    adapters = getattr(model, "peft_config", None) or {}
+    while not hasattr(model, "peft_config") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # type: ignore[assignment]
+    adapters: Any = getattr(model, "peft_config", None) or {}
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
         return "its adapter adds virtual tokens (prompt, prefix or p-tuning) in front of a row, not of each sequence"
     if getattr(inner, "_is_stateful", False) or kind in ("mamba", "mamba2", "rwkv"):
@@ -118,13 +118,14 @@ def _compare(model: nn.Module, inner: Any) -> Masks | str:
     row = lay_row(ids, mask, labels, shared=True)
     assert row is not None
     why = []
-    with torch.no_grad(), _without_dropout(model), _small_windows(inner.config):
+    with torch.no_grad(), without_autocast(ids.device), _without_dropout(model), _small_windows(inner.config):
         attend_as_before(inner.config)
         plain, _ = forward_without_logits(model, input_ids=ids, attention_mask=mask)
         expected = plain.flatten(0, 1)[row.places - 1].double()
         for way in (by_segments, by_dense_masks):
             try:
-                hidden = run_row(model, row, way)[0][row.index].double()
+                hidden, _ = forward_without_logits(model, **inputs_of(model, row, way))
+                hidden = hidden[0, row.index].double()
             except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 why.append(f"{type(error).__name__}: {error}".splitlines()[0])
                 continue
@@ -138,7 +139,7 @@ def _compare(model: nn.Module, inner: Any) -> Masks | str:
 
 def _small_batch(model: nn.Module, inner: Any) -> tuple[Tensor, Tensor, Tensor]:
     """input_ids, attention_mask and labels of three pairs, two of the same prompt, of different lengths."""
-    vocab, device = inner.get_input_embeddings().weight.shape[0], device_of(model)
+    vocab, device = inner.config.get_text_config().vocab_size, device_of(model)
     prompts, chosen, rejected = (7, 7, 3), (3, 9, 2), (6, 1, 8)
     lengths = [p + r for side in (chosen, rejected) for p, r in zip(prompts, side, strict=True)]
     places = torch.arange(max(lengths), device=device)
