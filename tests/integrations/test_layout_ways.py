@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
 import transformers as tf
+from transformers.masking_utils import flash_attention_mask
 
 from spo_kernels.integrations.hidden import hidden_states
 from spo_kernels.integrations.layout import lay_pairs, ways
@@ -87,6 +89,26 @@ def test_auto_shares_and_is_silent() -> None:
     assert laid.row is not None and laid.row.input_ids.numel() == SHARED
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_half_precision_shares_too(name: str) -> None:
+    """Under autocast the comparison is in the weights' float32; weights in bfloat16 differ by more."""
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = build(name)
+        assert lay_pairs(model, **batch_of()).row is not None
+        assert_close_in_bfloat16(model)
+    model = build(name).bfloat16()
+    assert ways.way_of(model) is ways.by_segments
+    assert_close_in_bfloat16(model)
+
+
+def assert_close_in_bfloat16(model: Any) -> None:
+    shared, padded = (
+        FusedPreferenceModel(model, "simpo", layout=layout)(**batch_of())[0] for layout in ("shared", "padded")
+    )
+    torch.testing.assert_close(shared, padded, rtol=0.05, atol=0)
+
+
 def test_a_forward_that_is_given_more_stays_padded() -> None:
     model, batch = build("llama"), batch_of()
     positions = torch.arange(batch["labels"].shape[1])[None]
@@ -111,6 +133,32 @@ def test_an_attention_that_transformers_does_not_dispatch(monkeypatch: pytest.Mo
     monkeypatch.setattr(ways, "MASK_BYTES", SHARED**2 * 4 - 1)
     with pytest.warns(UserWarning, match=f"a mask of {SHARED} x {SHARED} tokens takes more than"):
         assert_same(gradients(model, "auto", batch_of(), "simpo"), padded)
+
+
+def flash(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Any:
+    """Flash attention as transformers calls it: causal from the last key backwards, no mask but one of padding."""
+    assert attention_mask is None or attention_mask.ndim == 2
+    assert attention_mask is not None or "position_ids" not in options, "it would look for sequences in them"
+    queries, keys = query.shape[2], key.shape[2]
+    back = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    seen = (back >= 0) & (back < (options.get("sliding_window") or keys))
+    if attention_mask is not None:
+        seen = seen & (attention_mask[:, None, None].bool() | (back == 0))
+    key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+    found = nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=options["scaling"])
+    return found.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_flash_attention_gets_no_mask(name: str) -> None:
+    tf.AttentionInterface.register("flash_stand_in", flash)
+    tf.AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
+    model, plain = build(name), build(name)
+    model.config._attn_implementation = "flash_stand_in"
+    assert ways.way_of(model) is ways.by_segments
+    assert_same(gradients(model, "shared", batch_of(), "simpo"), gradients(plain, "padded", batch_of(), "simpo"))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spo_kernels.head import inner_model
 from spo_kernels.integrations.hidden import Result, Run, forward_to_head
 from spo_kernels.integrations.layout.rows import PairRow, lay_row
-from spo_kernels.integrations.layout.ways import NotExact, masks_of, run_row, way_of
+from spo_kernels.integrations.layout.ways import NotExact, inputs_of, way_of
 
 LAYOUTS = ("auto", "padded", "packed", "shared")
 _MODEL_INPUTS = {"input_ids", "attention_mask"}
@@ -60,28 +60,32 @@ class LaidPairs:
         """Values of `labels` in the padded labels' shape, 0 elsewhere."""
         return values if self.row is None else self.row.padded(values, self.inputs["input_ids"])
 
-    def hidden(self, model: nn.Module, run: Run | None = None) -> tuple[Tensor, Any]:
-        """The model's hidden states at each label, `labels.shape + [H]`, and its output."""
-        return self.to_head(model, lambda hidden: hidden, run)
-
-    def to_head(
-        self, model: nn.Module, at_head: Callable[[Tensor], Result], run: Run | None = None
-    ) -> tuple[Result, Any]:
-        """What `at_head` makes of those hidden states where the head runs, see `forward_to_head`.
+    def for_model(
+        self, model: nn.Module, run: Run | None = None
+    ) -> tuple[Mapping[str, Any], Callable[[Tensor], Tensor]]:
+        """Inputs of the model's forward, and a function from its last hidden states to those of `labels`.
 
         A model that cannot take the row (a reference of another family) computes the padded batch.
         """
         row = self.row
         if row is None:
-            return forward_to_head(model, at_head, run, **self.inputs)
+            return self.inputs, lambda hidden: hidden
         try:
-            way = way_of(model, run)
-            mask = masks_of(model, row, way)
+            return inputs_of(model, row, way_of(model, run)), lambda hidden: hidden[0, row.index]
         except NotExact as error:
             _say(model, str(error))
-            before = row.places - 1
-            return forward_to_head(model, lambda hidden: at_head(hidden.flatten(0, 1)[before]), run, **self.inputs)
-        return run_row(model, row, mask, lambda hidden: at_head(hidden[row.index]), run)
+            return self.inputs, lambda hidden: hidden.flatten(0, 1)[row.places - 1]
+
+    def hidden(self, model: nn.Module) -> tuple[Tensor, Any]:
+        """The model's hidden states, `labels.shape + [H]`, and its output."""
+        return self.to_head(model, lambda hidden: hidden)
+
+    def to_head(
+        self, model: nn.Module, at_head: Callable[[Tensor], Result], run: Run | None = None
+    ) -> tuple[Result, Any]:
+        """What `at_head` makes of these hidden states where the head runs, see `forward_to_head`."""
+        inputs, of_labels = self.for_model(model, run)
+        return forward_to_head(model, lambda hidden: at_head(of_labels(hidden)), run, **inputs)
 
 
 def lay_pairs(

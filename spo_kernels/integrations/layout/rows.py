@@ -29,6 +29,7 @@ class PairRow:
     input_ids: Tensor  # [1, N]
     position_ids: Tensor  # [1, N], of each token in its own sequence
     segments: tuple[Segment, ...]
+    # on the device of the labels, which may be another than the tokens'
     index: Tensor  # [n] the tokens that predict the labels; one may predict a label of several sequences
     labels: Tensor  # [n], B chosen sequences, then B rejected ones
     cu_seqlens: Tensor  # [2B + 1] their bounds
@@ -90,12 +91,12 @@ def lay_row(
         labels_of[-1], places[-1] = np.append(labels_of[-1], ignore_index), np.append(places[-1], 0)
         laid.predictors[-1] = np.append(laid.predictors[-1], 0)
 
-    def tensor(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(input_ids.device)
+    def tensor(parts: list[np.ndarray], beside: Tensor = labels) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(beside.device)
 
     return PairRow(
-        input_ids=tensor(laid.tokens)[None],
-        position_ids=tensor(laid.positions)[None],
+        input_ids=tensor(laid.tokens, input_ids)[None],
+        position_ids=tensor(laid.positions, input_ids)[None],
         segments=tuple(laid.segments),
         index=tensor(laid.predictors),
         labels=tensor(labels_of),

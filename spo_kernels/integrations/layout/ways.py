@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from spo_kernels.engine.checks import without_autocast
 from spo_kernels.head import inner_model
-from spo_kernels.integrations.hidden import Result, Run, device_of, forward_to_head, forward_without_logits
+from spo_kernels.integrations.hidden import Run, device_of, forward_without_logits
 from spo_kernels.integrations.layout.masks import MASK_BYTES, dense_mask, in_the_models_form, reaches, segment_table
 from spo_kernels.integrations.layout.rows import PairRow, lay_row
 from spo_kernels.integrations.layout.segments import attend_as_before, attend_by_segments
@@ -75,34 +76,23 @@ def way_of(model: nn.Module, run: Run | None = None) -> Masks:
     return way
 
 
-def masks_of(model: nn.Module, row: PairRow, way: Masks) -> Any:
-    """A row's masks, as the model takes them.
+def inputs_of(model: nn.Module, row: PairRow, way: Masks) -> dict[str, Any]:
+    """What the model's forward takes for the row.
 
     Raises:
         NotExact: This row is too long for the model's way.
     """
-    return way(inner_model(model).config, row, next(model.parameters()).dtype)
-
-
-def run_row(
-    model: nn.Module, row: PairRow, mask: Any, at_head: Callable[[Tensor], Result], run: Run | None = None
-) -> tuple[Result, Any]:
-    """What `at_head` makes of the hidden states `[N, H]` of a row's tokens, and the model's output."""
-    return forward_to_head(
-        model,
-        lambda hidden: at_head(hidden[0]),
-        run,
-        input_ids=row.input_ids,
-        attention_mask=mask,
-        position_ids=row.position_ids,
-    )
+    mask = way(inner_model(model).config, row, next(model.parameters()).dtype)
+    return {"input_ids": row.input_ids, "attention_mask": mask, "position_ids": row.position_ids}
 
 
 def _named(model: nn.Module, inner: Any) -> str | None:
     """Why a model of a known family cannot take such rows."""
     config = inner.config.get_text_config()
     kind = config.model_type
-    adapters = getattr(model, "peft_config", None) or {}
+    while not hasattr(model, "peft_config") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # type: ignore[assignment]
+    adapters: Any = getattr(model, "peft_config", None) or {}
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
         return "its adapter adds virtual tokens (prompt, prefix or p-tuning) in front of a row, not of each sequence"
     if getattr(inner, "_is_stateful", False) or kind in ("mamba", "mamba2", "rwkv"):
@@ -130,14 +120,14 @@ def _compare(model: nn.Module, inner: Any, run: Run | None) -> Masks | str:
     row = lay_row(ids, mask, labels, shared=True)
     assert row is not None
     why = []
-    with torch.no_grad(), _without_dropout(model), _small_windows(inner.config):
+    with torch.no_grad(), without_autocast(ids.device), _without_dropout(model), _small_windows(inner.config):
         attend_as_before(inner.config)
         plain, _ = forward_without_logits(model, run, input_ids=ids, attention_mask=mask)
         expected = plain.flatten(0, 1)[row.places - 1].double()
         for way in (by_segments, by_dense_masks):
             try:
-                masks = masks_of(model, row, way)
-                hidden = run_row(model, row, masks, lambda found: found, run)[0][row.index].double()
+                hidden, _ = forward_without_logits(model, run, **inputs_of(model, row, way))
+                hidden = hidden[0, row.index].double()
             except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 why.append(f"{type(error).__name__}: {error}".splitlines()[0])
                 continue
@@ -151,7 +141,7 @@ def _compare(model: nn.Module, inner: Any, run: Run | None) -> Masks | str:
 
 def _small_batch(model: nn.Module, inner: Any) -> tuple[Tensor, Tensor, Tensor]:
     """input_ids, attention_mask and labels of three pairs, two of the same prompt, of different lengths."""
-    vocab, device = inner.get_input_embeddings().weight.shape[0], device_of(model)
+    vocab, device = inner.config.get_text_config().vocab_size, device_of(model)
     prompts, chosen, rejected = (7, 7, 3), (3, 9, 2), (6, 1, 8)
     lengths = [p + r for side in (chosen, rejected) for p, r in zip(prompts, side, strict=True)]
     places = torch.arange(max(lengths), device=device)
