@@ -13,9 +13,18 @@ def assert_same(ours: Any, trls: Any) -> None:
     assert len(ours.logs) == len(trls.logs) > 0
     for found, expected in zip(ours.logs, trls.logs, strict=True):
         metrics = {key: value for key, value in expected.items() if not any(time in key for time in TIMES)}
+        if is_at_its_reference(expected):
+            # which of two roundings of zero is larger
+            del metrics["rewards/accuracies"]
         assert {key: found[key] for key in metrics} == pytest.approx(metrics, rel=1e-4, abs=1e-4, nan_ok=True)
     moved, apart = (
         sum((trls.end[key] - other[key]).square().sum() for key in trls.end).sqrt().item()
         for other in (trls.start, ours.end)
     )
     assert moved > 0 and apart <= 1e-3 * moved
+
+
+def is_at_its_reference(metrics: dict[str, float]) -> bool:
+    """Whether a model's log-probabilities are still those of the reference, but for rounding."""
+    rewards = [abs(metrics[key]) for key in ("rewards/chosen", "rewards/rejected") if key in metrics]
+    return bool(rewards) and max(rewards) < 1e-6
