@@ -54,16 +54,19 @@ def load_adapter(base: nn.Module, name: str, trained: bool) -> Any:
 
 
 def check_tied(model: Any, name: str) -> None:
-    """An adapter or trained copy on embeddings that are tied to the head would change one and not the other.
+    """An adapter or trained copy on embeddings and head that are tied would change one and not the other.
 
     Merged, or saved and tied again at the next load, the model would not be the one that was trained.
     """
     inner = model.get_base_model()
     if not getattr(inner.config.get_text_config(), "tie_word_embeddings", False):
         return
-    embeddings = inner.get_input_embeddings()
-    if hasattr(embeddings, "base_layer") or hasattr(embeddings, "modules_to_save"):
-        raise TrainError(
-            f"{name}: an adapter on the embeddings, which are tied to the head (tie_word_embeddings): only one of the "
-            "two would change; leave the embeddings out"
-        )
+    for part, words in (
+        (inner.get_input_embeddings(), "embeddings, which are tied to the head"),
+        (inner.get_output_embeddings(), "head, which is tied to the embeddings"),
+    ):
+        if hasattr(part, "base_layer") or hasattr(part, "modules_to_save"):
+            raise TrainError(
+                f"{name}: an adapter on the {words} (tie_word_embeddings): only one of the two "
+                "would change; leave it out"
+            )

@@ -158,20 +158,28 @@ def test_adapted_embeddings(
     assert not torch.allclose(logits(start, untied), logits(tmp_path / "free", untied), atol=1e-3)
 
 
-HEADS: dict[str, tuple[dict[str, Any], str]] = {
-    "adapter on the head": ({"target_modules": ["q_proj", "lm_head"]}, "the head carries an adapter"),
-    "trained head": ({"modules_to_save": ["lm_head"]}, "or a trained copy (modules_to_save)"),
+HEADS: dict[str, dict[str, Any]] = {
+    "adapter on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "trained head": {"modules_to_save": ["lm_head"]},
 }
 
 
-@pytest.mark.parametrize("base", ["tied", "untied"])
+@pytest.mark.parametrize("reference", ["precompute", "online"])
 @pytest.mark.parametrize("name", HEADS)
-def test_adapted_head_is_refused(
-    fails: Fails, tmp_path: Path, model_dir: Path, untied: Path, name: str, base: str
+def test_adapted_head(
+    train: Train, fails: Fails, tmp_path: Path, model_dir: Path, untied: Path, name: str, reference: str
 ) -> None:
-    settings, message = HEADS[name]
-    start = adapter(tmp_path / "start", untied if base == "untied" else model_dir, **settings)
-    assert message in fails(model=start)
+    """Trained where it has weights of its own, from the reference's loss on; refused where they are the embeddings'."""
+    tied = adapter(tmp_path / "tied", model_dir, **HEADS[name])
+    assert f"{tied}: an adapter on the head, which is tied to the embeddings" in fails(model=tied)
+    start = adapter(tmp_path / "start", untied, **HEADS[name])
+    assert train(*RUN, "--reference", reference, model=start, output_dir=tmp_path / "free") == 0
+    first, *_, last = read_metrics(tmp_path / "free", "train")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and last["loss"] < first["loss"]
+    before, after = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("start", "free"))
+    assert before.keys() == after.keys() and any("lm_head" in n for n in before)
+    # PEFT saves the base of an adapted head too
+    assert all(torch.equal(before[n], after[n]) == ("base_layer" in n) for n in before)
 
 
 def test_new_adapters_on_tied_embeddings_are_refused(fails: Fails) -> None:
