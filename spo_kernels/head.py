@@ -29,15 +29,21 @@ class LMHead:
         logit_scale: Multiplies the products (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`, the
             inverse of a sampling temperature).
         logit_softcap: c, Gemma's `final_logit_softcapping`; None for none.
+        accumulate: Where `weight.grad` exists already, the backward adds the weight's gradient to it slice by slice and
+            gives autograd none, so that no second `[V, H]` exists. Then a pair loss takes four products, not three.
+            For one process and backward() alone: what reads the gradient on its way (DDP, a hook,
+            torch.autograd.grad) would not see it. Without effect under torch.compile.
 
     Raises:
-        TypeError, ValueError: A number is none, or not finite. Tensors are checked where the head is used.
+        TypeError, ValueError: A number is none, or not finite. Tensors, and whether they can accumulate, are checked
+            where the head is used.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     logit_scale: float = field(default=1.0, kw_only=True)
     logit_softcap: float | None = field(default=None, kw_only=True)
+    accumulate: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():  # the numbers may be symbolic there

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class FusedPreferenceModel(nn.Module):
         layout: How policy and reference compute a padded batch: "padded" as it is; "packed" without padding; "shared"
             also with each prompt once for all responses to it; "auto" shared where a comparison at the first batch
             finds the same hidden states, else padded, with one warning that says why. See docs/packing.md.
+        accumulate: With gradient accumulation in one process: one `[V, H]` less, see `LMHead`.
         options: Keyword arguments of `fused_spo_loss` that are the same for each call, see `OPTIONS`.
 
     Raises:
@@ -57,6 +59,7 @@ class FusedPreferenceModel(nn.Module):
         loss: str | Objective = "dpo",
         reference: nn.Module | str | None = None,
         layout: str = "auto",
+        accumulate: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -77,6 +80,7 @@ class FusedPreferenceModel(nn.Module):
         # in a tuple, so that torch registers no submodule
         self._reference = (reference,)
         self._layout = layout
+        self._accumulate = accumulate
         self._options = {"ignore_index": -100, **options}
         self._needs_reference = needs_reference(self.objective)
         self._looked_at_labels = False
@@ -118,7 +122,7 @@ class FusedPreferenceModel(nn.Module):
         hidden, output = laid.hidden(self.model)
         loss, metrics = fused_spo_loss(
             hidden,
-            LMHead.of(self.model),
+            replace(LMHead.of(self.model), accumulate=self._accumulate),
             laid.labels,
             loss=self.objective,
             ref_logps=laid.of_tokens(ref_logps),

@@ -129,6 +129,18 @@ def test_loss_and_gradients_are_those_of_full_logits(name: str, loss: Any) -> No
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5 * scale + 1e-7, msg=key)
 
 
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_gradients_that_are_written_once(name: str) -> None:
+    """Three micro-batches; a tied weight also has the embedding's gradient."""
+    models = [build(name), build(name)]
+    for model, accumulate in zip(models, (True, False), strict=True):
+        policy = FusedPreferenceModel(model, "simpo", accumulate=accumulate)
+        for pair in PAIRS:
+            policy(**batch_of([pair]))[0].backward()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5 * float(theirs.grad.abs().max()))
+
+
 def test_where_the_reference_comes_from() -> None:
     """Adapters off, another model, and sums that were computed before: one loss."""
     base, adapted = build("llama").eval(), lora(build("llama"), lora_dropout=0.5).eval()
