@@ -34,9 +34,14 @@ class LMHead:
         logit_softcap: c, Gemma's `final_logit_softcapping`; None for none.
         lora: Adapters, whose products are added to those of the weight. It is then a constant; no `[V, H]` gradient and
             no copy of it are made.
+        accumulate: Where `weight.grad` exists already, the backward adds the weight's gradient to it slice by slice and
+            gives autograd none, so that no second `[V, H]` exists. Then a pair loss takes four products, not three.
+            For one process and backward() alone: what reads the gradient on its way (DDP, a hook,
+            torch.autograd.grad) would not see it. Without effect under torch.compile.
 
     Raises:
-        TypeError, ValueError: A number is none, or not finite. Tensors are checked where the head is used.
+        TypeError, ValueError: A number is none, or not finite. Tensors, and whether they can accumulate, are checked
+            where the head is used.
     """
 
     weight: Tensor
@@ -44,6 +49,7 @@ class LMHead:
     logit_scale: float = field(default=1.0, kw_only=True)
     logit_softcap: float | None = field(default=None, kw_only=True)
     lora: tuple[LoRA, ...] = field(default=(), kw_only=True)
+    accumulate: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():  # the numbers may be symbolic there

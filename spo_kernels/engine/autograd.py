@@ -36,6 +36,7 @@ class LogprobOptions:
     moments: bool  # entropy and log Σ p² are wanted
     mean: bool  # the mean logit is wanted
     differentiable: tuple[str, ...]  # optional outputs that carry a gradient
+    accumulate: bool = False  # into the weight's .grad, where it exists
 
     def common(self) -> tuple[Any, ...]:
         """`ops.OPTIONS`."""
@@ -76,6 +77,7 @@ class LogprobCall:
             moments="entropy" in outputs or "log_sum_p2" in outputs,
             mean="mean_logit" in outputs,
             differentiable=tuple(n for n in outputs if n in _WITH_GRADIENT) if outputs_carry_grad else (),
+            accumulate=model.accumulate,
         )
         return cls(model, tokens, options)
 
@@ -157,6 +159,11 @@ class LinearLogprobFunction(torch.autograd.Function):
         rest = [None] * (len(ctx.needs_input_grad) - 3)
         if all(g is None for g in grads):
             return None, None, None, *rest
-        run = linear_logprob_bwd_op if is_traced(ctx.saved_tensors[0]) else linear_logprob_bwd
-        found = run(*ctx.saved_tensors, *grads, *ctx.options.common(), *needs)
-        return *(g if need else None for g, need in zip(found, needs, strict=True)), *rest
+        arguments: Any = (*ctx.saved_tensors, *grads, *ctx.options.common(), *needs)
+        if is_traced(ctx.saved_tensors[0]):
+            found, onto = linear_logprob_bwd_op(*arguments), None
+        else:
+            onto = ctx.saved_tensors[1].grad if ctx.options.accumulate and needs[1] else None
+            found = linear_logprob_bwd(*(*arguments, onto))
+        wanted = needs[0], needs[1] and onto is None, needs[2]
+        return *(g if want else None for g, want in zip(found, wanted, strict=True)), *rest

@@ -17,6 +17,7 @@ class HeadGradient:
 
     weight: Tensor | None  # [V, H], the weight's dtype or the accumulator's
     bias: Tensor | None  # [V], the accumulator's dtype
+    adds: bool = False  # the weight's holds a gradient already, which slices are added to
 
     @classmethod
     def empty(cls, like: Tensor, wide: torch.dtype, *, weight: bool, bias: bool) -> HeadGradient:
@@ -79,7 +80,7 @@ class SliceGradient:
         weight = self._gradient.weight
         if weight is None:
             return
-        rounded = fresh and terms is not None and self._products.can_round(operand, terms)
+        rounded = fresh and not self._gradient.adds and terms is not None and self._products.can_round(operand, terms)
         self._cast = weight.dtype not in ((self._wide, operand.dtype) if rounded else (self._wide,))
         if not self._cast:
             self._sum = weight[part]
@@ -94,7 +95,8 @@ class SliceGradient:
         if self._sum is not None:
             if self._sum.shape[1] != states.shape[1]:  # of the last entries of a row alone
                 states = states[:, -self._sum.shape[1] :]
-            self._products.matmul(tile.t(), states, out=self._sum, accumulate=self._begun, b_rows=listed)
+            onto = self._begun or (self._gradient.adds and not self._cast)
+            self._products.matmul(tile.t(), states, out=self._sum, accumulate=onto, b_rows=listed)
         if self._gradient.bias is not None:
             sums, bias = tile.sum(0, dtype=self._wide), self._gradient.bias[self._part]
             bias.add_(sums) if self._begun else bias.copy_(sums)
@@ -102,11 +104,17 @@ class SliceGradient:
 
     def finish(self, unit: Tensor | None = None) -> None:
         """Cast the slice to where it belongs, multiplied by `unit`. A slice without addends becomes zero."""
-        sums = [self._sum, None if self._gradient.bias is None else self._gradient.bias[self._part]]
-        for total in sums:
+        bias = self._gradient.bias
+        # where slices are added to the gradient itself there is nothing to begin with, and no unit: see `headroom`
+        weight = None if self._gradient.adds and not self._cast else self._sum
+        for total in (weight, None if bias is None else bias[self._part]):
             if total is not None and not self._begun:
                 total.zero_()
             elif total is not None and unit is not None:
                 total.mul_(unit)
-        if self._gradient.weight is not None and self._sum is not None and self._cast:
+        if self._gradient.weight is None or self._sum is None or not self._cast:
+            return
+        if self._gradient.adds:
+            self._gradient.weight[self._part] += self._sum
+        else:
             self._gradient.weight[self._part] = self._sum

@@ -6,7 +6,7 @@ go) is known here and in `gradients.py` alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,6 +88,10 @@ class HeadSlices:
         bias = None if self.bias is None else self.bias[classes].to(dtype)
         return HeadSlices(self.label_rows(classes, dtype), bias, self.transform)
 
-    def gradient(self, wide: torch.dtype, *, weight: bool, bias: bool) -> HeadGradient:
-        """Where the gradients of weight and bias, if they are wanted, are to be collected. Not written yet."""
-        return HeadGradient.empty(self.weight, wide, weight=weight, bias=bias)
+    def gradient(self, wide: torch.dtype, *, weight: bool, bias: bool, onto: Tensor | None = None) -> HeadGradient:
+        """Where the gradients of weight and bias, if they are wanted, are to be collected. Not written yet.
+
+        The weight's is added to `onto`, where that is given.
+        """
+        found = HeadGradient.empty(self.weight, wide, weight=weight and onto is None, bias=bias)
+        return found if onto is None else replace(found, weight=onto, adds=True)

@@ -29,6 +29,7 @@ class ModelInputs:
     logit_scale: float
     logit_softcap: float | None
     base: Tensor | None = None  # [V, H - r]
+    accumulate: bool = False  # into the weight's .grad, where it exists
 
     @classmethod
     def resolve(cls, hidden: Tensor, head: Tensor | LMHead, labels: Tensor, prefix: str = "") -> ModelInputs:
@@ -64,7 +65,10 @@ class ModelInputs:
             dtype = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias, base = (None if value is None else value.to(dtype) for value in (bias, base))
-        return cls(hidden, weight, bias, head.logit_scale, head.logit_softcap, base)
+        accumulate = head.accumulate and head.weight.requires_grad and not head.lora
+        if accumulate:
+            _check_accumulates(weight_name, head.weight, cast=weight is not head.weight)
+        return cls(hidden, weight, bias, head.logit_scale, head.logit_softcap, base, accumulate)
 
     @classmethod
     def resolve_reference(
@@ -122,6 +126,11 @@ class ModelInputs:
         return torch.is_grad_enabled() and (self.weight.requires_grad or bias)
 
     @property
+    def adds_to_grad(self) -> bool:
+        """Whether the backward finds a gradient of the weight to add to."""
+        return self.accumulate and self.weight.grad is not None
+
+    @property
     def wide(self) -> torch.dtype:
         """The dtype of logits, statistics and sums."""
         return accumulator_dtype(self.hidden.dtype)
@@ -158,6 +167,27 @@ def _check_adapters(name: str, head: LMHead, labels: Tensor) -> None:
                 f"{name}[{i}] must have a [r, H] and b [V, r] with H = {width} and V = {vocab}, got {shapes[0]} and "
                 f"{shapes[1]}"
             )
+
+
+def _check_accumulates(name: str, weight: Tensor, *, cast: bool) -> None:
+    """Raise ValueError where something between the backward and the weight's .grad would be passed by."""
+    reason = None
+    if not weight.is_leaf:
+        reason = "it is no leaf: its gradient goes on to what it was made of"
+    elif type(weight) not in (Tensor, torch.nn.Parameter):
+        reason = f"it is a {type(weight).__name__}, whose gradient is not a plain tensor"
+    elif cast:
+        reason = "autocast casts it"
+    elif (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        reason = "there are several processes, whose sum of gradients would miss it"
+    elif weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        reason = "a hook on it waits for its gradient"
+    if reason is not None:
+        raise ValueError(f"{name}: accumulate=True cannot be used: {reason}")
 
 
 def _check_dtypes(named: dict[str, Tensor]) -> None:

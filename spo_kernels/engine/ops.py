@@ -195,8 +195,12 @@ def linear_logprob_bwd(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`."""
+    """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`.
+
+    The weight's is added to `onto` where that is given, which the op does not have.
+    """
     tokens = Tokens(labels, counted, positions, total, listed)
     plane = plane_of(hidden, weight, bias, transform, base, tokens, shift, backend)
     rows = plane.tokens
@@ -215,7 +219,7 @@ def linear_logprob_bwd(
 
     grad_hidden = like_hidden(hidden, rows, hidden.dtype) if need_hidden else hidden.new_empty(0)
     hidden_out = grad_hidden.view(-1, hidden.shape[-1]) if need_hidden else None
-    head_out = plane.head.gradient(plane.wide, weight=need_weight, bias=need_bias)
+    head_out = plane.head.gradient(plane.wide, weight=need_weight, bias=need_bias, onto=onto)
     finished = grads.only_logp and hidden_out is not None and logp_grad.numel() > 0 and not sparse
     if finished and hidden_out is not None and grads.logp is not None:
         _scale_rows(logp_grad.view(-1, hidden.shape[-1]), grads.logp, rows, out=hidden_out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class FusedPreferenceModel(nn.Module):
         layout: How policy and reference compute a padded batch: "padded" as it is; "packed" without padding; "shared"
             also with each prompt once for all responses to it; "auto" shared where a comparison at the first batch
             finds the same hidden states, else padded, with one warning that says why. See docs/packing.md.
+        accumulate: With gradient accumulation in one process: one `[V, H]` less, see `LMHead`.
         ld_alpha: The α of `ld_dpo_weights`, which are then the token weights of every call that brings none.
         sparsity: As in `fused_spo_loss`, for training; each forward of "unbiased" has a seed of its own, from torch's
             generator. In evaluation mode everything is exact.
@@ -63,6 +65,7 @@ class FusedPreferenceModel(nn.Module):
         loss: str | Objective = "dpo",
         reference: nn.Module | str | None = None,
         layout: str = "auto",
+        accumulate: bool = False,
         ld_alpha: float | None = None,
         sparsity: str | Sparsity = "exact",
         **options: Any,
@@ -87,6 +90,7 @@ class FusedPreferenceModel(nn.Module):
         self._reference = (reference,)
         self._ld_alpha, self._sparsity = ld_alpha, as_sparsity(sparsity)
         self._layout = layout
+        self._accumulate = accumulate
         self._options = {"ignore_index": -100, **options}
         self._needs_reference = needs_reference(self.objective)
         self._looked_at_labels = self._looked_for_ddp = False
@@ -141,7 +145,7 @@ class FusedPreferenceModel(nn.Module):
         def at_head(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return fused_spo_loss(
                 hidden,
-                LMHead.of(self.model),
+                replace(LMHead.of(self.model), accumulate=self._accumulate),
                 laid.labels,
                 loss=self.objective,
                 ref_logps=laid.of_tokens(ref_logps),

@@ -93,6 +93,8 @@ def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
     if policy.hidden.dtype == torch.float16:
         # a scaled loss is what brings them into it, and it comes after the forward
         reason = "unscaled gradients may lie below float16's range"
+    if policy.adds_to_grad:
+        reason = "a head with accumulate=True adds to weight.grad in the backward"
     if batch.execution.sparsity.mode != "exact":
         reason = "a sparse backward takes two passes"
     if reason is not None and forced in ("packed", "factorised"):

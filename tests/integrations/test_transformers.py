@@ -146,6 +146,18 @@ def test_options_that_are_the_same_for_each_call() -> None:
     assert seeds[0] != seeds[1]
 
 
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_gradients_that_are_written_once(name: str) -> None:
+    """Three micro-batches; a tied weight also has the embedding's gradient."""
+    models = [build(name), build(name)]
+    for model, accumulate in zip(models, (True, False), strict=True):
+        policy = FusedPreferenceModel(model, "simpo", accumulate=accumulate)
+        for pair in PAIRS:
+            policy(**batch_of([pair]))[0].backward()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5 * float(theirs.grad.abs().max()))
+
+
 def test_where_the_reference_comes_from() -> None:
     """Adapters off, another model, and sums that were computed before: one loss."""
     base, adapted = build("llama").eval(), lora(build("llama"), lora_dropout=0.5).eval()
