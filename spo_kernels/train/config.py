@@ -8,6 +8,7 @@ from datetime import date
 from typing import Any
 
 from spo_kernels.data.columns import COLUMNS
+from spo_kernels.integrations.layout import LAYOUTS
 from spo_kernels.losses import LOSSES
 from spo_kernels.sparsity import MODES, Sparsity
 from spo_kernels.train.errors import TrainError
@@ -177,6 +178,13 @@ class TrainConfig:
         None, "bound on the fused loss's temporaries, MiB (default: the library's)", "kernels"
     )
     backend: str | None = option(None, "backend of the fused loss (default: the best available)", "kernels")
+    layout: str = option(
+        "auto",
+        "rows of the backbone in a preference run: without padding and each prompt once where the model takes it, "
+        "see docs/packing.md",
+        "kernels",
+        LAYOUTS,
+    )
     sparsity: str = option(
         "exact",
         "which blocks of the vocabulary the backward multiplies: all, those outside of a certified probability mass "

@@ -38,9 +38,10 @@ class Policy(FusedPreferenceModel):
         reference: nn.Module | str | None = None,
         ld_alpha: float | None = None,
         sparsity: Sparsity = EXACT,
+        layout: str = "auto",
         **kernels: Any,
     ) -> None:
-        options = {"reduction": "sum", "pair_logps": True, **kernels}
+        options: dict[str, Any] = {"reduction": "sum", "pair_logps": True, "layout": layout, **kernels}
         super().__init__(model, loss, reference, ld_alpha=ld_alpha, sparsity=sparsity, **options)
         self._kernels = {**kernels, "shift": True, "ignore_index": IGNORE_INDEX}
         self._experts = router_loss(model)

@@ -123,7 +123,7 @@ def _prepare(
     if objective is None:
         policy = SFTPolicy(model, config.backward, **kernels)
     else:
-        policy = Policy(model, objective, reference, config.ld_alpha, config.backward, **kernels)
+        policy = Policy(model, objective, reference, config.ld_alpha, config.backward, config.layout, **kernels)
     trainer = _trainer(config, accelerator, policy, splits, output, identity, build_inner(config, objective))
     trainer.warn = warn
     set_seed(config.seed, device_specific=True)
