@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spo_kernels import LMHead, linear_logprob, sequence_logps
+from spo_kernels import LMHead
 from spo_kernels.data import Example
 from spo_kernels.extras.token_weights import ld_dpo_weights
-from spo_kernels.integrations.hidden import hidden_states
+from spo_kernels.integrations.at_head import ResponseLogps
 from spo_kernels.train.batches import IGNORE_INDEX, collate, micro_batches
 from spo_kernels.train.files import whole, writing
 from spo_kernels.train.together import together
@@ -42,6 +42,7 @@ def reference_logps(
     quiet: bool = True,
     ld_alpha: float | None = None,
     of_tokens: bool = False,
+    layout: str = "auto",
     **kernel_options: Any,
 ) -> Tensor:
     """Sums of response log-probs [n, responses], or those of all tokens as `TokenPlaces` has them; float32 on the CPU.
@@ -64,7 +65,7 @@ def reference_logps(
     if broadcast_object_list([cached is not None])[0]:
         logps = torch.empty(shape) if cached is None else cached
         return broadcast(logps.to(accelerator.device)).cpu()
-    logps = score(model, examples, accelerator, batch_size, quiet, ld_alpha, places, **kernel_options)
+    logps = score(model, examples, accelerator, batch_size, quiet, ld_alpha, places, layout, **kernel_options)
     with together(accelerator):
         if accelerator.is_main_process:
             _save(path, key, logps)
@@ -80,6 +81,7 @@ def score(
     quiet: bool = True,
     ld_alpha: float | None = None,
     places: TokenPlaces | None = None,
+    layout: str = "auto",
     **kernel_options: Any,
 ) -> Tensor:
     """As `reference_logps`; every process does its share, all get the whole."""
@@ -91,16 +93,14 @@ def score(
     batches = micro_batches(by_length, accelerator.process_index, accelerator.num_processes, batch_size)
     for batch in tqdm(batches, desc="reference", disable=quiet or not accelerator.is_main_process):
         input_ids, labels = collate((examples[i] for i in batch), accelerator.device)
-        options = {"shift": True, "ignore_index": IGNORE_INDEX, **kernel_options}
+        weights = None if ld_alpha is None or places is not None else ld_dpo_weights(labels, ld_alpha, shift=True)
+        call = ResponseLogps(labels, weights, layout, kernel_options, summed=places is None)
         with accelerator.autocast():
-            hidden, head = hidden_states(model, input_ids=input_ids), LMHead.of(model)
-            if places is None:
-                weights = None if ld_alpha is None else ld_dpo_weights(labels, ld_alpha, shift=True)
-                sums = sequence_logps(hidden, head, labels, token_weights=weights, **options)
-                found[batch] = sums.view(responses, len(batch)).T
-            else:
-                logp: Any = linear_logprob(hidden, head, labels, **options)
-                found[places.select(batch).to(found.device)] = logp[labels != IGNORE_INDEX]
+            logps = call(model, model, {"input_ids": input_ids})["logps"]
+        if places is None:
+            found[batch] = logps.view(responses, len(batch)).T
+        else:
+            found[places.select(batch).to(found.device)] = logps[labels != IGNORE_INDEX]
     # What the other processes found is 0 here.
     return accelerator.reduce(found, "sum").cpu()
 

@@ -249,6 +249,7 @@ def _references(
             config.quiet,
             ld_alpha,
             of_tokens,
+            config.layout,
             workspace_bytes=config.workspace_bytes,
             backend=config.backend,
         )
