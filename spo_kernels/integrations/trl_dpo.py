@@ -150,7 +150,7 @@ class FusedDPOTrainer(DPOTrainer):
             return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         with self.accelerator.autocast():
             call = ResponseLogps(labels, layout=self._layout, options=self._options, summed=False)
-            return self._reference(self.ref_model or model, inputs, call)
+            return self._reference(model if self.ref_model is None else self.ref_model, inputs, call)
 
     def _pair_inputs(self, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         given = {name: inputs[name] for name in self._columns}

@@ -197,6 +197,16 @@ def test_bf16_autocast(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[0] != losses[1]
 
 
+def test_torch_compile_leaves_the_losses_as_they_are(tmp_path):
+    settings = {"logging_steps": 1, "max_steps": 2}
+    compiled = trainer(tmp_path, torch_compile=True, torch_compile_backend="eager", **settings)
+    plain = trainer(tmp_path, **settings)
+    for made in (compiled, plain):
+        made.train()
+    losses = [[line["loss"] for line in made.state.log_history if "loss" in line] for made in (compiled, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_a_sparse_backward_is_logged(tmp_path):
     made = trainer(tmp_path, sparsity="unbiased", logging_steps=1, workspace_mib=1)
     made.train()

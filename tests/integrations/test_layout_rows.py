@@ -61,6 +61,15 @@ def test_without_a_mask_every_token_counts() -> None:
     assert row.input_ids.tolist() == [[1, 5, 6, 8]] and row.index.tolist() == [1, 2, 1, 3]
 
 
+def test_a_gap_in_the_mask_is_computed_padded() -> None:
+    batch = batch_of()
+    batch["attention_mask"][0, 1] = 0
+    losses = [
+        FusedPreferenceModel(build("llama"), "simpo", layout=layout)(**batch)[0] for layout in ("padded", "shared")
+    ]
+    assert torch.equal(*losses)
+
+
 def test_nothing_scored_is_no_row() -> None:
     batch = batch_of()
     batch["labels"].fill_(-100)

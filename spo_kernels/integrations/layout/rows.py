@@ -64,7 +64,7 @@ class _Laid(NamedTuple):
 def lay_row(
     input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, *, shared: bool, ignore_index: int = -100
 ) -> PairRow | None:
-    """Lay the rows of a padded batch end to end; None where nothing is scored.
+    """Lay the rows of a padded batch end to end; None where nothing is scored, or a mask has gaps.
 
     Padding may stand on any side; positions count from each sequence's first token that the mask keeps. A label of
     that token is predicted by nothing and does not count. Waits for a device once.
@@ -78,7 +78,12 @@ def lay_row(
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
     ids, kept, targets = torch.stack([input_ids, mask, labels.to(input_ids)]).cpu().numpy()
-    sequences = list(_sequences(ids, kept != 0, targets, ignore_index))
+    kept = kept != 0
+    begun = kept & np.diff(kept, axis=1, prepend=False)
+    if (begun.sum(1) > 1).any():
+        # the model counts the masked places between two tokens, a row would not
+        return None
+    sequences = list(_sequences(ids, kept, targets, ignore_index))
     count = sum(len(one.scored) for one in sequences)
     if not count:
         return None
