@@ -42,6 +42,12 @@ def add_at_head(model: nn.Module) -> None:
     # the signature stays: `generate` and `Trainer` look at it
     @functools.wraps(type(inner).forward)
     def forward(self: nn.Module, *args: Any, at_head: AtHead | None = None, **kwargs: Any) -> Any:
+        # a deep copy's forward would run this model's weights
+        if getattr(original, "__self__", self) is not self:
+            raise RuntimeError(
+                f"this {type(self).__name__} is a deep copy of a model that a trainer has changed, and would run that "
+                "one's weights: copy a model before it is given to a trainer, or load it from where it was saved"
+            )
         if at_head is None:
             return original(*args, **kwargs)
         # PEFT names them, without a value

@@ -1,5 +1,6 @@
 """What `FusedDPOTrainer` has beside TRL's settings: objectives, their inputs and statistics, SPO's inner steps."""
 
+import copy
 import json
 
 import pytest
@@ -252,6 +253,15 @@ def test_refused_at_construction(tmp_path, case):
     ref = settings.get("ref", "other")
     with pytest.raises((ValueError, TypeError), match=message):
         trainer(tmp_path, ref_model=ref, **{key: value for key, value in settings.items() if key != "ref"})
+
+
+def test_a_copy_of_a_trained_model_says_that_it_would_run_the_other(tmp_path):
+    made = trainer(tmp_path)
+    made.train()
+    copied = copy.deepcopy(made.model)
+    with pytest.raises(RuntimeError, match="deep copy of a model that a trainer has changed"):
+        copied(**{key: batch_of(made)[key] for key in ("input_ids", "attention_mask")})
+    assert made.model(input_ids=batch_of(made)["input_ids"]).logits.isfinite().all()
 
 
 def test_a_plain_dpo_config_does(tmp_path):
