@@ -18,6 +18,7 @@ from spo_kernels.head import LMHead, inner_model
 from spo_kernels.integrations.hidden import Run
 from spo_kernels.integrations.layout import lay_pairs
 from spo_kernels.integrations.layout.batch import LaidPairs
+from spo_kernels.integrations.wrappers import Sealed, opened
 from spo_kernels.logprob import linear_logprob
 from spo_kernels.loss import fused_spo_loss
 from spo_kernels.losses import Objective
@@ -41,7 +42,7 @@ def add_at_head(model: nn.Module) -> None:
 
     # the signature stays: `generate` and `Trainer` look at it
     @functools.wraps(type(inner).forward)
-    def forward(self: nn.Module, *args: Any, at_head: AtHead | None = None, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, at_head: AtHead | Sealed | None = None, **kwargs: Any) -> Any:
         # a deep copy's forward would run this model's weights
         if getattr(original, "__self__", self) is not self:
             raise RuntimeError(
@@ -52,7 +53,7 @@ def add_at_head(model: nn.Module) -> None:
             return original(*args, **kwargs)
         # PEFT names them, without a value
         kwargs = {name: value for name, value in kwargs.items() if name not in ("use_cache", "labels")}
-        return at_head(self, functools.partial(original, *args), kwargs)
+        return opened(at_head)(self, functools.partial(original, *args), kwargs)
 
     inner.forward = MethodType(forward, inner)
     setattr(inner, _MARK, True)
@@ -62,7 +63,7 @@ def add_at_head(model: nn.Module) -> None:
 class OfPairs:
     """What an `at_head` of a padded batch of pairs knows beside the model's inputs.
 
-    FSDP rounds floating-point inputs of a forward to the model's precision; into an object of ours it does not look.
+    A forward that mixed precision may wrap is to be given it `Sealed`: FSDP opens dataclasses and rounds what floats.
 
     Attributes:
         labels: `[2B, T]`, not shifted, chosen rows first.
@@ -122,13 +123,12 @@ class PairLoss(OfPairs):
         objective, ref_logps, pair_inputs: As `fused_spo_loss` takes them.
     """
 
-    objective: Objective | None = None
+    objective: Objective = field(kw_only=True)
     ref_logps: Tensor | None = None
     pair_inputs: Mapping[str, Tensor] | None = None
 
     def __call__(self, model: nn.Module, run: Run, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """ "loss" with its gradient; metrics, and the router's "aux_loss" where the model gives one."""
-        assert self.objective is not None
+        """`{"loss": ...}` with its gradient, metrics, and the router's "aux_loss" where the model gives one."""
         laid = self.lay(model, run, inputs)
 
         def at_head(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,7 +136,7 @@ class PairLoss(OfPairs):
                 self.real_tokens(hidden, laid),
                 LMHead.of(model),
                 laid.labels,
-                loss=cast(Objective, self.objective),
+                loss=self.objective,
                 ref_logps=laid.of_tokens(self.ref_logps),
                 pair_inputs=self.pair_inputs,
                 token_weights=laid.of_tokens(self.token_weights),

@@ -53,11 +53,11 @@ def forward_to_head(
 ) -> tuple[Result, Any]:
     """What `at_head` makes of `hidden_states` where the head runs, and the model's output as above.
 
-    `run` is called in the model's place, for who replaced the model's own forward.
-
     There the head's weight is whole, whatever group of FSDP or ZeRO it is in: for a head in a group of its own, the
     result takes the place of the head's output, so that the group's hooks gather the weight again for the backward and
     reduce its gradient after.
+
+    `run` is called in the model's place, for who replaced the model's own forward.
     """
     if inputs.get("labels") is not None:
         raise ValueError("labels belong to the loss, not to the hidden states: leave them out")

@@ -75,7 +75,7 @@ class FusedPreferenceModel(nn.Module):
         check_layout(layout)
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
-            known = ", ".join(("ld_alpha", "sparsity", *OPTIONS))
+            known = ", ".join(("layout", "accumulate", "ld_alpha", "sparsity", *OPTIONS))
             raise TypeError(f"FusedPreferenceModel takes no {', '.join(unknown)}; its options are {known}")
         if reference == ADAPTERS_OFF and not hasattr(model, "disable_adapter"):
             raise ValueError(f'reference = "adapters_off" needs a PEFT model, got {type(model).__name__}')

@@ -24,6 +24,7 @@ from spo_kernels.integrations.trl_config import FusedDPOConfig, objective_of
 from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse
 from spo_kernels.integrations.trl_metrics import batch_metrics
 from spo_kernels.integrations.trl_seam import check_dpo_trainer
+from spo_kernels.integrations.wrappers import Sealed
 from spo_kernels.losses.needs import needs_reference, value_normalization
 from spo_kernels.losses.state import has_state
 from spo_kernels.sparsity import as_sparsity, of_next_batch
@@ -36,7 +37,7 @@ _NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
 class FusedDPOTrainer(DPOTrainer):
-    """TRL's `DPOTrainer`, whose loss is `fused_spo_loss`: no logits, three products with the head instead of four.
+    """TRL's `DPOTrainer`, whose loss is `fused_spo_loss`: no logits, and three products if the workspace allows.
 
     Everything else is TRL's and transformers': data, reference (a model, PEFT with its adapters off or a "ref" adapter,
     precomputed), metrics and their names, evaluation, checkpoints, DDP. Takes what `DPOTrainer` takes, with the same
@@ -104,7 +105,7 @@ class FusedDPOTrainer(DPOTrainer):
     def _reference(self, model: nn.Module, inputs: Mapping[str, Tensor], call: ResponseLogps) -> Tensor:
         add_at_head(model)
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), self._adapters():
-            return model(**self._model_inputs(inputs), at_head=call)["logps"]
+            return model(**self._model_inputs(inputs), at_head=Sealed(call))["logps"]
 
     @contextmanager
     def _adapters(self) -> Iterator[None]:
@@ -131,7 +132,7 @@ class FusedDPOTrainer(DPOTrainer):
             ref_logps=self._ref_logps(inputs, labels, model),
             pair_inputs=self._pair_inputs(inputs, labels),
         )
-        found = model(**given, at_head=call)
+        found = model(**given, at_head=Sealed(call))
         loss = found["loss"]
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * found["aux_loss"]

@@ -17,7 +17,7 @@ def batch_metrics(
     """TRL's metrics of this step, and how many tokens it had.
 
     Args:
-        found: Of `PreferenceLoss`.
+        found: Of `PairLoss`.
         labels: `[2B, T]`, unshifted.
         attention_mask: `[2B, T]`.
         reward_scale: Multiplies the rewards.

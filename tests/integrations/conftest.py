@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
-import torch
+from one_thread import one_thread  # noqa: F401 (a fixture of every test here)
 
 from spo_kernels.integrations.trl import unpatch_trl
 
@@ -17,12 +17,3 @@ def trl_utils() -> Iterator[ModuleType]:
 
     yield utils
     unpatch_trl()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small to share between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

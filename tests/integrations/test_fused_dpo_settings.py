@@ -9,12 +9,15 @@ import torch
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 or newer is not installed")
 
 from peft import LoraConfig, PromptTuningConfig
+from torch.distributed.utils import _apply_to_tensors
 from trl import DPOConfig, DPOTrainer, TrlParser
 
 from spo_kernels.extras.bilevel import bilevel_value
 from spo_kernels.integrations import trl
+from spo_kernels.integrations.at_head import PairLoss
 from spo_kernels.integrations.transformers import FusedPreferenceModel
 from spo_kernels.integrations.trl_seam import check_dpo_trainer
+from spo_kernels.integrations.wrappers import Sealed
 from spo_kernels.losses import DPO, SPO, build_loss, needs_inputs
 from spo_kernels.losses.beta_dpo import BetaDPO
 from spo_kernels.losses.pairs import token_outputs_of
@@ -286,3 +289,11 @@ def test_another_trainer_is_refused_naming_versions():
         RuntimeError, match=r"_compute_loss\(model, inputs, return_outputs\).*takes model, batch.*1\.16\.0"
     ):
         check_dpo_trainer(Moved)
+
+
+def test_mixed_precision_rounds_nothing_of_the_pairs():
+    """FSDP casts what it finds in a forward's arguments with this function; a sum of -300 would be off by 1."""
+    call = PairLoss(torch.ones(2, 3, dtype=torch.int64), objective=DPO(), ref_logps=torch.tensor([-300.1, -299.9]))
+    bare, kept = (_apply_to_tensors(torch.Tensor.bfloat16, {"at_head": given}) for given in (call, Sealed(call)))
+    assert bare["at_head"].ref_logps.tolist() == [-300.0, -300.0]
+    assert kept["at_head"].value.ref_logps is call.ref_logps

@@ -9,6 +9,7 @@ from typing import Any
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+from one_thread import one_thread  # noqa: F401 (a fixture of every test here)
 
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
@@ -150,15 +151,6 @@ def reset_accelerator() -> None:
 def fresh_accelerator() -> Iterator[None]:
     yield
     reset_accelerator()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small to share between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 Train = Callable[..., int]
