@@ -197,7 +197,7 @@ def test_errors_name_what_to_do() -> None:
         FusedPreferenceModel(model, reference="adapters_off")
     with pytest.raises(ValueError, match='reference must be "adapters_off", a model or None'):
         FusedPreferenceModel(model, reference="base")
-    with pytest.raises(TypeError, match="takes no wokspace; its options are ld_alpha, sparsity, workspace_bytes"):
+    with pytest.raises(TypeError, match="takes no wokspace; its options are layout, accumulate, ld_alpha, sparsity"):
         FusedPreferenceModel(model, wokspace=3)
     with pytest.raises(TypeError, match="pad_token_id must be an int, got None"):
         PairCollator(None)  # type: ignore[arg-type]

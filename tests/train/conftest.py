@@ -31,7 +31,7 @@ ROOT = str(Path(spo_kernels.__file__).parents[1])
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")])),
+    "PYTHONPATH": os.pathsep.join(filter(None, [ROOT, str(Path(ROOT) / "tests"), os.environ.get("PYTHONPATH")])),
 }
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
