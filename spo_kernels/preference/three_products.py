@@ -16,6 +16,7 @@ from spo_kernels.engine.checks import without_autocast
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.kept import KeptTiles
+from spo_kernels.engine.kept_space import KeptShape
 from spo_kernels.engine.tokens import TokenRows, sum_segments, sum_sequences
 from spo_kernels.losses.pairs import by_side, pair_losses
 from spo_kernels.preference.batch import PairBatch
@@ -56,21 +57,26 @@ class PairWork:
         zero = torch.zeros((), device=self.hidden.device) if self.batch.token_metrics else None
         self.token_sums = None if zero is None else TokenSums(zero, zero, zero, zero)
 
-    def tiles(self, rows: int) -> KeptTiles:
-        """A tile of `rows` tokens."""
+    @property
+    def shape(self) -> KeptShape:
+        """Of the tile."""
+        assert self.plan.shape is not None
+        return self.plan.shape
+
+    def tiles(self) -> KeptTiles:
+        """The tile."""
         return KeptTiles(
             self.hidden,
             self.head,
             self.backend,
-            rows,
-            self.plan.columns,
+            self.shape,
             moments=self.batch.moments,
             mean_logits=self.batch.token_metrics,
         )
 
     def accumulator(self, head_out: HeadGradient) -> HeadGradient:
         """Where the head's gradient is summed: itself, or an accumulator beside it. Not written yet."""
-        return head_out.accumulator(self.batch.policy.wide) if self.plan.sum_apart else head_out
+        return head_out.accumulator(self.batch.policy.wide) if self.shape.sum_apart else head_out
 
     def differentiate(
         self, sums: Tensor, pairs: range, named: Mapping[str, Tensor] | None = None
