@@ -77,8 +77,8 @@ def fused_spo_loss(
         cu_seqlens: `[2B + 1]` bounds of packed sequences: B chosen, then B rejected.
         ignore_index, shift, backend: As in `linear_logprob`; with `shift`, each sequence's first label is not
             predicted.
-        workspace_bytes: Bound on temporaries as in `linear_logprob`. Default there, and for three products twice the
-            bytes of the head and its gradient on a CPU, 3 GiB or a 16th of its memory on a GPU; see docs/cost.md.
+        workspace_bytes: Bound on temporaries as in `linear_logprob`. Default there, and for three products three
+            times the bytes of the head and its gradient on a CPU, 3 GiB or a 16th of its memory on a GPU; docs/cost.md.
         reduction: Over pairs: "mean", "sum" or "none".
         path: "packed" or "factorised" (three products), "two_pass" (four), or None for the cheapest that the
             workspace allows; matters to a trained head only. See `spo_kernels/preference/plan.py`.

@@ -7,10 +7,12 @@ import torch
 
 from spo_kernels import backend_info, fused_spo_loss
 from spo_kernels import loss as loss_module
+from spo_kernels.__main__ import main
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine import kept_space
-from spo_kernels.engine.kept_space import KeptSpace
+from spo_kernels.engine.kept_space import KeptSpace, default_bytes
 from spo_kernels.losses import DPO, SPO
+from spo_kernels.preference.forecast import Head, forecast
 from spo_kernels.preference.plan import PairProblem, choose_path, plan_path
 from spo_kernels.testing import TensorMeter
 
@@ -118,3 +120,96 @@ def test_a_run_takes_the_bytes_of_the_plan(monkeypatch, dtype, path, lengths, lo
     # a native product packs its operand where no tensor is
     expected = plan.shape.bytes - plan.shape.rows * products.row_bytes + hidden.nbytes + weight.nbytes
     assert expected <= meter.peak <= expected + PER_TOKEN * labels.numel()
+
+
+@pytest.mark.parametrize(
+    "workspace_bytes, path", [(None, "packed"), (24 * MIB, "packed"), (20 * MIB, "factorised"), (10 * MIB, "two_pass")]
+)
+def test_a_forecast_is_what_a_call_plans(monkeypatch, workspace_bytes, path):
+    lengths, found = [900, 800], []
+    labels = torch.randint(VOCAB, (2, 900))
+    labels[1, 800:] = -100
+    hidden, weight = torch.randn(2, 900, HIDDEN, requires_grad=True), torch.randn(VOCAB, HIDDEN, requires_grad=True)
+    monkeypatch.setattr(loss_module, "plan_path", lambda *given: found.append(plan_path(*given)) or found[0])
+    with TensorMeter() as meter:
+        value, _ = fused_spo_loss(
+            hidden, weight, labels, loss="dpo", ref_logps=torch.zeros(2), workspace_bytes=workspace_bytes
+        )
+        value.backward()
+    made = forecast(DPO(), lengths, Head(VOCAB, HIDDEN, torch.float32, torch.device("cpu")), workspace_bytes)
+    assert found == [made.plan] and made.plan.path == path
+    assert meter.peak <= made.workspace + hidden.nbytes + weight.nbytes + PER_TOKEN * labels.numel()
+
+
+LLAMA = Head(128_256, 4096, torch.bfloat16, torch.device("cuda"), memory=79 * GIB)
+
+
+@pytest.mark.parametrize("loss", [DPO(), SPO(DPO())], ids=["dpo", "spo"])
+@pytest.mark.parametrize("lengths", [[1024] * 2, [512] * 8, [32768] * 2], ids=["1", "4", "long"])
+def test_three_products_by_default_on_a_gpu(lengths, loss):
+    """V = 128,256, H = 4096, bf16 and what a card of 80 GB has: in a sixteenth of it."""
+    made = forecast(loss, lengths, LLAMA)
+    assert made.plan.products == 3
+    assert made.plan.shape.rows >= 2048 and made.plan.shape.columns == 8192
+    assert made.workspace <= min(made.allowed, LLAMA.memory // 16)
+
+
+def test_a_gpu_tile_is_a_block_wide_where_an_operand_is_written():
+    """Also where the call says how many bytes; float32 products are written over, and kept whole."""
+    assert forecast(DPO(), [1024] * 2, LLAMA, 40 * GIB).plan.shape.columns == 8192
+    full = dataclasses.replace(LLAMA, dtype=torch.float32)
+    assert forecast(DPO(), [1024] * 2, full, 40 * GIB).plan.shape.columns == LLAMA.vocab
+
+
+@pytest.mark.parametrize(
+    "head, gradient, memory, expected",
+    [
+        (64 * MIB, 20 * MIB, None, 256 * MIB),
+        (64 * MIB, 65 * MIB, None, 387 * MIB),
+        (10 * MIB, 0, None, 256 * MIB),
+        (GIB, GIB, 80 * GIB, 3 * GIB),
+        (GIB, GIB, 24 * GIB, 3 * GIB // 2),
+    ],
+)
+def test_the_default_workspace(head, gradient, memory, expected):
+    assert default_bytes(head, gradient, memory) == expected
+
+
+# the shapes of the benchmarks: pairs, tokens of a response, H, V, dtype
+SHAPES = [(2, 512, 1024, 32768), (1, 256, 768, 50257), (4, 512, 512, 32000)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pairs, tokens, width, vocab", SHAPES)
+def test_three_products_by_default_on_a_cpu(pairs, tokens, width, vocab, dtype):
+    """In no more than 1.2 times what logits of the dtype of the products would take."""
+    made = forecast(DPO(), [tokens] * 2 * pairs, Head(vocab, width, dtype, torch.device("cpu")))
+    like = torch.empty(0, dtype=dtype)
+    kept = load_backend("cpp" if backend_info()["cpp"].available else "torch").products.tile_dtype(like)
+    assert made.plan.products == 3
+    assert made.workspace <= 1.2 * 2 * pairs * tokens * vocab * kept.itemsize
+
+
+def test_the_command(capsys):
+    given = "plan --tokens 1024 --vocab 128256 --hidden 4096 --loss dpo --device cuda --memory-gib 80"
+    assert main(given.split()) == 0
+    text = capsys.readouterr().out
+    made = forecast(DPO(), [1024] * 2, dataclasses.replace(LLAMA, memory=80 * GIB))
+    for part in ("products: 3 of [2048, 4096] x [4096, 128256]", "path: packed", f"{made.workspace} bytes"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("--tokens 5 --device cpu --memory-gib 3", "--memory-gib is a GPU's"),
+        ("--lengths 5,6,7", "an even number of lengths"),
+        ("--tokens 5 --device cpu --loss nothing", "loss = 'nothing'"),
+        ("--tokens 0", "at least 1"),
+    ],
+)
+def test_the_command_refuses(capsys, given, message):
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "--vocab", "97", "--hidden", "8", *given.split()])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err

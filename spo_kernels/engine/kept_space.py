@@ -35,10 +35,10 @@ _MOST_ON_GPU = 3 << 30
 def default_bytes(head: int, gradient: int, memory: int | None) -> int:
     """The workspace of three products with one accumulator at most, where the call gives none.
 
-    CPU (`memory` None): twice what the head and its gradient take, but 256 MiB where that is less. GPU: 3 GiB, but a
-    16th of its memory where that is less; of all of it, since a path that followed what is free would not repeat.
+    CPU (`memory` None): three times what the head and its gradient take, but 256 MiB where that is less. GPU: 3 GiB,
+    but a 16th of its memory where that is less; of all of it, since a path that followed what is free would not repeat.
     """
-    return max(_LEAST_ON_CPU, 2 * (head + gradient)) if memory is None else min(_MOST_ON_GPU, memory // 16)
+    return max(_LEAST_ON_CPU, 3 * (head + gradient)) if memory is None else min(_MOST_ON_GPU, memory // 16)
 
 
 @cache

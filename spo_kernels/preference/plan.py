@@ -16,9 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from spo_kernels.backends.registry import load_backend
+from spo_kernels.engine.early import why_not_early
 from spo_kernels.engine.inputs import ModelInputs
 from spo_kernels.engine.kept_space import KeptShape, KeptSpace, plan_groups
 from spo_kernels.engine.logit_sums import LogitSums
@@ -100,14 +99,10 @@ def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
 
 def why_two_passes(policy: ModelInputs, objective: Objective) -> str | None:
     """Why gradients cannot be made early, or None where they can."""
-    if policy.adds_to_grad:
-        return "a head with accumulate=True adds to weight.grad in the backward"
-    if policy.hidden.dtype == torch.float16:
-        # a scaled loss is what brings them into it, and it comes after the forward
-        return "unscaled gradients may lie below float16's range"
+    reason = why_not_early(policy)
     if "kl" in token_outputs_of(objective):
-        return "its objective needs kl, which has a gradient of its own"
-    return None
+        reason = "its objective needs kl, which has a gradient of its own"
+    return reason
 
 
 def pair_problem(objective: Objective, lengths: list[int], space: KeptSpace, *, whole_pairs: bool) -> PairProblem:
