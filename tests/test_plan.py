@@ -62,6 +62,10 @@ def problem(**changes):
         # a tile is of one response: these are too short to go through the weight for each
         ({"allowed": 2047 << 17, "pair_tokens": (2048,) * 2, "longest": 767, "coupling": "pair"}, "two_pass"),
         ({"allowed": 1 * GIB, "pair_tokens": (0, 0)}, "packed"),
+        # both ways fit: the one with fewer bytes, unless its tiles are below the wanted size
+        ({"allowed": 1 * GIB, "pair_tokens": (2048,)}, "factorised"),
+        ({"allowed": 1 * GIB, "pair_tokens": (2040,)}, "packed"),
+        ({"allowed": 1 * GIB, "pair_tokens": (2048,), "direct": False}, "packed"),
         # with no bytes given, a second accumulator comes on top
         ({"allowed": 256 * MIB, "pair_tokens": (4096,) * 2, "coupling": "pair"}, "two_pass"),
         ({"allowed": 256 * MIB, "pair_tokens": (4096,) * 2, "coupling": "pair", "given": False}, "factorised"),
@@ -83,7 +87,7 @@ def test_choice(changes, path):
         ({"pair_tokens": (1024,) * 3, "allowed": 127 * MIB, "coupling": "pair"}, None, None),
         ({"pair_tokens": (384,) * 3, "allowed": 768 << 17}, None, None),  # 576 in the mean
         ({"pair_tokens": (384,) * 4, "allowed": 768 << 17}, [2, 2], 96),
-        ({"pair_tokens": (3000, 8)}, [1, 1], 375),
+        ({"pair_tokens": (3000, 8), "whole_pairs": True}, [1, 1], 375),
     ],
 )
 def test_groups_take_the_fewest_bytes(changes, groups, mib):

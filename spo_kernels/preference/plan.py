@@ -137,7 +137,7 @@ def _factorised(problem: PairProblem, least_rows: int) -> PathPlan | None:
 
 
 def choose_path(problem: PairProblem, forced: str | None = None) -> PathPlan:
-    """The cheapest path that the workspace allows: fewest products, then fewest steps, then fewest bytes.
+    """The cheapest path that the workspace allows: fewest products, then tiles of the wanted size, then fewest bytes.
 
     Raises:
         ValueError: `forced` names a path that cannot be taken.
@@ -156,4 +156,6 @@ def choose_path(problem: PairProblem, forced: str | None = None) -> PathPlan:
                 why = "its objective needs all tokens of a pair at once"
             raise ValueError(f"path = {forced!r} cannot be taken: {why} (workspace_bytes = {problem.space.allowed})")
         return plan
-    return packed or factorised or TWO_PASS
+    wanted = min(problem.space.wanted_rows, problem.tokens)
+    ways = [(plan.shape.rows < wanted, plan.shape.bytes, plan) for plan in (packed, factorised) if plan and plan.shape]
+    return min(ways, key=lambda way: way[:2])[2] if ways else TWO_PASS
