@@ -14,7 +14,7 @@ PAGE = Path(spo_kernels.__file__).parents[1] / "docs" / "tokens.md"
 @pytest.mark.skipif(not PAGE.exists(), reason="an installed package has no docs")
 def test_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {}
     for block in blocks:
         exec(block, names)
