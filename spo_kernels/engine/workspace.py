@@ -68,7 +68,7 @@ def plan_tiles(
     Raises:
         ValueError: Not even one cell fits.
     """
-    vocab, width = head.vocab, head.width
+    vocab, width = head.widest, head.width
     wide = accumulator_dtype(hidden.dtype).itemsize
     narrow = backend.products.operand_dtype(hidden).itemsize
     cell = backend.cell_bytes(hidden, temporaries)
@@ -115,7 +115,7 @@ class KeptSpace:
         narrow, kept = (
             t.itemsize for t in (backend.products.operand_dtype(hidden), backend.products.tile_dtype(hidden))
         )
-        vocab, width, direct = head.vocab, head.width, head.weight_bytes == wide
+        vocab, width, direct = head.widest, head.width, head.weight_bytes == wide
         device = hidden.device.type
         budget = budget_of(workspace_bytes, device)
         column_bytes = width * head.copied_bytes(narrow) + head.trained_width * (0 if direct else wide)

@@ -104,7 +104,11 @@ def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
     backend = load_backend(batch.execution.backend)
     head = policy.slices()
     beside = LogitSums.temporaries(head, backend) if batch.token_metrics else None
-    chosen, rejected = batch.host_lengths[: batch.pairs], batch.host_lengths[batch.pairs :]
+    lengths = batch.host_lengths
+    if batch.layout.group is not None:
+        # where a process has fewer tokens than another, it still takes the same way in as many steps
+        lengths = batch.layout.largest(batch.lengths).tolist()
+    chosen, rejected = lengths[: batch.pairs], lengths[batch.pairs :]
     problem = PairProblem(
         coupling=coupling_of(batch.objective),
         whole_pairs=bool(names) or batch.pilots is not None,
