@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -94,7 +95,7 @@ def random_inputs(
 def parts(total: int, shares: tuple[float, ...]) -> list[slice]:
     """0..total in consecutive slices of about these shares, none of them empty where there is enough."""
     bounds = [round(total * sum(shares[:i]) / sum(shares)) for i in range(len(shares) + 1)]
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 def token_part(inputs: Inputs, rank: int, shares: tuple[float, ...]) -> tuple[Inputs, Tensor]:
@@ -105,7 +106,7 @@ def token_part(inputs: Inputs, rank: int, shares: tuple[float, ...]) -> tuple[In
         bounds = None
     else:
         found = []
-        for start, stop in zip(inputs.cu_seqlens[:-1].tolist(), inputs.cu_seqlens[1:].tolist(), strict=True):
+        for start, stop in pairwise(inputs.cu_seqlens.tolist()):
             part = parts(stop - start, shares)[rank]
             found.append(torch.arange(start + part.start, start + part.stop))
         places = torch.cat(found)
@@ -126,16 +127,23 @@ def alone() -> Iterator[None]:
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """The largest error of each, relative to the largest value. Both have the same names."""
+    """The largest error of each, relative to the largest value. Both have the same names.
+
+    What is a difference of larger numbers is compared with those: rewards with β times log-probabilities, means of
+    logits and divergences with the logits' spread, 1.
+    """
     assert found.keys() == expected.keys(), (found.keys(), expected.keys())
-    errors = {}
+    errors, sums = {}, expected.get("pair_logps", torch.zeros(1))
     for name, ours in found.items():
         theirs = expected[name]
         assert ours.shape == theirs.shape, (name, ours.shape, theirs.shape)
-        if theirs.numel() == 0:
-            continue
-        ours, theirs = ours.detach().double(), theirs.detach().double()
+        ours, theirs = (torch.nn.functional.pad(v.detach().double().flatten(), (0, 1)) for v in (ours, theirs))
+        scale = float(theirs.nan_to_num().abs().max())
+        if name.startswith("rewards/"):
+            scale = max(scale, 0.1 * float(torch.nn.functional.pad(sums, (0, 1)).abs().max()))
+        elif name.startswith("logits/") or name in ("mean_logit", "kl"):
+            scale = max(scale, 1.0)
         same = (ours == theirs) | (ours.isnan() & theirs.isnan())
-        scale = theirs.nan_to_num().abs().max().clamp_min(1e-12)
-        errors[name] = float(((ours - theirs).abs() / scale).masked_fill(same, 0.0).nan_to_num(torch.inf).max())
+        off = ((ours - theirs).abs() / max(scale, 1e-12)).masked_fill(same, 0.0)
+        errors[name] = float(off.nan_to_num(torch.inf).max())
     return errors

@@ -30,6 +30,8 @@ def pair_loss(loss: Any = "dpo", *, frozen: bool = False, weighted: bool = False
         hidden = inputs.hidden.clone().requires_grad_()
         if frozen:
             head.weight.requires_grad_(False)
+        # of an objective that draws, the first process's draws count
+        torch.manual_seed(0 if head.vocab_group is None else dist.get_rank(head.vocab_group))
         found, metrics = fused_spo_loss(
             hidden,
             head,
@@ -70,7 +72,7 @@ def divergence(**options: Any) -> Run:
     def run(inputs: Inputs, head: LMHead, ref_head: LMHead) -> dict[str, Tensor]:
         hidden = inputs.hidden.clone().requires_grad_()
         kl = linear_kl(hidden, head, inputs.ref_hidden, ref_head, inputs.labels, **options)
-        kl.square().sum().backward()
+        kl.sum().backward()
         return {"kl": kl.detach(), **gradients(hidden, head)}
 
     return run
@@ -116,7 +118,9 @@ def split_both(inputs: Inputs, run: Run, vocab: dist.ProcessGroup, tokens: dist.
     """Errors where processes share the vocabulary, and such groups the tokens."""
     rows = parts(len(inputs.weight), (1, 2))[dist.get_rank(vocab)]
     part, places = token_part(inputs, dist.get_rank(tokens), (2, 1))
-    ours = run(part, inputs.head(rows, vocab_group=vocab, sequence_group=tokens), inputs.ref_head(rows, vocab_group=vocab))
+    ours = run(
+        part, inputs.head(rows, vocab_group=vocab, sequence_group=tokens), inputs.ref_head(rows, vocab_group=vocab)
+    )
     expected = rows_of(alone_of(inputs, run), rows)
     return worst(total(ours, tokens), tokens_of(expected, inputs, part, places))
 
