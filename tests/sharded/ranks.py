@@ -18,6 +18,7 @@ from spo_kernels.losses.registry import build_loss
 from tests.sharded.inputs import random_inputs
 from tests.sharded.modes import divergence, logprob, of_sequences, pair_loss, split_both, split_tokens, split_vocabulary
 from tests.sharded.refused import messages
+from tests.sharded.replicas import replicas
 from tests.sharded.sparsely import certified, decided_together, everything_kept, unbiased
 
 WATCHDOG = 150
@@ -65,6 +66,12 @@ def losses(backend: str) -> dict[str, Any]:
     return found
 
 
+def few_losses(backend: str) -> dict[str, Any]:
+    """The three objectives on each path, and what has no token or pair."""
+    names = (*OBJECTIVES, "no")
+    return {name: case for name, case in losses(backend).items() if name.startswith(names)}
+
+
 def of_vocabulary(backend: str) -> dict[str, Any]:
     """What a vocabulary's parts run beside."""
     plain, odd = (
@@ -89,16 +96,20 @@ def of_vocabulary(backend: str) -> dict[str, Any]:
 def cases(world: int) -> dict[str, Case]:
     found: dict[str, Case] = {}
     uneven, one_without = ((1, 2), (1, 0)) if world == 2 else ((3, 1, 2, 1), (1, 0, 2, 1))
+    # four processes cost twice as much and pass the same code
+    of_both = losses if world == 2 else few_losses
     for backend in ("torch", "cpp") if world == 2 else ("cpp",):
-        for name, (inputs, run) in (losses(backend) | of_vocabulary(backend)).items():
+        for name, (inputs, run) in (of_both(backend) | of_vocabulary(backend)).items():
             found[f"vocabulary, {name}, {backend}"] = partial(split_vocabulary, inputs, run, uneven)
-        for name, (inputs, run) in losses(backend).items():
+        for name, (inputs, run) in of_both(backend).items():
             found[f"tokens, {name}, {backend}"] = partial(split_tokens, inputs, run, uneven)
             found[f"tokens, {name}, {backend}, one without"] = partial(split_tokens, inputs, run, one_without)
     if world == 4:
         vocab, tokens = grid()
-        for name, (inputs, run) in losses("torch").items():
+        for name, (inputs, run) in of_both("torch").items():
             found[f"both, {name}"] = partial(split_both, inputs, run, vocab, tokens)
+        for counts in ((3, 2), (4, 0)):
+            found[f"replicas, {counts}"] = partial(replicas, counts, vocab, tokens)
     else:
         for frozen in (False, True):
             for mode in ("certified", "unbiased"):
