@@ -80,7 +80,7 @@ def linear_logprob(
     layout = LabelLayout(labels, ignore_index, shift)
     model = ModelInputs.resolve(hidden, head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model, sparsity)
-    tokens = Tokens.find(layout, layout.counted(), model.weight.shape[0])
+    tokens = Tokens.find(layout, layout.counted(), model.vocab)
     logp, extras = LogprobCall.of(model, tokens, shift, execution, outputs, outputs_carry_grad=True).run()
     if not outputs:
         return logp

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spo_kernels.engine.renamed import refuses_old_names
 from spo_kernels.engine.tokens import LabelLayout
-from spo_kernels.head import LMHead
+from spo_kernels.head import LMHead, sequence_group
 from spo_kernels.losses import Objective
 from spo_kernels.losses.pairs import check_choice
 from spo_kernels.losses.registry import resolve_objective
@@ -104,7 +104,7 @@ def fused_spo_loss(
         check_choice("path", path, PATHS)
     batch = resolve_batch(
         resolve_objective(loss),
-        LabelLayout(labels, ignore_index, shift, cu_seqlens),
+        LabelLayout(labels, ignore_index, shift, cu_seqlens, sequence_group(head)),
         Given(hidden, head, token_weights),
         Given(ref_hidden, ref_head, ref_token_weights, ref_logps),
         pair_inputs,
@@ -116,4 +116,4 @@ def fused_spo_loss(
     )
     plan = plan_path(batch, path)
     outcome = _WAYS[plan.path](batch, plan)
-    return outcome.loss, outcome.metrics(batch.lengths, pair_logps=pair_logps)
+    return outcome.loss, outcome.metrics(batch.layout, batch.lengths, pair_logps=pair_logps)

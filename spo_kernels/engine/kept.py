@@ -70,13 +70,14 @@ class KeptTiles:
         states = tokens.take(self._hidden, 0, n, products.operand_dtype(self._hidden))
         kept = self._kept[: n * head.vocab].view(n, head.vocab)
         stats, maxima = self._keep(tokens, states, kept)
+        head.join_(stats)
         upstream = coefficients(stats)
         share = (upstream / stats.sum).neg_()
         at_label = upstream * label_slope(stats, head.transform)
         total = None if hidden_out is None else states.new_empty(states.shape, dtype=self._wide)
-        weight_sum, whole = SliceGradient(head_out, products, self._wide), len(self._slices) == 1
+        weight_sum, whole = SliceGradient(head_out, products, self._wide), head.whole and len(self._slices) == 1
         for columns, maximum in zip(self._slices, maxima, strict=True):
-            part = kept if whole else kept[:, columns]
+            part = kept if len(self._slices) == 1 else kept[:, columns]
             self._backend.scale_rows(part, share if whole else share * (maximum - stats.max).exp())
             if whole:  # every label lies in it, on an entry that is 0
                 part[torch.arange(n, device=part.device), tokens.labels] = at_label.to(part.dtype)
@@ -90,7 +91,7 @@ class KeptTiles:
             weight_sum.finish()
         del states  # its bytes are those of the rounded copy that `put` makes
         if hidden_out is not None and total is not None:
-            tokens.put(hidden_out, 0, n, total)
+            tokens.put(hidden_out, 0, n, head.sum_(total))
         return stats
 
     def _keep(self, tokens: TokenRows, states: Tensor, kept: Tensor) -> tuple[TokenStats, list[Tensor]]:
@@ -110,5 +111,5 @@ class KeptTiles:
             if self.logit_sums is not None:
                 self.logit_sums.add(every, tile)
             self._backend.tile_stats(tile, stats, rescale=rescale)
-            maxima.append(stats.max if len(self._slices) == 1 else stats.max.clone())
+            maxima.append(stats.max if self._head.whole and len(self._slices) == 1 else stats.max.clone())
         return stats, maxima

@@ -89,7 +89,7 @@ class KeptSpace:
         """For this head and these hidden states; `temporaries` as in `plan_tiles`, `memory` of a GPU not here."""
         wide, products, device = accumulator_dtype(hidden.dtype), backend.products, hidden.device
         narrow, kept = products.operand_dtype(hidden).itemsize, products.tile_dtype(hidden)
-        vocab, width, trained, stored = head.vocab, head.width, head.trained_width, head.weight_bytes
+        vocab, width, trained, stored = head.widest, head.width, head.trained_width, head.weight_bytes
         given = workspace_bytes is not None
         if workspace_bytes is None:
             sizes = vocab * width * stored, vocab * trained * stored

@@ -76,7 +76,7 @@ def plan_tiles(
     Raises:
         ValueError: Not even one cell fits.
     """
-    vocab, width = head.vocab, head.width
+    vocab, width = head.widest, head.width
     wide = accumulator_dtype(hidden.dtype).itemsize
     narrow = backend.products.operand_dtype(hidden).itemsize
     cell = backend.cell_bytes(hidden, temporaries)

@@ -93,7 +93,11 @@ def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
     backend, head = load_backend(execution.backend), policy.slices()
     beside = LogitSums.temporaries(head, backend) if batch.token_metrics else None
     space = KeptSpace.of(policy.hidden, head, backend, execution.workspace_bytes, temporaries=beside)
-    problem = pair_problem(batch.objective, batch.host_lengths, space, whole_pairs=batch.pilots is not None)
+    lengths = batch.host_lengths
+    if batch.layout.group is not None:
+        # where a process has fewer tokens than another, it still takes the same way in as many steps
+        lengths = batch.layout.largest(batch.lengths).tolist()
+    problem = pair_problem(batch.objective, lengths, space, whole_pairs=batch.pilots is not None)
     return choose_path(problem, forced)
 
 

@@ -18,7 +18,7 @@ from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.kept import KeptTiles
 from spo_kernels.engine.kept_space import KeptShape
 from spo_kernels.engine.tokens import TokenRows, sum_segments, sum_sequences
-from spo_kernels.losses.pairs import by_side, pair_losses
+from spo_kernels.losses.pairs import by_side
 from spo_kernels.preference.batch import PairBatch
 from spo_kernels.preference.kernel import PairKernel
 from spo_kernels.preference.outcome import Outcome, TokenSums, summarise
@@ -47,7 +47,7 @@ class PairWork:
         self.counts: list[int] = self.batch.host_lengths  # [2B], tokens of each sequence
         self.bounds = [0, *accumulate(self.counts)]
         self.pairs = self.batch.pairs
-        self.tokens = TokenRows.of(self.batch.tokens, self.batch.layout.shift)
+        self.tokens = TokenRows.of(self.batch.tokens, self.batch.layout.shift, self.head.first)
         weights = self.batch.token_weights
         self.weights = None if weights is None else self.tokens.gather(weights)  # [n], what tokens weigh in the sums
         pilots = self.batch.pilots
@@ -90,7 +90,7 @@ class PairWork:
             seen = self.batch.inputs.pairs(leaf, pairs.start, pairs.stop)
             if named:
                 seen = replace(seen, inputs={**seen.inputs, **named})
-            losses = pair_losses(self.batch.objective, seen)
+            losses = self.batch.losses(seen)
             if not losses.requires_grad:
                 return losses, torch.zeros_like(leaf)
             (slopes,) = torch.autograd.grad(losses, leaf, torch.full_like(losses, self.batch.scale))
@@ -99,17 +99,22 @@ class PairWork:
     def differentiate_tokens(self, stats: TokenStats, tokens: TokenRows, pairs: range) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and sums of consecutive pairs, and the whole loss's derivatives by their tokens, chosen first."""
         logp, weights, equal = stats.logp, self.of_pairs(self.weights, pairs), self.equal_length(pairs)
-        lengths = self.lengths(pairs)
+        lengths, layout = self.lengths(pairs), self.batch.layout
         if self.kernel is not None:
             common = lengths if equal is None else equal
             summary, slopes = self.kernel.differentiate(logp, tokens.labels, common, pairs, self.batch)
             self.summaries.append(summary)
             return summary[0], summary[5:].flatten(), slopes
 
-        def sums_of(values: Tensor, weights: Tensor | None = None) -> Tensor:
+        def sums_here(values: Tensor, weights: Tensor | None = None) -> Tensor:
             if equal is None:
                 return sum_segments(values, lengths, weights)
             return sum_sequences(values.view(-1, equal), None, None if weights is None else weights.view(-1, equal))
+
+        def sums_of(values: Tensor, weights: Tensor | None = None) -> Tensor:
+            if layout.group is None:
+                return sums_here(values, weights)
+            return layout.joined(sums_here(values.double(), weights)).to(values.dtype)
 
         sums, names = sums_of(logp, weights), self.batch.token_outputs
         found = {name: sums_of(getattr(stats, name)) for name in names}
@@ -151,7 +156,7 @@ class PairWork:
         before, n = self.token_sums, stats.max.numel()
         if before is None or tiles.logit_sums is None:
             return
-        logits = tiles.logit_sums.values[:n] / self.head.vocab
+        logits = tiles.logit_sums.means(n)
         self.token_sums = TokenSums(
             entropy=before.entropy + stats.entropy.sum(),
             correct_chosen=before.correct_chosen + (stats.label_logit == stats.max)[:chosen].sum().float(),
