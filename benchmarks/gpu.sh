@@ -49,7 +49,7 @@ if [ "$TEST_SECONDS" -gt 0 ]; then
     RUNNER=(-m pytest)
     [ "${WITHOUT_TRITON:-0}" = 1 ] && RUNNER=(tests/without_triton.py)
     timeout "$TEST_SECONDS" "$PYTHON" "${RUNNER[@]}" -q -p no:cacheprovider -p no:xdist "${SELECTION[@]}" \
-        tests/test_gpu.py tests/test_gpu_system.py tests/test_cuda_kernels.py >"$LOG" 2>&1
+        tests/test_gpu.py tests/test_gpu_sparsity.py tests/test_gpu_system.py tests/test_cuda_kernels.py >"$LOG" 2>&1
     TESTS=$?
     tail -n 25 "$LOG"
     case $TESTS in

@@ -1,6 +1,7 @@
 """The GPU benchmark without a GPU: its paper figures, its tables, and a provider whose process dies."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,12 +33,36 @@ def test_bandwidth_of_the_kernels_alone(emulated_cuda):
     assert "| triton | " in table
 
 
+def test_the_script_names_every_file_with_gpu_tests():
+    root = Path(__file__).parent
+    script = (root.parent / "benchmarks" / "gpu.sh").read_text()
+    marked = [path for path in root.rglob("test_*.py") if path != Path(__file__)]
+    marked = [path for path in marked if any(mark in path.read_text() for mark in ("pytest.mark.gpu", "on_gpu"))]
+    assert marked
+    assert not [path.name for path in marked if f"{path.relative_to(root.parent)} " not in script]
+
+
+def test_kernels_that_cannot_be_measured_fail_the_run_after_it(tmp_path, monkeypatch):
+    """What else was measured is kept."""
+
+    def broken(*arguments, **options):
+        raise TypeError("an argument too many")
+
+    monkeypatch.setattr(gpu, "sweep", lambda *arguments: [])
+    monkeypatch.setattr(gpu_roofline, "measure", broken)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match="TypeError: an argument too many"):
+        gpu.main(["--dry-run", "--shapes", "0", "--providers", "dies", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "gpu-dry-run.json").read_text())["rows"]
+
+
 def test_a_provider_that_dies_costs_its_own_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "sweep", lambda *arguments: [])
     # main sets it for the processes that it starts
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     gpu.main(["--dry-run", "--shapes", "0", "--providers", "floor,dies,naive", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "gpu-dry-run.json").read_text())
+    assert report["kernels"].startswith("| backend |")
     status = {(row["provider"], row["phase"]): row["status"] for row in report["rows"]}
     assert status["dies", "all"] == "failed"
     for phase in ("forward", "frozen", "trained"):
