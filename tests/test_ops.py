@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spo_kernels import LMHead, fused_spo_loss, linear_logprob
+from spo_kernels import LMHead, fused_spo_loss, linear_kl, linear_logprob
 from spo_kernels.engine import autograd, divergence_ops, tokens
 from spo_kernels.testing import check_linear_logprob, evaluate, random_batch, random_upstream
 
@@ -39,6 +39,29 @@ def through_operators(monkeypatch):
 def test_operators_are_registered():
     for name in ("find_tokens", "linear_logprob_fwd", "linear_logprob_bwd", "linear_kl_fwd", "linear_kl_bwd"):
         assert torch._C._dispatch_has_kernel(f"spo_kernels::{name}"), name
+
+
+def test_operators_with_cpu_tensors_stay_out_of_recorded_graphs():
+    """What is on the CPU is told by fake tensors on a GPU; by its name also in the backward's schema."""
+    with FakeTensorMode(), Recorder() as recorder:
+        hidden = torch.empty(4, 5, 8, device="cuda")
+        weight, labels = torch.empty(16, 8, device="cuda"), torch.empty(4, 5, dtype=torch.int64, device="cuda")
+        reference = torch.empty(4, device="cuda")
+        fused_spo_loss(hidden, weight, labels, loss="dpo", ref_logps=reference, backend="torch")
+        linear_kl(hidden, weight, hidden, weight, labels, backend="torch")
+    on_cpu = {
+        argument.name
+        for func, args, _ in recorder.calls
+        for argument, value in zip(func._schema.arguments, args, strict=False)
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu"
+    }
+    assert on_cpu == {"transform", "ref_transform", "total", "listed"}
+    for name in ("find_tokens", "linear_logprob_fwd", "linear_logprob_bwd", "linear_kl_fwd", "linear_kl_bwd"):
+        operator = getattr(torch.ops.spo_kernels, name).default
+        named = {argument.name for argument in (*operator._schema.arguments, *operator._schema.returns)}
+        assert named & on_cpu, name
+        assert torch.Tag.cudagraph_unsafe in operator.tags, name
+    assert torch.Tag.cudagraph_unsafe not in torch.ops.spo_kernels.pair_loss.default.tags
 
 
 OPERATORS = {

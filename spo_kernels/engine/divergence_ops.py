@@ -13,15 +13,16 @@ from spo_kernels.engine import divergence
 from spo_kernels.engine.checks import is_traced, without_autocast
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.ops import MODEL, OPTIONS, TOKENS, gradients_fake, gradients_of, like_hidden, plane_of
-from spo_kernels.engine.tokens import TokenRows, Tokens
+from spo_kernels.engine.tokens import UNGRAPHED, TokenRows, Tokens
 from spo_kernels.engine.vocab_shard import VocabShard
 
 _BOTH = f"{MODEL}, {MODEL.replace('Tensor ', 'Tensor ref_').replace('Tensor? ', 'Tensor? ref_')}, {TOKENS}, {OPTIONS}"
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
-_library.define(f"linear_kl_fwd({_BOTH}) -> (Tensor kl, Tensor ref_lse, Tensor lse)")
+_library.define(f"linear_kl_fwd({_BOTH}) -> (Tensor kl, Tensor ref_lse, Tensor lse)", tags=UNGRAPHED)
 _library.define(
     f"linear_kl_bwd({_BOTH}, Tensor ref_lse, Tensor lse, Tensor grad, bool need_hidden, bool need_weight,"
-    " bool need_bias) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    " bool need_bias) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    tags=UNGRAPHED,
 )
 
 

@@ -21,7 +21,7 @@ from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.sparse import kept_slices, possible, probe, sparse_forward
 from spo_kernels.engine.sparse_blocks import KeptBlocks
-from spo_kernels.engine.tokens import TokenRows, Tokens
+from spo_kernels.engine.tokens import UNGRAPHED, TokenRows, Tokens
 from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.engine.workspace import block_width, plan_tiles, spans
 from spo_kernels.sparsity import Sparsity
@@ -35,14 +35,16 @@ _library.define(
     f"linear_logprob_fwd({MODEL}, {TOKENS}, {OPTIONS}, bool moments, bool mean, bool need_logp_grad,"
     " str sparsity, float tolerance, int seed)"
     " -> (Tensor logp, Tensor lse, Tensor correct, Tensor entropy, Tensor log_sum_p2, Tensor dropped_mass,"
-    " Tensor kept_share, Tensor mean_logit, Tensor logp_grad, Tensor codes, Tensor code_counts, Tensor sparse)"
+    " Tensor kept_share, Tensor mean_logit, Tensor logp_grad, Tensor codes, Tensor code_counts, Tensor sparse)",
+    tags=UNGRAPHED,
 )
 _library.define(
     f"linear_logprob_bwd({MODEL}, {TOKENS}, Tensor lse, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad,"
     " Tensor codes, Tensor code_counts, Tensor sparse,"
     " Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_log_sum_p2,"
     f" {OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
-    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    tags=UNGRAPHED,
 )
 
 

@@ -182,10 +182,14 @@ def _host(value: int) -> Tensor:
     return torch.scalar_tensor(value, dtype=torch.bool if isinstance(value, bool) else torch.int64)
 
 
+# torch.compile(mode="reduce-overhead") records partitions of a graph without such an op: one that takes or gives a
+# tensor on the CPU, whose value a replay would not see anew, or waits for the device
+UNGRAPHED = torch.Tag.cudagraph_unsafe
 _library = torch.library.Library("spo_kernels", "DEF")
 _library.define(
     "find_tokens(Tensor labels, Tensor counted, SymInt vocab, int ignore_index, int? count)"
-    " -> (Tensor positions, Tensor total, Tensor listed)"
+    " -> (Tensor positions, Tensor total, Tensor listed)",
+    tags=UNGRAPHED,
 )
 _library.impl("find_tokens", find_tokens, "CompositeExplicitAutograd")
 find_tokens_op = torch.ops.spo_kernels.find_tokens.default
