@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from spo_kernels.backends.strict import strict
+
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -121,14 +123,15 @@ class VendorProducts:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
-    if b.dtype != out.dtype and accumulate:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    elif b.dtype != out.dtype:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif accumulate:
-        out.addmm_(a, b)
-    else:
-        torch.mm(a, b, out=out)
+    with strict(out.device):
+        if b.dtype != out.dtype and accumulate:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        elif b.dtype != out.dtype:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        elif accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
 
 
 def check_row_lists(out: Tensor, **lists: Tensor | None) -> None:
