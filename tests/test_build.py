@@ -1,10 +1,12 @@
 """The extensions' recipes, and what the cuda backend says where it is missing; needs neither nvcc nor a GPU."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 
@@ -97,6 +99,25 @@ recipe = build.Recipe("answer", root, ("answer.txt",), (), {{".txt": copy}}, lin
 build._import_from = lambda library, name: print(library.read_text().split()[-1])
 build.load_or_build(recipe)
 """
+
+
+@pytest.mark.parametrize(
+    "refusal", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")], ids=repr
+)
+def test_a_file_system_without_locks(tmp_path, monkeypatch, refusal):
+    """Every process then builds for itself, and none sees what another has not finished."""
+
+    def refuse(lock, *arguments, **options):
+        raise refusal
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(build, "_import_from", lambda library, name: library)
+    monkeypatch.setenv("SPO_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "answer.txt").write_text("answer = 42")
+    recipe = build.Recipe("answer", tmp_path, ("answer.txt",), (), {".txt": "cp $in $out"}, "cp $in $out", ())
+    library = build.load_or_build(recipe)
+    assert library.read_text() == "answer = 42"
+    assert {path.name for path in library.parent.iterdir()} <= {library.name, "lock"}
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -265,23 +267,34 @@ def load_or_build(recipe: Recipe) -> ModuleType:
     Raises:
         BuildError: No ninja, a cache folder that cannot be written, or the compiler failed.
     """
-    from filelock import FileLock
-
     folder = environment.cache_dir() / recipe.key()
     library = folder / f"{recipe.module}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if library.is_file():
         return _import_from(library, recipe.module)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock").acquire()
+        with _alone(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+            if not library.is_file():
+                run_ninja(recipe, Path(scratch), Path(scratch, "unfinished.so"))
+                # other processes look only for the final name, so they never see a half-written library
+                os.replace(Path(scratch, "unfinished.so"), library)
     except OSError as error:
         raise BuildError(f"cannot write to the cache folder {folder}: {error}") from error
-    with lock:
-        if not library.is_file():
-            run_ninja(recipe, folder, folder / "unfinished.so")
-            # other processes look only for the final name, so they never see a half-written library
-            os.replace(folder / "unfinished.so", library)
     return _import_from(library, recipe.module)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, other processes that want the same wait; on a file system without locks each makes its own."""
+    from filelock import FileLock
+
+    lock = FileLock(folder / "lock")
+    with suppress(OSError, NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_ninja(recipe: Recipe, folder: Path, library: Path) -> str:

@@ -239,6 +239,21 @@ def test_tensorboard_on_a_full_disk(
     assert capsys.readouterr().err.count("TensorBoard's files can't be written ([Errno 28] No space left") == 1
 
 
+@pytest.mark.parametrize(
+    "refusal", [NotImplementedError("no flock here"), OSError(errno.ENOLCK, "No locks available")], ids=repr
+)
+def test_file_system_without_locks(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Exception
+) -> None:
+    """Two runs could not be told apart there."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise refusal
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    assert f"--output-dir {tmp_path / 'out'} can't be used: {refusal}" in fails(*OPTIONS)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_folder_of_a_run_that_is_alive(train: Train, fails: Fails, tmp_path: Path, resume: bool) -> None:
     output = tmp_path / "out"
