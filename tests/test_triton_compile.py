@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 # 8 programs of the widest kernel share a multiprocessor of any of them: 99 KiB on sm_120, 64 KiB on gfx942
 SHARED_BYTES = 8192
 # what a thread may put aside in a candidate of the autotuner, which chooses by time; the tables' may not
@@ -28,6 +30,22 @@ def compile_all(architecture):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(("warp_size", "architecture"), [(64, "gfx942"), (32, "gfx1100")])
+def test_an_amd_gpu_gets_the_table_of_its_warps(monkeypatch, warp_size, architecture):
+    """A thread has 16 elements of a row that waits in registers, whatever a warp is."""
+    from spo_kernels.backends.triton import config
+
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(warp_size=warp_size))
+    found = config.architecture_of.__wrapped__(torch.device("cuda"))
+    assert found == architecture
+    for narrow in (False, True):
+        launch = config.whole_row(8192, found, narrow)
+        assert launch.block == 16 * launch.num_warps * warp_size
+    table = config.launch_for("tile_grad", found)
+    assert table.block == 16 * table.num_warps * warp_size
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

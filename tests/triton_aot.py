@@ -34,11 +34,14 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
 FLOAT, HALF = "*fp32", "*bf16"
 # what the launcher passes for a row's width and stride: a multiple of 16, or any number
 ALIGNED, RAGGED = [["tt.divisibility", 16]], []
 
+# 16 bytes at a time in PTX, on gfx942 and on gfx1100
+WIDE_ACCESSES = (".v4.", "dwordx4", "global_load_b128", "buffer_load_b128")
 
 # LOCAL and STACK count what spills; a kernel without arrays of its own has no other use for them
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
@@ -197,7 +200,7 @@ def main() -> None:
             "shared": compiled.metadata.shared,
             "wide_offsets": wide_offsets(compiled),
             "narrow_offsets": narrow_offsets(compiled),
-            "vector": ".v4." in compiled.asm.get("ptx", "") or "dwordx4" in compiled.asm.get("amdgcn", ""),
+            "vector": any(word in compiled.asm.get("ptx", compiled.asm.get("amdgcn", "")) for word in WIDE_ACCESSES),
             **usage,
         }
         print(json.dumps(row), flush=True)

@@ -33,9 +33,11 @@ class Launch:
 # a row of this many columns or fewer stays in registers, 16 per thread at 16 warps; at twice as many, some spill
 WHOLE_ROW_COLUMNS = 8192
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+# gfx1100 stands for all of AMD's with 32 threads per warp
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+_WIDE_WARPS = ("gfx942",)  # of 64 threads
 
-# lanes = 4 x threads, so that a reduction over `unroll` stays inside a thread; gfx942 has 64 threads per warp
+# lanes = 4 x threads, so that a reduction over `unroll` stays inside a thread
 _TABLE: dict[str, dict[str, Launch]] = {
     "tile_stats": {
         "sm_80": Launch(4, 512, 4),
@@ -43,6 +45,7 @@ _TABLE: dict[str, dict[str, Launch]] = {
         "sm_100": Launch(4, 1024, 8),
         "sm_120": Launch(2, 1024, 8),
         "gfx942": Launch(4, 1024, 4),
+        "gfx1100": Launch(2, 1024, 8),
     },
     "tile_grad": {
         "sm_80": Launch(4, 512, 4),
@@ -50,6 +53,7 @@ _TABLE: dict[str, dict[str, Launch]] = {
         "sm_100": Launch(4, 1024, 8),
         "sm_120": Launch(4, 512, 4),
         "gfx942": Launch(4, 1024, 4),
+        "gfx1100": Launch(4, 512, 4),
     },
     # 16 bytes of bfloat16 a lane; 4 wavefronts of gfx942 have twice the lanes
     "scale_rows": dict.fromkeys(ARCHITECTURES, Launch(1, 1024, 4)) | {"gfx942": Launch(1, 2048, 4)},
@@ -70,13 +74,13 @@ def launch_for(family: str, architecture: str) -> Launch:
 def whole_row(columns: int, architecture: str, narrow: bool) -> Launch:
     """The smallest block that holds a row of `columns` (at most WHOLE_ROW_COLUMNS), 16 elements per thread or more.
 
-    4 to 16 warps of 32 threads; gfx942 has half as many warps of 64. `narrow`: the operand is half precision, and
+    4 to 16 warps of 32 threads, or half as many of 64. `narrow`: the operand is half precision, and
     its 16-byte stores make Triton give 8 neighbours to a thread instead of 4.
     """
     elements = max(2048, triton.next_power_of_2(columns))
     threads = min(512, elements // 16)
     lanes = threads * (8 if narrow else 4)
-    return Launch(elements // lanes, lanes, threads // (64 if architecture.startswith("gfx") else 32))
+    return Launch(elements // lanes, lanes, threads // (64 if architecture in _WIDE_WARPS else 32))
 
 
 def loop_twice(architecture: str, narrow: bool) -> Launch:
@@ -96,7 +100,7 @@ def architecture_of(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip is not None:
-        return "gfx942"
+        return "gfx942" if torch.cuda.get_device_properties(device).warp_size == 64 else "gfx1100"
     major, _ = torch.cuda.get_device_capability(device)
     return {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
 
