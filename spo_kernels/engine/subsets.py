@@ -19,8 +19,8 @@ class PairTokens:
     lengths: Tensor  # [2B]
 
     @classmethod
-    def of(cls, layout: LabelLayout, counted: Tensor | None = None) -> PairTokens:
-        """Of labels; `counted` as `LabelLayout.counted` gives them, where they are at hand.
+    def of(cls, layout: LabelLayout, counted: Tensor | None = None, count: int | None = None) -> PairTokens:
+        """Of labels; `counted` as `LabelLayout.counted` gives them, and how many they are, where that is at hand.
 
         Raises:
             ValueError: There is an odd number of sequences.
@@ -28,7 +28,7 @@ class PairTokens:
         layout.check_pairs()
         counted = layout.counted() if counted is None else counted
         lengths = layout.count(counted)
-        owners = torch.arange(layout.sequences, device=counted.device).repeat_interleave(lengths)
+        owners = torch.arange(layout.sequences, device=counted.device).repeat_interleave(lengths, output_size=count)
         return cls(counted, owners, lengths)
 
     @property
@@ -39,8 +39,9 @@ class PairTokens:
     def random_subset(self, sizes: Tensor, generator: torch.Generator | None) -> Tensor:
         """`[n]` bool: a uniform subset of `sizes[s]` tokens of each sequence s, drawn on the CPU."""
         # sorted by sequence and, inside one, by a random key: the first of each are its subset
-        keys = torch.rand(self.owners.numel(), dtype=torch.float64, generator=generator).to(self.owners.device)
-        order = (self.owners + keys).argsort()
+        keys = torch.rand(self.owners.numel(), dtype=torch.float64, generator=generator)
+        # not to wait for what the device does is safe: the values are read before this returns
+        order = (self.owners + keys.to(self.owners.device, non_blocking=True)).argsort()
         owners = self.owners[order]
         starts = self.lengths.cumsum(0) - self.lengths
         rank = torch.arange(owners.numel(), device=owners.device) - starts[owners]

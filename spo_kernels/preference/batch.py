@@ -139,25 +139,32 @@ def resolve_batch(
     every = bool(names) or shares is not None
     computed = counted if every or weights is None else counted & (weights != 0)
     taken = lengths if computed is counted else layout.count(computed)
-    host = None if is_traced(labels) or capturing(labels) else taken.tolist()
+    theirs = computed  # those that the reference weighs
+    if ref_model is not None and ref_weights is not None and not every:
+        theirs = counted & (ref_weights != 0)
+    host, count, ref_count = None, None, None
+    if not is_traced(labels) and not capturing(labels):
+        counts = [taken] if theirs is computed else [taken, theirs.sum()[None]]
+        found = torch.cat(counts).tolist()
+        host = found[: layout.sequences]
+        count, ref_count = sum(host), found[-1] if theirs is not computed else None
     vocab = min(m.vocab for m in (model, ref_model) if m is not None)
-    tokens = Tokens.find(layout, computed, vocab, None if host is None else sum(host))
+    tokens = Tokens.find(layout, computed, vocab, count)
 
     sums, logp, pilots = reference.logps, None, None
     ref_weights = weights if ref_weights is None else ref_weights
     if sums is not None and of_tokens:
         logp = sums.detach().to(model.wide).masked_fill(~counted, 0.0)
     elif ref_model is not None:
-        theirs = tokens
-        if ref_weights is not weights and ref_weights is not None and not every:
-            theirs = Tokens.find(layout, counted & (ref_weights != 0), vocab)
+        ref_tokens = tokens if theirs is computed else Tokens.find(layout, theirs, vocab, ref_count)
         ref_execution = Execution.resolve(workspace_bytes, backend, ref_model)
         with torch.no_grad():
-            logp, _ = LogprobCall.of(ref_model, theirs, layout.shift, ref_execution).run()
+            logp, _ = LogprobCall.of(ref_model, ref_tokens, layout.shift, ref_execution).run()
     if logp is not None:
         sums = layout.sum(logp, ref_weights)
     if logp is not None and shares is not None:
-        subsets = PairTokens.of(layout, counted).pilot_subsets(*shares)
+        # an objective that draws tokens has all of them computed
+        subsets = PairTokens.of(layout, counted, count).pilot_subsets(*shares)
         if model.shard is not None:
             subsets = model.shard.of_first(subsets)
         pilots = Pilots(subsets, layout.sum(logp, subsets).to(model.wide))
