@@ -19,7 +19,7 @@ def linear_kl(
     ref_head: Tensor | LMHead,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     shift: bool = False,
     workspace_bytes: int | None = None,
     backend: str | None = None,
@@ -53,5 +53,5 @@ def linear_kl(
     reference = ModelInputs.resolve_reference(ref_hidden, ref_head, labels, head)
     policy.check_same_vocabulary(reference)
     execution = Execution.resolve(workspace_bytes, backend, policy)
-    tokens = Tokens.find(layout, layout.counted(), policy.vocab)
+    tokens = Tokens.all_of(layout, policy.vocab)
     return kl_divergence(policy, reference, tokens, shift, execution)

@@ -25,7 +25,7 @@ def linear_logprob(
     head: Tensor | LMHead,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     shift: bool = False,
     outputs: Sequence[str] = (),
     sparsity: str | Sparsity = "exact",
@@ -49,7 +49,8 @@ def linear_logprob(
         head: The head's weight `[V, H]`, same dtype, or an `LMHead` where there is a bias, a scale or a softcap, such
             as `LMHead.of(model)`. A weight that needs no gradient costs no product for it.
         labels: `[...]` int64 target ids in [0, V), or `ignore_index`. Ignored tokens take part in no product.
-        ignore_index: Label of the positions that do not count.
+        ignore_index: Label of the positions that do not count; None: all count, and the host need not wait for a GPU
+            to learn how many do.
         shift: Position t of `hidden` predicts `labels[..., t + 1]`. The result is aligned with `labels`, so
             its first position along the last dimension is 0.
         outputs: Any of "lse" (log-sum-exp of the logits), "correct" (bool: the label has the largest logit;
@@ -80,7 +81,7 @@ def linear_logprob(
     layout = LabelLayout(labels, ignore_index, shift)
     model = ModelInputs.resolve(hidden, head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model, sparsity)
-    tokens = Tokens.find(layout, layout.counted(), model.vocab)
+    tokens = Tokens.all_of(layout, model.vocab)
     logp, extras = LogprobCall.of(model, tokens, shift, execution, outputs, outputs_carry_grad=True).run()
     if not outputs:
         return logp
@@ -95,7 +96,7 @@ def linear_token_loss(
     labels: Tensor,
     token_loss: TokenLoss,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     shift: bool = False,
     workspace_bytes: int | None = None,
     backend: str | None = None,
@@ -140,11 +141,10 @@ def linear_token_loss(
     layout = LabelLayout(labels, ignore_index, shift)
     model = ModelInputs.resolve(hidden, head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model)
-    counted = layout.counted()
-    tokens = Tokens.find(layout, counted, model.weight.shape[0])
+    tokens = Tokens.all_of(layout, model.weight.shape[0])
     found = early_token_loss(model, tokens, shift, execution, token_loss)
     if found is not None:
         return found
     logp, _ = LogprobCall.of(model, tokens, shift, execution).run()
-    at = counted.nonzero(as_tuple=True)
+    at = tokens.counted.nonzero(as_tuple=True)
     return token_losses(token_loss, logp[at], at).sum(), logp.detach()

@@ -34,7 +34,7 @@ def fused_spo_loss(
     token_weights: Tensor | None = None,
     ref_token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     shift: bool = False,
     reduction: str = "mean",
     token_metrics: bool = False,
@@ -74,9 +74,11 @@ def fused_spo_loss(
             weight 0 take part in no product (unless the objective has `token_outputs`) and in no token metric.
         ref_token_weights: The same for the reference evaluated here, or for `ref_logps` of tokens; `token_weights`
             where None. Sums that are given as `ref_logps` must have been weighted by the caller, see `sequence_logps`.
-        cu_seqlens: `[2B + 1]` bounds of packed sequences: B chosen, then B rejected.
+        cu_seqlens: `[2B + 1]` bounds of packed sequences: B chosen, then B rejected; on the CPU or with
+            labels.
         ignore_index, shift, backend: As in `linear_logprob`; with `shift`, each sequence's first label is not
-            predicted.
+            predicted. Where `ignore_index` is None (and `cu_seqlens`, if given, on the CPU) nothing waits for a GPU,
+            else the number of labels of each sequence that count.
         workspace_bytes: Bound on temporaries as in `linear_logprob`. Default there, and for three products three
             times the bytes of the head and its gradient on a CPU, 3 GiB or a 16th of its memory on a GPU; docs/cost.md.
         reduction: Over pairs: "mean", "sum" or "none".

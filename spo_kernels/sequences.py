@@ -19,7 +19,7 @@ def sequence_logps(
     labels: Tensor,
     *,
     cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     shift: bool = False,
     token_weights: Tensor | None = None,
     workspace_bytes: int | None = None,
@@ -33,7 +33,8 @@ def sequence_logps(
         hidden: `[S, T, H]` padded, or `[N, H]` packed with `cu_seqlens`.
         head: `[V, H]` weight, or an `LMHead`.
         labels: `[S, T]` or `[N]` int64.
-        cu_seqlens: `[S + 1]` int32 or int64 bounds of the packed sequences, from 0 to N.
+        cu_seqlens: `[S + 1]` int32 or int64 bounds of the packed sequences, from 0 to N; on a GPU, better given on
+            the CPU, where they are checked and need not be waited for.
         ignore_index, shift, workspace_bytes, backend: As in `linear_logprob`; with `shift`, packed sequences do not
             see each other.
         token_weights: What each label's log-probability counts in the sum, shaped like `labels`; finite, taken as
@@ -49,11 +50,11 @@ def sequence_logps(
     layout.check_sequences("S, T")
     model = ModelInputs.resolve(hidden, head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model)
-    counted = layout.counted()
     if token_weights is not None:
         check_token_weights("token_weights", token_weights, labels)
         token_weights = token_weights.detach()
-        counted = counted & (token_weights != 0)
-    tokens = Tokens.find(layout, counted, model.vocab)
+        tokens = Tokens.find(layout, layout.counted() & (token_weights != 0), model.vocab)
+    else:
+        tokens = Tokens.all_of(layout, model.vocab)
     logp, _ = LogprobCall.of(model, tokens, shift, execution).run()
     return layout.sum(logp, token_weights)

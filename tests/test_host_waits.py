@@ -65,6 +65,48 @@ def test_a_loss_waits_once_for_the_lengths(waits, options, path, packed):
     assert waits == LENGTHS
 
 
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed sequences"])
+@pytest.mark.parametrize("path", ["packed", "factorised", "two_pass"])
+def test_nothing_is_waited_for_where_every_label_counts(waits, path, packed, shift):
+    """And sequences have a common length, or bounds that the host has; the loss is what it was."""
+    batch = random_batch((4, 6), 64, 16)
+    hidden, labels, bounds = batch.hidden, batch.labels, {}
+    if packed:
+        hidden, labels, bounds = hidden.reshape(-1, 16), labels.reshape(-1), {"cu_seqlens": torch.tensor(BOUNDS)}
+
+    def gradients(place, **options):
+        leaves = [place(hidden.clone()).requires_grad_(), place(batch.weight.clone()).requires_grad_()]
+        options |= {"shift": shift, "path": path, "backend": "torch", "loss": "dpo", **bounds}
+        value, _ = fused_spo_loss(*leaves, place(labels), ref_logps=place(torch.zeros(4)), **options)
+        torch.autograd.backward([value])
+        return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+    found = gradients(CudaLike, ignore_index=None)
+    assert waits == []
+    for ours, expected in zip(found, gradients(lambda tensor: tensor), strict=True):
+        torch.testing.assert_close(ours.data_on_cpu, expected)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_log_probabilities_of_every_label(waits, shift):
+    batch = random_batch((4, 6), 64, 16)
+    for function in (linear_logprob, sequence_logps, linear_kl):
+        hidden, weight = CudaLike(batch.hidden), CudaLike(batch.weight)
+        reference = (hidden.clone(), weight.clone()) if function is linear_kl else ()
+        hidden.requires_grad_(), weight.requires_grad_()
+        options = {"backend": "torch", "shift": shift, "ignore_index": None}
+        torch.autograd.backward([function(hidden, weight, *reference, CudaLike(batch.labels), **options).sum()])
+        assert waits == [], function
+
+
+def test_a_label_of_minus_one_counts_as_any_other_where_all_count():
+    batch = random_batch((2, 3), 64, 16)
+    batch.labels[0, 1] = -1
+    with pytest.raises(IndexError, match=r"labels\[0, 1\] = -1 is outside"):
+        linear_logprob(batch.hidden, batch.weight, batch.labels, ignore_index=None)
+
+
 @pytest.mark.parametrize("mode", ["certified", "unbiased"])
 def test_a_sparse_backward_waits_once_more(waits, mode):
     step(False, sparsity=mode)

@@ -142,7 +142,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
-    if cu_seqlens.device != device:
+    if cu_seqlens.device != device and not cu_seqlens.is_cpu:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but labels is on {device}")
     if len(tokens) != 1:
         raise ValueError(f"labels must be packed, [N], where cu_seqlens is given; got {list(tokens)}")

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spo_kernels.backends.products import Products
-from spo_kernels.engine.checks import capturing, check_cu_seqlens, check_int, check_label_range, check_labels, is_traced
+from spo_kernels.engine.checks import (
+    can_look,
+    capturing,
+    check_cu_seqlens,
+    check_int,
+    check_label_range,
+    check_labels,
+    is_traced,
+)
 from spo_kernels.engine.collectives import check_same, largest, summed
 
 if TYPE_CHECKING:
@@ -24,16 +34,24 @@ class LabelLayout:
     """
 
     labels: Tensor
-    ignore_index: int
+    ignore_index: int | None  # None: every label counts
     shift: bool  # position t of hidden predicts label t + 1 of its sequence
-    cu_seqlens: Tensor | None = None  # [S + 1]
+    cu_seqlens: Tensor | None = None  # [S + 1], taken to labels' device
     group: ProcessGroup | None = None
+    bounds: list[int] | None = field(init=False, default=None)  # cu_seqlens, where the host has them
 
     def __post_init__(self) -> None:
         check_labels(self.labels, self.shift)
-        check_int("ignore_index", self.ignore_index)
-        if self.cu_seqlens is not None:
-            check_cu_seqlens(self.cu_seqlens, self.labels)
+        if self.ignore_index is not None:
+            check_int("ignore_index", self.ignore_index)
+        given = self.cu_seqlens
+        if given is not None:
+            check_cu_seqlens(given, self.labels)
+            if can_look(given):
+                object.__setattr__(self, "bounds", given.tolist())
+            if given.device != self.labels.device:
+                # the copy need not wait for what the device does: the values are read before this returns
+                object.__setattr__(self, "cu_seqlens", given.to(self.labels.device, non_blocking=True))
         if self.group is not None:
             self._check_group(self.group)
 
@@ -74,7 +92,10 @@ class LabelLayout:
 
     def counted(self) -> Tensor:
         """`[labels' shape]` bool: labels that have a log-probability. With `shift` a sequence's first has none."""
-        counted = self.labels != self.ignore_index
+        if self.ignore_index is None:
+            counted = torch.ones_like(self.labels, dtype=torch.bool)
+        else:
+            counted = self.labels != self.ignore_index
         if self.shift and self.cu_seqlens is None:
             counted[..., :1] = False
         elif self.shift and self.cu_seqlens is not None:
@@ -90,6 +111,17 @@ class LabelLayout:
             return counted.sum(-1)
         ends = torch.nn.functional.pad(counted.cumsum(0), (1, 0))
         return ends[self.cu_seqlens.long()].diff()
+
+    def known_counts(self) -> list[int] | None:
+        """The same, where it does not depend on labels and the host has the bounds: nothing is waited for."""
+        if self.ignore_index is not None or (self.cu_seqlens is not None and self.bounds is None):
+            return None
+        if self.bounds is not None:
+            lengths = [stop - start for start, stop in pairwise(self.bounds)]
+        else:
+            *rows, width = self.labels.shape or (1,)
+            lengths = [width] * prod(rows)
+        return [max(length - 1, 0) for length in lengths] if self.shift else lengths
 
     def sum(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sums of `values` (or of `values * weights`), shaped like labels, over each sequence: `[S]`."""
@@ -143,6 +175,12 @@ class Tokens(NamedTuple):
     listed: Tensor
 
     @classmethod
+    def all_of(cls, layout: LabelLayout, vocab: int) -> Tokens:
+        """Those of every label that counts; see `find`."""
+        known = layout.known_counts()
+        return cls.find(layout, layout.counted(), vocab, None if known is None else sum(known))
+
+    @classmethod
     def find(cls, layout: LabelLayout, counted: Tensor, vocab: int, count: int | None = None) -> Tokens:
         """The tokens of labels that are `counted`; `count` is their number, where the host knows it already.
 
@@ -155,7 +193,7 @@ class Tokens(NamedTuple):
 
 
 def find_tokens(
-    labels: Tensor, counted: Tensor, vocab: int, ignore_index: int, count: int | None
+    labels: Tensor, counted: Tensor, vocab: int, ignore_index: int | None, count: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Tokens.positions`, `.total` and `.listed`. Waits for a device once, where `count` is not given."""
     flat = counted.flatten()
@@ -187,7 +225,7 @@ def _host(value: int) -> Tensor:
 UNGRAPHED = torch.Tag.cudagraph_unsafe
 _library = torch.library.Library("spo_kernels", "DEF")
 _library.define(
-    "find_tokens(Tensor labels, Tensor counted, SymInt vocab, int ignore_index, int? count)"
+    "find_tokens(Tensor labels, Tensor counted, SymInt vocab, int? ignore_index, int? count)"
     " -> (Tensor positions, Tensor total, Tensor listed)",
     tags=UNGRAPHED,
 )

@@ -108,7 +108,7 @@ def resolve_batch(
 ) -> PairBatch:
     """Check every argument once, and derive what all ways to compute the loss share.
 
-    Waits for a device once at most, for the lengths of the sequences.
+    Waits for a device once at most, for the lengths of the sequences where the host does not have them.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
@@ -144,10 +144,12 @@ def resolve_batch(
         theirs = counted & (ref_weights != 0)
     host, count, ref_count = None, None, None
     if not is_traced(labels) and not capturing(labels):
-        counts = [taken] if theirs is computed else [taken, theirs.sum()[None]]
-        found = torch.cat(counts).tolist()
-        host = found[: layout.sequences]
-        count, ref_count = sum(host), found[-1] if theirs is not computed else None
+        host = layout.known_counts() if computed is counted else None
+        unknown = [] if host is not None else [taken]
+        unknown += [] if theirs is computed else [theirs.sum()[None]]
+        found = torch.cat(unknown).tolist() if unknown else []
+        host = found[: layout.sequences] if host is None else host
+        count, ref_count = sum(host), None if theirs is computed else found[-1]
     vocab = min(m.vocab for m in (model, ref_model) if m is not None)
     tokens = Tokens.find(layout, computed, vocab, count)
 

@@ -127,9 +127,8 @@ class PairKernel:
     def loss(self, logp: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """`batch.scale` times the sum of the losses, differentiable, and the summary."""
         layout, inputs = batch.layout, batch.inputs
-        # the kernel counts what is not ignore_index
-        labels = layout.labels.masked_fill(~batch.tokens.counted, layout.ignore_index)
-        arguments = (labels, layout.cu_seqlens, inputs.reference, inputs.sft_value, layout.ignore_index)
+        labels = layout.labels.masked_fill(~batch.tokens.counted, _NO_CLASS)
+        arguments = (labels, layout.cu_seqlens, inputs.reference, inputs.sft_value, _NO_CLASS)
         loss, summary = PairLossFunction.apply(logp, batch.scale, *arguments, *self.form)
         return loss, summary
 
