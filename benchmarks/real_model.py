@@ -24,16 +24,18 @@ from spo_kernels.testing import eager_logprob
 from .machine import describe_machine, machine_line
 
 WINDOW = 512
-WAYS: dict[str, tuple[str, Callable[[Tensor, LMHead, Tensor], Any]]] = {
-    "half_logits": ("bf16 logits, `.float().log_softmax`", lambda h, head, y: _half_logits(h, head, y)),
-    "ours": ("`linear_logprob`", linear_logprob),
-}
 
 
-def _half_logits(hidden: Tensor, head: LMHead, labels: Tensor) -> Tensor:
+def half_logits(hidden: Tensor, head: LMHead, labels: Tensor) -> Tensor:
     """What a model's own bf16 logits give; the heads that are read here have neither scale nor softcap."""
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
     return logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+WAYS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "half_logits": ("bf16 logits, `.float().log_softmax`", half_logits),
+    "ours": ("`linear_logprob`", linear_logprob),
+}
 
 
 def inputs(model: Any, tokenizer: Any, pairs: Path, count: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +44,7 @@ def inputs(model: Any, tokenizer: Any, pairs: Path, count: int) -> tuple[Tensor,
     hidden, labels = [], []
     for i in range(min(count, len(examples))):
         example = examples[i]
-        ids = torch.tensor([[*example.prompt, *example.responses[0]]])
+        ids = torch.tensor([[*map(int, example.prompt), *map(int, example.responses[0])]])
         start = len(example.prompt)
         with torch.no_grad():
             hidden.append(hidden_states(model, input_ids=ids)[0, start - 1 : -1])
@@ -51,20 +53,20 @@ def inputs(model: Any, tokenizer: Any, pairs: Path, count: int) -> tuple[Tensor,
 
 
 def errors(hidden: Tensor, head: LMHead, labels: Tensor) -> dict[str, dict[str, float]]:
-    """Worst token and worst sum of each way, in nats."""
+    """Worst token and worst sum of each way, in nats; a shorter last window has no sum."""
+
+    def by_window(function: Callable[..., Any], **options: Any) -> Tensor:
+        parts = zip(hidden.split(WINDOW), labels.split(WINDOW), strict=True)
+        return torch.cat([function(h, head, y, **options).double() for h, y in parts])
+
     with torch.no_grad():
-        truth = torch.cat([
-            eager_logprob(h, head, y, dtype=torch.float64)
-            for h, y in zip(hidden.split(WINDOW), labels.split(WINDOW), strict=True)
-        ])  # fmt: skip
-        found = {}
-        for name, (_, function) in WAYS.items():
-            off = torch.cat([
-                function(h, head, y).double() for h, y in zip(hidden.split(WINDOW), labels.split(WINDOW), strict=True)
-            ]) - truth  # fmt: skip
-            sums = [part.sum() for part in off.split(WINDOW) if len(part) == WINDOW] or [off.sum()]
-            found[name] = {"token": off.abs().max().item(), "sum": max(abs(each.item()) for each in sums)}
-    return found
+        truth = by_window(eager_logprob, dtype=torch.float64)
+        off = {name: by_window(function) - truth for name, (_, function) in WAYS.items()}
+    whole = len(labels) // WINDOW * WINDOW
+    return {
+        name: {"token": error.abs().max().item(), "sum": error[:whole].view(-1, WINDOW).sum(1).abs().max().item()}
+        for name, error in off.items()
+    }
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

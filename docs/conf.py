@@ -1,12 +1,15 @@
 """Sphinx's settings for this folder: `make docs`."""
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from spo_kernels import __version__  # noqa: E402
+from spo_kernels.integrations import trl_seam  # noqa: E402
 
 project = "spo_kernels"
 author = copyright = "the authors of spo_kernels"
@@ -30,8 +33,24 @@ myst_heading_anchors = 3
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+add_module_names = False
 # torch is there; what trains is not, since only names and docstrings are read
-autodoc_mock_imports = ["accelerate", "datasets", "peft", "transformers", "trl"]
+autodoc_mock_imports = ["accelerate", "datasets", "peft", "pyarrow", "safetensors", "tqdm", "transformers", "trl"]
+# a stand-in for TRL's trainer has no parameters to look at
+trl_seam.check_dpo_trainer = lambda trainer: None
 
-# pages that a later version brings may be named in a list of pages before
-suppress_warnings = ["toc.empty_glob"]
+# may stand in the list of pages before they are there
+LATER = ("distributed", "long-pairs", "sharded-heads")
+
+
+def setup(app: Any) -> None:
+    """Links to Markdown outside of this folder are files to load; others outside of it are that by themselves."""
+    app.connect("source-read", outside)
+
+
+def outside(app: Any, page: str, source: list[str]) -> None:
+    """Rewrite the links of a page, and the list of pages."""
+    for name in LATER:
+        if page == "index" and not (ROOT / "docs" / f"{name}.md").exists():
+            source[0] = source[0].replace(f"\n{name}\n", "\n")
+    source[0] = re.sub(r"\[([^\]]+)\]\((\.\./[^)#]+\.md)\)", r"{download}`\1 <\2>`", source[0])
