@@ -1,8 +1,8 @@
 """Accuracy on a real model's hidden states: `python -m benchmarks.real_model --model FOLDER --pairs FILE.jsonl`.
 
-The chosen responses of preference pairs are read by the model in float32; its hidden states and head, rounded to bfloat16, are the
-inputs of everything that is compared. Errors are against float64 logits of the same inputs: of a token, and of the sum of
-512 consecutive response tokens.
+The model reads the chosen responses of preference pairs in float32; its hidden states and head, rounded to bfloat16,
+are the inputs of everything that is compared. Errors are against float64 logits of the same inputs: of a token, and of
+the sum of 512 consecutive response tokens.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--model", required=True, help="folder or hub id of a causal language model")
     parser.add_argument("--pairs", required=True, type=Path, help="file of prompt, chosen and rejected")
     parser.add_argument("--count", type=int, default=24, help="responses (default: 24)")
+    parser.add_argument("--name", help="what the model is called (default: as --model)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     options = parser.parse_args(arguments)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     head = LMHead.of(model)
     half = LMHead(head.weight.detach().bfloat16(), None if head.bias is None else head.bias.detach().bfloat16())
     report = {
-        "model": model.config._name_or_path.rstrip("/").split("/")[-1],
+        "model": options.name or options.model,
         "tokens": len(labels),
         "vocabulary": len(head.weight),
         "window": WINDOW,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pages
 import pytest
 from pages import DOCS, ROOT, every_page
+from shell_lines import CHECKS, commands
 
 from spo_kernels import __version__
 from spo_kernels.backends import environment
@@ -29,6 +30,18 @@ def test_links_lead_somewhere(page: Path) -> None:
 @every_page
 def test_every_block_has_a_language(page: Path) -> None:
     assert {block.split("\n")[0] for block in pages.blocks(page)} <= LANGUAGES
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in pages.PAGES if pages.blocks(page, "bash")], ids=lambda page: page.stem
+)
+def test_commands_are_understood(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in pages.blocks(page, "bash"):
+        for program, *words in commands(block):
+            try:
+                CHECKS[program](words)
+            except SystemExit:
+                pytest.fail(f"{program} {' '.join(words)}: {capsys.readouterr().err}")
 
 
 def test_every_page_is_listed() -> None:

@@ -1,4 +1,4 @@
-"""docs/objectives.md and docs/unverified.md have a row for every registered name: hyperparameters, defaults, coupling."""
+"""docs/objectives.md or unverified.md has a row for every registered name: hyperparameters, defaults and coupling."""
 
 import dataclasses
 import re
