@@ -25,6 +25,8 @@ extensions = [
 html_theme = "furo"
 html_title = f"spo_kernels {release}"
 html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
@@ -33,6 +35,7 @@ myst_heading_anchors = 3
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+napoleon_use_rtype = False
 add_module_names = False
 # torch is there; what trains is not, since only names and docstrings are read
 autodoc_mock_imports = ["accelerate", "datasets", "peft", "pyarrow", "safetensors", "tqdm", "transformers", "trl"]
