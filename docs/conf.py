@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
+exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"spo_kernels {release}"
 html_show_copyright = False
