@@ -49,7 +49,7 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt spo_kernels/backends/buil
 $(DOCS_VENV)/ready: Makefile constraints.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-		"$$(grep '^torch==' constraints.txt)" numpy filelock sphinx furo myst-parser
+		"$$(grep '^torch==' constraints.txt)" numpy filelock furo latex2mathml myst-parser sphinx
 	touch $@
 
 clean:

@@ -2,8 +2,12 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -18,7 +22,6 @@ version = release = __version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
@@ -28,6 +31,8 @@ html_title = f"spo_kernels {release}"
 html_show_copyright = False
 html_static_path = ["static"]
 html_css_files = ["tables.css"]
+# what browsers draw themselves, also without a network
+html_math_renderer = "mathml"
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
@@ -50,6 +55,7 @@ LATER = ("distributed", "long-pairs", "sharded-heads")
 def setup(app: Any) -> None:
     """Links to Markdown outside of this folder are files to load; others outside of it are that by themselves."""
     app.connect("source-read", outside)
+    app.add_html_math_renderer("mathml", (partial(formula, "inline"), None), (partial(formula, "block"), None))
 
 
 def outside(app: Any, page: str, source: list[str]) -> None:
@@ -58,3 +64,9 @@ def outside(app: Any, page: str, source: list[str]) -> None:
         if page == "index" and not (ROOT / "docs" / f"{name}.md").exists():
             source[0] = source[0].replace(f"\n{name}\n", "\n")
     source[0] = re.sub(r"\[([^\]]+)\]\((\.\./[^)#]+\.md)\)", r"{download}`\1 <\2>`", source[0])
+
+
+def formula(display: str, translator: Any, node: nodes.Node) -> None:
+    """Write a formula."""
+    translator.body.append(convert(node.astext(), display=display))
+    raise nodes.SkipNode

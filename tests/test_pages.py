@@ -96,6 +96,12 @@ def test_figures_of_whole_steps() -> None:
         assert f"| {row['pairs_per_second']:.2f} |" in page and f"| {row['above_floor_mib']:.0f} |" in page
 
 
+def test_make_docs_installs_what_the_extra_names() -> None:
+    extra = re.search(r"^docs = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    installed = re.search(r"numpy filelock (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert extra and installed and installed[1].split() == json.loads(extra[1])
+
+
 def test_one_version() -> None:
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {__version__} - " in (ROOT / "CHANGELOG.md").read_text()
