@@ -68,5 +68,6 @@ def outside(app: Any, page: str, source: list[str]) -> None:
 
 def formula(display: str, translator: Any, node: nodes.Node) -> None:
     """Write a formula."""
-    translator.body.append(convert(node.astext(), display=display))
+    spaced = convert(node.astext(), display=display).replace("<mi>log</mi>", '<mi>log</mi><mspace width="0.15em"/>')
+    translator.body.append(spaced)
     raise nodes.SkipNode

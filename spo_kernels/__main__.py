@@ -1,4 +1,4 @@
-"""Commands about the library itself, each a module of `spo_kernels.commands`: `python -m spo_kernels doctor`."""
+"""`python -m spo_kernels COMMAND`: what is here, and what the library would do, before it does it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-# a command is a module with `add_arguments` and `run`, which returns the exit status
+# each a module of spo_kernels.commands with `add_arguments(parser)` and `run(arguments)`, which gives the exit status
 COMMANDS = ("doctor",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is the command's."""
-    parser = argparse.ArgumentParser(prog="python -m spo_kernels", allow_abbrev=False)
-    chosen = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = {name: import_module(f"spo_kernels.commands.{name}") for name in COMMANDS}
-    for name, module in modules.items():
-        about = (module.__doc__ or "").strip()
-        command = chosen.add_parser(name, help=about.splitlines()[0], description=about, allow_abbrev=False)
+    """Run a command; the exit status is the command's, 0 if it has none, or 2 for an argument that is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m spo_kernels", allow_abbrev=False, description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = import_module(f"spo_kernels.commands.{name}")
+        about = module.__doc__ or ""
+        command = commands.add_parser(name, allow_abbrev=False, description=about, help=about.splitlines()[0])
         module.add_arguments(command)
-    options = parser.parse_args(argv)
-    return modules[options.command].run(options)
+        command.set_defaults(run=module.run, command=command)
+    arguments = parser.parse_args(argv)
+    try:
+        status = arguments.run(arguments)
+    except ValueError as error:
+        arguments.command.error(str(error))
+    return status or 0
 
 
 if __name__ == "__main__":

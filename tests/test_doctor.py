@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spo_kernels.__main__ import main
-from spo_kernels.backends import registry
+from spo_kernels.backends import cpp_extension, registry
 from spo_kernels.backends.registration import BackendStatus
 from spo_kernels.commands import doctor, self_test
 
@@ -92,14 +92,17 @@ def test_a_wrong_result_is_an_error(
     ("variable", "value", "reason"),
     [
         ("SPO_BACKEND", "cuda", "SPO_BACKEND = 'cuda' cannot be used: it runs on an NVIDIA GPU"),
+        ("SPO_CPU_ISA", "abacus", "SPO_CPU_ISA = 'abacus'"),
         ("SPO_BACKEND", "abacus", "SPO_BACKEND = 'abacus' is not a backend"),
     ],
 )
 def test_what_the_environment_asks_for_is_not_there(
     variable: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    cpp_extension.load.cache_clear()
     monkeypatch.setenv(variable, value)
     status, text = found(capsys)
+    cpp_extension.load.cache_clear()
     assert status == 1 and reason in text
 
 

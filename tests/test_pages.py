@@ -96,6 +96,16 @@ def test_figures_of_whole_steps() -> None:
         assert f"| {row['pairs_per_second']:.2f} |" in page and f"| {row['above_floor_mib']:.0f} |" in page
 
 
+def test_numbers_of_the_picture() -> None:
+    """Over the bars of the picture in README stands what the command wrote."""
+    report = json.loads((DOCS / "training-speed.json").read_text())
+    picture = (DOCS / "training-speed.svg").read_text()
+    assert "docs/training-speed.svg" in (ROOT / "README.md").read_text()
+    bars = re.findall(r"font-size: 7px[^>]*>(\d+)<", picture)
+    keys = ("tokens_per_second", "above_floor_mib")
+    assert sorted(bars) == sorted(f"{row[key]:.0f}" for row in report["rows"] for key in keys)
+
+
 def test_make_docs_installs_what_the_extra_names() -> None:
     extra = re.search(r"^docs = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     installed = re.search(r"numpy filelock (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -42,7 +42,11 @@ def run(options: argparse.Namespace) -> int:
     print("Processor")
     print("\n".join(f"  {line}" for line in _processor()))
     print("Backends")
-    found = backend_info()
+    try:
+        found = backend_info()
+    except ValueError as error:
+        print(f"  {error}")
+        return 1
     for name, status in found.items():
         print(f"  {name:<7}{'yes' if status.available else 'no':<5}{status.detail}")
     problems: list[str] = []
