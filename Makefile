@@ -48,7 +48,7 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt spo_kernels/backends/buil
 # what docstrings are read with: torch, and no extension, which would have to be compiled; the rest is the extra "docs"
 $(DOCS_VENV)/ready: Makefile constraints.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	$(DOCS_VENV)/bin/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt \
 		"$$(grep '^torch==' constraints.txt)" numpy filelock furo latex2mathml myst-parser sphinx
 	touch $@
 
