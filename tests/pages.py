@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import spo_kernels
-
-ROOT = Path(spo_kernels.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))])
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -14,7 +14,6 @@ from shell_lines import CHECKS, commands
 from spo_kernels import __version__
 from spo_kernels.backends import environment
 
-pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="an installed package has no docs")
 LANGUAGES = {"python", "bash", "text", "{eval-rst}", "{include}", "{toctree}"}
 
 

@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument(
-        "--no-test", action="store_true", help="leave the self-test out, which takes about 5 s a device"
+        "--no-test", action="store_true", help="leave the self-test out, which takes a few seconds a device"
     )
 
 
