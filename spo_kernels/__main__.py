@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 # each a module of spo_kernels.commands with `add_arguments(parser)` and `run(arguments)`, which gives the exit status
-COMMANDS = ("doctor",)
+COMMANDS = ("doctor", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
