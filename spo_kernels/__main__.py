@@ -11,8 +11,8 @@ from importlib import import_module
 COMMANDS = ("doctor", "plan")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is the command's, 0 if it has none, or 2 for an argument that is wrong."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options of every command."""
     parser = argparse.ArgumentParser(prog="python -m spo_kernels", allow_abbrev=False, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
@@ -21,7 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, allow_abbrev=False, description=about, help=about.splitlines()[0])
         module.add_arguments(command)
         command.set_defaults(run=module.run, command=command)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is the command's, 0 if it has none, or 2 for an argument that is wrong."""
+    arguments = build_parser().parse_args(argv)
     try:
         status = arguments.run(arguments)
     except ValueError as error:

@@ -4,15 +4,23 @@ import argparse
 import re
 import shlex
 from collections.abc import Callable
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from pages import ROOT
 
+import benchmarks.run
+import benchmarks.training.__main__
+from spo_kernels.__main__ import build_parser as library_parser
 from spo_kernels.commands import extrapolate, plot, rso
 from spo_kernels.train.cli import build_parser
 from spo_kernels.train.config import TrainConfig
+
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "spo_kernels": library_parser,
+    "benchmarks.run": benchmarks.run.parser,
+    "benchmarks.training": benchmarks.training.__main__.parser,
+}
 
 
 def commands(block: str) -> list[list[str]]:
@@ -49,15 +57,13 @@ def make(words: list[str]) -> None:
 
 
 def python(words: list[str]) -> None:
-    """A script that is there, or a module; its options where the module says how it reads them."""
+    """A script that is there, or a module that is; the library's own and the benchmarks' options are read."""
     if words[0] != "-m":
         assert (ROOT / words[0]).is_file(), words[0]
         return
     assert find_spec(words[1]) is not None, words[1]
-    package = find_spec(f"{words[1]}.__main__") is not None if find_spec(words[1]).submodule_search_locations else False
-    parser = getattr(import_module(f"{words[1]}.__main__" if package else words[1]), "parser", None)
-    if parser is not None:
-        parser().parse_args(words[2:])
+    if words[1] in PARSERS:
+        PARSERS[words[1]]().parse_args(words[2:])
 
 
 def script(words: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The Python blocks of README and docs run as they are printed, those of a page one after the other."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,11 +46,15 @@ def given(page: str) -> dict[str, Any]:
         "step": 3,
         "pairs": tiny.dataset("pairs"),
         "tokenizer": build_tokenizer() if page == "training" else tiny.make_tokenizer(),
+        "inputs": inputs,
         **inputs,
     }
+    if page == "sharded-heads":
+        names |= {"local_rows": names["weight"], "local_bias": None, "group": torch.distributed.group.WORLD}
+        names |= {"shift_labels": torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)}
     if page == "other-trainers":
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        names |= {"batch": inputs, "inputs": inputs, "self": SimpleNamespace(model=model), "sequences": ids}
+        names |= {"batch": inputs, "self": SimpleNamespace(model=model), "sequences": ids}
         names |= {"foward_attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
         names |= {"rolled_sequences": ids.roll(-1, 1), "concatenated_batch": {"concatenated_labels": labels}}
     return names
@@ -65,8 +70,24 @@ def short_trl(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"DPOTrainer": partial(trl.DPOTrainer, **reference), "args": trl.DPOConfig("trl", **A_STEP)}
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of one process, for pages about several."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
-def test_blocks_run(page: Path, short_trl: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run(
+    page: Path,
+    request: pytest.FixtureRequest,
+    short_trl: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if page.stem == "sharded-heads":
+        request.getfixturevalue("one_process")
     monkeypatch.chdir(tmp_path)
     write_jsonl(Path("pairs.jsonl"), [pair(i) for i in range(20)])
     names = given(page.stem) | short_trl
