@@ -141,7 +141,7 @@ def linear_token_loss(
     model = ModelInputs.resolve(hidden, head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model)
     counted = layout.counted()
-    tokens = Tokens.find(layout, counted, model.weight.shape[0])
+    tokens = Tokens.find(layout, counted, model.vocab)
     found = early_token_loss(model, tokens, shift, execution, token_loss)
     if found is not None:
         return found
