@@ -125,6 +125,8 @@ def _prepare(
     if objective is None:
         policy = SFTPolicy(model, config.backward, **kernels)
     else:
+        # DDP's hooks would miss what is added to a gradient, and autocast casts the weight
+        kernels["accumulate"] = accelerator.num_processes == 1 and accelerator.mixed_precision == "no"
         policy = Policy(model, objective, reference, config.ld_alpha, config.backward, config.layout, **kernels)
     forwards = _forwards(config, [model, *([reference] if isinstance(reference, nn.Module) else [])], *examples)
     trainer = _trainer(config, accelerator, policy, splits, output, identity, forwards, build_inner(config, objective))
