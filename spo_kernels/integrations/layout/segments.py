@@ -37,11 +37,15 @@ def attend_by_segments(config: Any) -> None:
     text._attn_implementation = name
 
 
+def own_attention(config: Any) -> str | None:
+    """The name of the model's attention, whether it reads a `segment_table` or not."""
+    own = config.get_text_config()._attn_implementation
+    return None if own is None else str(own).removeprefix(_PREFIX)
+
+
 def attend_as_before(config: Any) -> None:
     """Undo `attend_by_segments`."""
-    text = config.get_text_config()
-    if text._attn_implementation is not None:
-        text._attn_implementation = text._attn_implementation.removeprefix(_PREFIX)
+    config.get_text_config()._attn_implementation = own_attention(config)
 
 
 def _attention(
@@ -101,4 +105,4 @@ def _is_masked(own: str, reach: Reach, length: int, prefix: int) -> bool:
 def _mask(reach: Reach, part: range, prefix: int, query: Tensor) -> Tensor:
     """`[1, 1, len(part), prefix + part.stop]` additive."""
     positions = torch.arange(prefix + part.stop, device=query.device)
-    return additive(reach.sees(positions[prefix + part.start :], positions), query.dtype)[None, None]
+    return additive(reach.sees(positions[prefix + part.start :, None], positions), query.dtype)[None, None]
