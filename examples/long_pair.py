@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-GIB, MULTIPLE = 2**30, 64
+MULTIPLE = 64
 Row = dict[str, Any]
 
 
@@ -117,24 +117,24 @@ def train(options: argparse.Namespace, trainer: str, length: int) -> Row:
     """One step in this process: its seconds, and the peak of its memory."""
     import torch
 
-    from benchmarks.measure import peak_bytes
+    from spo_kernels.train.metrics import peak_memory_mib
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.memory_gib:
-        threading.Thread(target=end_above, args=(options.memory_gib,), daemon=True).start()
+        threading.Thread(target=end_above, args=(options.memory_gib, torch.device(device)), daemon=True).start()
     seconds = TRAINERS[trainer](model_of(options, device), length, device)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()
-    return {"seconds": seconds, "peak_gib": peak / GIB}
+    return {"seconds": seconds, "peak_gib": peak_memory_mib(torch.device(device)) / 1024}
 
 
-def end_above(gib: float) -> None:
+def end_above(gib: float, device: Any) -> None:
     """End this process once its memory has been more than that.
 
     Not RLIMIT_DATA: what libraries reserve and do not use counts there, Arrow's gigabyte in TRL for one.
     """
-    from benchmarks.measure import peak_bytes
+    # imported here: a process begins with the peak of the one that started it
+    from spo_kernels.train.metrics import peak_memory_mib
 
-    while peak_bytes() <= gib * GIB:
+    while peak_memory_mib(device) <= 1024 * gib:
         time.sleep(0.02)
     print(f"took more than {gib:g} GiB", file=sys.stderr, flush=True)
     os._exit(1)

@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spo_kernels.data.batches import TokenBatchSampler, TokenBudget
     from spo_kernels.data.encoding import Encoding, encode
     from spo_kernels.data.errors import DataError
     from spo_kernels.data.examples import Example, Examples
@@ -27,8 +26,6 @@ __all__ = [
     "Examples",
     "Records",
     "Sample",
-    "TokenBatchSampler",
-    "TokenBudget",
     "as_records",
     "encode",
     "frozen",
@@ -36,7 +33,7 @@ __all__ = [
     "read_records",
     "sft_sample",
 ]
-_MODULES = ("errors", "batches", "examples", "records", "samples", "template", "encoding")
+_MODULES = ("errors", "examples", "records", "samples", "template", "encoding")
 
 
 def __getattr__(name: str) -> Any:

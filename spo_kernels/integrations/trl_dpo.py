@@ -17,11 +17,11 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from spo_kernels.data.batches import TokenBudget
 from spo_kernels.extras.bilevel import bilevel_value
 from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.integrations.at_head import PairLoss, ResponseLogps, add_at_head
 from spo_kernels.integrations.layout import layout_of
+from spo_kernels.integrations.token_batches import TokenBudget
 from spo_kernels.integrations.trl_config import FusedDPOConfig, objective_of
 from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse
 from spo_kernels.integrations.trl_metrics import Forward, batch_metrics

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from trl import DPOConfig
 
-from spo_kernels.data.batches import TokenBudget
 from spo_kernels.integrations.layout import check_layout
+from spo_kernels.integrations.token_batches import TokenBudget
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_inputs, needs_value
 from spo_kernels.losses.pairs import coupling_of, token_outputs_of, token_subsets_of

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spo_kernels.data.batches import TokenBudget
+from spo_kernels.integrations.token_batches import TokenBudget
 
 
 def parts_of(inputs: Mapping[str, Tensor], budget: TokenBudget) -> list[dict[str, Tensor]]:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spo_kernels.data import Example, TokenBudget
+from spo_kernels.data import Example
+from spo_kernels.integrations.token_batches import TokenBudget
 
 IGNORE_INDEX = -100
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo_kernels.data import Example
-from spo_kernels.data.batches import step_indices
+from spo_kernels.integrations.token_batches import step_indices
 from spo_kernels.losses.state import has_state
 from spo_kernels.train.batches import Forwards, collate
 from spo_kernels.train.checkpoint import (

@@ -22,9 +22,10 @@ from transformers.utils.logging import disable_progress_bar
 
 import spo_kernels
 from spo_kernels import LMHead, backend_info
-from spo_kernels.data import Example, TokenBudget
+from spo_kernels.data import Example
 from spo_kernels.integrations.layout import layout_of
 from spo_kernels.integrations.preference_model import ADAPTERS_OFF
+from spo_kernels.integrations.token_batches import TokenBudget
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
 from spo_kernels.losses.pairs import token_subsets_of

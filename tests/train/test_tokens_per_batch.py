@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spo_kernels.data import TokenBatchSampler, TokenBudget
+from spo_kernels.integrations.token_batches import TokenBatchSampler, TokenBudget
 from spo_kernels.train.policy import Policy, SFTPolicy
 
 from .conftest import Fails, Train, assert_close_weights, read_metrics
