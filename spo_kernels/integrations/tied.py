@@ -23,14 +23,15 @@ def one_gradient(model: nn.Module) -> Iterator[None]:
     if embedding is None or not torch.is_grad_enabled():
         yield
         return
-    weight, sparse = embedding.weight, embedding.sparse
     # written past the module's own setting, which takes parameters only; the gradient then comes as rows
-    embedding._parameters["weight"] = _IntoGradient.apply(weight.new_zeros((), requires_grad=True), (weight,))
+    parameters: dict[str, Any] = embedding._parameters
+    weight, sparse = parameters["weight"], embedding.sparse
+    parameters["weight"] = _IntoGradient.apply(weight.new_zeros((), requires_grad=True), (weight,))
     embedding.sparse = True
     try:
         yield
     finally:
-        embedding._parameters["weight"], embedding.sparse = weight, sparse
+        parameters["weight"], embedding.sparse = weight, sparse
 
 
 def _tied(model: Any) -> nn.Embedding | None:
@@ -53,7 +54,7 @@ class _IntoGradient(torch.autograd.Function):
         return weights[0].detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         (weight,) = ctx.weights
         if weight.grad is None:
             weight.grad = grad.to_dense()

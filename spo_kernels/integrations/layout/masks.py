@@ -105,9 +105,10 @@ def block_mask(row: PairRow, reach: Reach) -> Any:
         some.append(of_blocks.any(2).any(0))
         every.append(of_blocks.all(2).all(0))
     full = torch.stack(every)
-    listed = (_listed(torch.stack(some) & ~full), _listed(full))
+    partial, whole = _listed(torch.stack(some) & ~full), _listed(full)
     return BlockMask.from_kv_blocks(
-        *(tensor for pair in listed for tensor in pair),
+        *partial,
+        *whole,
         BLOCK_SIZE=_BLOCK,
         mask_mod=lambda _, __, query, key: seen(query, key),
         seq_lengths=(tokens, tokens),
