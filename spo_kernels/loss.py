@@ -75,8 +75,10 @@ def fused_spo_loss(
         ref_token_weights: The same for the reference evaluated here, or for `ref_logps` of tokens; `token_weights`
             where None. Sums that are given as `ref_logps` must have been weighted by the caller, see `sequence_logps`.
         cu_seqlens: `[2B + 1]` bounds of packed sequences: B chosen, then B rejected.
-        ignore_index, shift, workspace_bytes, backend: As in `linear_logprob`; with `shift`, each sequence's first
-            label is not predicted.
+        ignore_index, shift, backend: As in `linear_logprob`; with `shift`, each sequence's first label is not
+            predicted.
+        workspace_bytes: Bound on temporaries as in `linear_logprob`. Default there, and for three products three
+            times the bytes of the head and its gradient on a CPU, 3 GiB or a 16th of its memory on a GPU; docs/cost.md.
         reduction: Over pairs: "mean", "sum" or "none".
         path: "packed" or "factorised" (three products), "two_pass" (four), or None for the cheapest that the
             workspace allows; matters to a trained head only. See `spo_kernels/preference/plan.py`.

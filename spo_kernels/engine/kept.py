@@ -18,6 +18,7 @@ from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.engine.exact import label_slope, relative
 from spo_kernels.engine.gradients import HeadGradient, SliceGradient
 from spo_kernels.engine.head_slices import HeadSlices
+from spo_kernels.engine.kept_space import KeptShape
 from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.memory import in_huge_pages
 from spo_kernels.engine.tokens import TokenRows
@@ -35,15 +36,14 @@ class KeptTiles:
         hidden: Tensor,
         head: HeadSlices,
         backend: Backend,
-        rows: int,
-        columns: int,
+        shape: KeptShape,
         *,
         moments: bool,
         mean_logits: bool = False,
     ) -> None:
-        """A tile of `rows` tokens, of which `columns` are in work together."""
+        """One tile of that shape."""
+        rows, columns = shape.rows, shape.columns
         self._hidden, self._head, self._backend, self._moments = hidden, head, backend, moments
-        self.rows = rows
         self._wide = accumulator_dtype(hidden.dtype)
         self._slices = list(spans(head.vocab, columns))
         # of the last run's tokens
@@ -89,6 +89,7 @@ class KeptTiles:
             weight_sum.begin(columns, states, n, fresh=not accumulate)
             weight_sum.add(part, states)
             weight_sum.finish()
+        del states  # its bytes are those of the rounded copy that `put` makes
         if hidden_out is not None and total is not None:
             tokens.put(hidden_out, 0, n, head.sum_(total))
         return stats

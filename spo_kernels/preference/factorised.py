@@ -35,7 +35,7 @@ def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | Non
     margin = coupling_of(work.batch.objective) == "margin"
     second = first if margin else total.accumulator(wide)
     sign = -1.0 if margin else 1.0
-    tiles = work.tiles(max(1, min(work.plan.rows, max(work.counts, default=0))))
+    tiles = work.tiles()
     found, sums = [], work.hidden.new_zeros((2, work.pairs), dtype=wide)
     layout = work.batch.layout
     for pair in range(work.pairs):
@@ -75,7 +75,7 @@ def _unscaled(
         out.zero_()
     total = torch.zeros((), dtype=torch.float64, device=work.hidden.device)
     first = work.bounds[sequence]
-    for part in spans(work.counts[sequence], tiles.rows):
+    for part in spans(work.counts[sequence], work.shape.rows):
         start, stop = first + part.start, first + part.stop
         weights = 1.0 if work.weights is None else work.weights[start:stop]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo_kernels.data import Example
+from spo_kernels.integrations.token_batches import step_indices
 from spo_kernels.losses.state import has_state
-from spo_kernels.train.batches import collate, micro_batches, step_indices
+from spo_kernels.train.batches import Forwards, collate
 from spo_kernels.train.checkpoint import (
     Checkpoint,
     capture_rng,
@@ -84,6 +86,7 @@ class Trainer:
     output: Path
     identity: dict[str, Any]
     max_steps: int
+    forwards: Forwards
     inner: InnerSteps | None = None
     stop: StopSignals = field(default_factory=StopSignals)
     warn: Callable[[str], None] = print
@@ -137,11 +140,13 @@ class Trainer:
         indices = self.train.by_length(indices)
         units = self.train.units(indices, per_token=config.stage == "sft")
         # The loss is a mean over all units of the step, wherever they are: DDP averages gradients over
-        # processes and accelerate over accumulated forwards, so both means are turned back into sums.
-        scale = accelerator.num_processes * config.grad_accum / units
+        # processes, which is turned back into a sum.
+        scale = accelerator.num_processes / units
         self.policy.train()
-        for micro in micro_batches(indices, accelerator.process_index, accelerator.num_processes, config.batch_size):
-            with accelerator.accumulate(self.policy):
+        mine = self.forwards.of(self.train.examples, indices, accelerator.process_index, accelerator.num_processes)
+        for number, micro in enumerate(mine, 1):
+            # Processes may have different numbers of forwards; they meet in the backward of the last one.
+            with accelerator.no_sync(self.policy) if number < len(mine) else nullcontext():
                 batch = self._batch(self.train, micro, training=True)
                 loss, sums, pair_logps = self.policy(**batch)
                 accelerator.backward(loss * scale)
@@ -167,7 +172,7 @@ class Trainer:
         policy.eval()
         everything = self.evaluation.by_length(range(len(self.evaluation.examples)))
         rank, world = accelerator.process_index, accelerator.num_processes
-        batches = micro_batches(everything, rank, world, self.config.batch_size)
+        batches = self.forwards.of(self.evaluation.examples, everything, rank, world)
         # A process without a record of its own evaluates one for the names of the metrics.
         for batch in batches or [everything[:1]]:
             if self.stop.received:

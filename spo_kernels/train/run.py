@@ -23,10 +23,13 @@ from transformers.utils.logging import disable_progress_bar
 import spo_kernels
 from spo_kernels import LMHead, backend_info
 from spo_kernels.data import Example
+from spo_kernels.integrations.layout import layout_of
 from spo_kernels.integrations.preference_model import ADAPTERS_OFF
+from spo_kernels.integrations.token_batches import TokenBudget
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
 from spo_kernels.losses.pairs import token_subsets_of
+from spo_kernels.train.batches import Forwards
 from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity
 from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
 from spo_kernels.train.data import check_not_checkpoint, dated, load_examples
@@ -123,17 +126,18 @@ def _prepare(
     if objective is None:
         policy = SFTPolicy(model, config.backward, **kernels)
     else:
+        # DDP's hooks would miss what is added to a gradient, and autocast casts the weight
+        kernels["accumulate"] = accelerator.num_processes == 1 and accelerator.mixed_precision == "no"
         policy = Policy(model, objective, reference, config.ld_alpha, config.backward, config.layout, **kernels)
-    trainer = _trainer(config, accelerator, policy, splits, output, identity, build_inner(config, objective))
+    forwards = _forwards(config, [model, *([reference] if isinstance(reference, nn.Module) else [])], *examples)
+    trainer = _trainer(config, accelerator, policy, splits, output, identity, forwards, build_inner(config, objective))
     trainer.warn = warn
     set_seed(config.seed, device_specific=True)
     return trainer, tokenizer
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.bf16 else None, gradient_accumulation_steps=config.grad_accum
-    )
+    accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else None)
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise TrainError(f"accelerate's {kind} shards the model or its head, which is not supported; use plain DDP")
@@ -213,6 +217,21 @@ def _check_resumed(
         )
 
 
+def _forwards(config: TrainConfig, models: Sequence[nn.Module], *examples: Sequence[Example]) -> Forwards:
+    """How the models, policy or reference or both, are given records."""
+    if config.tokens_per_batch is None:
+        return Forwards(config.batch_size)
+    layouts = ["padded"] if config.stage == "sft" else [layout_of(model, config.layout) for model in models]
+    budget = TokenBudget(config.tokens_per_batch, "padded" if "padded" in layouts else layouts[0])
+    longest = max(budget.cost(example.lengths) for part in examples for example in part)
+    if longest > budget.tokens:
+        raise TrainError(
+            f"--tokens-per-batch {budget.tokens} does not hold the longest record, {longest} tokens ({budget.layout} "
+            "layout); raise it, or lower --max-length"
+        )
+    return Forwards(config.batch_size, budget)
+
+
 def _references(
     config: TrainConfig,
     objective: Objective | None,
@@ -245,7 +264,7 @@ def _references(
             folder,
             warn,
             content,
-            config.batch_size,
+            _forwards(config, [other], part),
             config.quiet,
             ld_alpha,
             of_tokens,
@@ -292,6 +311,7 @@ def _trainer(
     splits: list[Split],
     output: Path,
     identity: dict[str, Any],
+    forwards: Forwards,
     inner: InnerSteps | None,
 ) -> Trainer:
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -316,5 +336,6 @@ def _trainer(
         output=output,
         identity=identity,
         max_steps=max_steps,
+        forwards=forwards,
         inner=inner,
     )

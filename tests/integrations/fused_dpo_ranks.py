@@ -24,6 +24,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "precomputed": ("llama", {"precompute_ref_log_probs": True, "adapter": "new"}),
     "mixtral": ("mixtral", {"loss_type": ["sigmoid", "sft"]}),
 }
+# a run above, in forwards of different numbers of pairs
+SPLIT, TOKENS = "dpo", 22
 # no counterpart in TRL: the processes have to stay together
 OURS: dict[str, dict[str, Any]] = {
     "inner steps": {"objective": "spo", "objective_args": HINGE, "spo_inner_steps": 1, "spo_inner_lr": 0.1},
@@ -52,6 +54,9 @@ if __name__ == "__main__":
         for trainer, library in (("DPO", None), ("FusedDPO", trl)):
             run = Run(trainer, kind, folder / "out", steps=6, library=library, data=pairs, **settings)
             found[f"{name} {trainer}"] = everyone(outcome(run))
+    kind, settings = RUNS[SPLIT]
+    run = Run("FusedDPO", kind, folder / "out", steps=6, library=trl, data=pairs, tokens_per_batch=TOKENS, **settings)
+    found["split"] = everyone(outcome(run))
     for name, settings in OURS.items():
         run = Run("FusedDPO", "llama", folder / "out", steps=4, library=trl, data=pairs, **settings)
         found[name] = everyone(outcome(run))

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 or newer is not installed")
 
-from .fused_dpo_ranks import OURS, RUNS
+from .fused_dpo_ranks import OURS, RUNS, SPLIT
 from .same_run import assert_same
 from .tiny import dataset
 
@@ -85,7 +85,15 @@ def test_fused_trainer_equals_trl(trained, name):
         assert_same(SimpleNamespace(**ours), SimpleNamespace(**trls))
 
 
-@pytest.mark.parametrize("name", [*OURS, *(f"{name} FusedDPO" for name in RUNS)])
+def test_a_budget_of_tokens_equals_trl(trained):
+    """Whatever the processes' forwards are, metrics and weights are those of the batches."""
+    for split, trls in zip(trained["split"], trained[f"{SPLIT} DPO"], strict=True):
+        assert_same(SimpleNamespace(**{**split, "losses": trls["losses"]}), SimpleNamespace(**trls))
+    counts = [len(split["losses"]) for split in trained["split"]]
+    assert len(set(counts)) == 2 and min(counts) > len(trained[f"{SPLIT} DPO"][0]["losses"]), counts
+
+
+@pytest.mark.parametrize("name", ["split", *OURS, *(f"{name} FusedDPO" for name in RUNS)])
 def test_processes_stay_together(trained, name):
     one, other = (process["end"] for process in trained[name])
     assert all(torch.equal(one[key], other[key]) for key in one)

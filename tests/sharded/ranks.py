@@ -17,7 +17,16 @@ import torch.distributed as dist
 from benchmarks.sharded import MODES, Size, counted
 from spo_kernels.losses.registry import build_loss
 from tests.sharded.inputs import random_inputs
-from tests.sharded.modes import divergence, logprob, of_sequences, pair_loss, split_both, split_tokens, split_vocabulary
+from tests.sharded.modes import (
+    divergence,
+    logprob,
+    of_sequences,
+    of_tokens,
+    pair_loss,
+    split_both,
+    split_tokens,
+    split_vocabulary,
+)
 from tests.sharded.refused import messages
 from tests.sharded.replicas import replicas
 from tests.sharded.sparsely import certified, decided_together, everything_kept, unbiased
@@ -90,6 +99,7 @@ def of_vocabulary(backend: str) -> dict[str, Any]:
         "divergence": (odd, divergence(backend=backend)),
         "divergence, tiles": (wide, divergence(workspace_bytes=60_000, backend="torch")),
         "divergence, no token": (empty, divergence(backend=backend)),
+        "losses of tokens": (odd, of_tokens(backend=backend)),
         "no token at all": (empty, logprob(outputs=EVERY, backend=backend)),
         "drawn tokens": (plain, pair_loss("sgdpo", backend=backend)),
     }
