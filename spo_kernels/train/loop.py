@@ -31,6 +31,7 @@ from spo_kernels.train.errors import TrainError
 from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.metrics import MetricsLog, Window, peak_memory_mib
 from spo_kernels.train.mismatched import MISMATCHED, MismatchedPairs
+from spo_kernels.train.sharded import load_optimizer_state, optimizer_state, whole
 from spo_kernels.train.signals import BEFORE_THE_FIRST_STEP, Stopped, StopSignals
 from spo_kernels.train.together import together
 from spo_kernels.train.token_logps import TokenLogps
@@ -162,24 +163,24 @@ class Trainer:
         if self.evaluation is None:
             return True
         accelerator, window = self.accelerator, Window()
-        # Not the wrapped module: processes may have different numbers of batches.
         policy = accelerator.unwrap_model(self.policy)
         policy.eval()
         everything = self.evaluation.by_length(range(len(self.evaluation.examples)))
-        rank, world = accelerator.process_index, accelerator.num_processes
-        batches = micro_batches(everything, rank, world, self.config.batch_size)
-        # A process without a record of its own evaluates one for the names of the metrics.
-        for batch in batches or [everything[:1]]:
-            if self.stop.received:
-                break
-            arguments = self._batch(self.evaluation, batch, training=False)
+        shares = [
+            micro_batches(everything, rank, accelerator.num_processes, self.config.batch_size)
+            for rank in (0, accelerator.process_index)
+        ]
+        # All evaluate as often as the first, whose share is the largest: a model in parts needs all of them. What is
+        # evaluated twice counts once.
+        for batch in [*shares[1], *[None] * (len(shares[0]) - len(shares[1]))]:
+            if self.stop.agreed(accelerator):
+                return False
+            arguments = self._batch(self.evaluation, batch or everything[:1], training=False)
             with accelerator.autocast():
                 _, sums, pair_logps = policy(**arguments)
-            window.add(sums if batches else {name: torch.zeros_like(value) for name, value in sums.items()})
-            if batches:
+            window.add(sums if batch else {name: torch.zeros_like(value) for name, value in sums.items()})
+            if batch:
                 self._add_pairs(window, self.evaluation, batch, pair_logps)
-        if self.stop.agreed(accelerator):
-            return False
         window.count(self.evaluation.units(everything, per_token=self.config.stage == "sft"), 0)
         means = window.means(accelerator) | window.diagnostics()
         with together(accelerator):
@@ -216,7 +217,7 @@ class Trainer:
             "peak_memory_mib": peak_memory_mib(self.accelerator.device),
         }
         if grad_norm is not None:
-            record["grad_norm"] = float(grad_norm)
+            record["grad_norm"] = float(whole(grad_norm))
         self.window = Window()
         with together(self.accelerator):
             self._check_finite(means["loss"])
@@ -237,25 +238,27 @@ class Trainer:
         policy = self.accelerator.unwrap_model(self.policy)
         objective = policy.objective.state_dict() if has_state(policy.objective) else {}
         each = gather_object([{"rng": capture_rng(), "window": window, "objective": objective}])
+        weights = trained_weights(policy.model, keep=self._is_main)
+        optimizer = optimizer_state(self.optimizer, keep=self._is_main)
         with together(self.accelerator):
             if means:
                 self._check_finite(means["loss"])
             if self._is_main:
                 state = {
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizer": optimizer,
                     "scheduler": self.scheduler.state_dict(),
                     "evaluation due": evaluation_due,
                     "processes": each,
                 }
                 keep = self.config.keep_checkpoints
-                save_checkpoint(self.output, self.step, trained_weights(policy.model), state, self.identity, keep)
+                save_checkpoint(self.output, self.step, weights, state, self.identity, keep)
 
     def _restore(self, checkpoint: Checkpoint) -> bool:
         """Whether the evaluation of the checkpoint's step is still to be done."""
         policy = self.accelerator.unwrap_model(self.policy)
         restore_weights(policy.model, checkpoint.weights(), checkpoint.path)
         with reading(checkpoint) as state:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             # A finished run's rate was the last of a shorter schedule; any other's is the same bits again.
             for group, rate, factor in zip(
