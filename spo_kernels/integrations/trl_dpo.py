@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from spo_kernels.extras.bilevel import bilevel_value
 from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.integrations.at_head import PairLoss, ResponseLogps, add_at_head
 from spo_kernels.integrations.trl_config import FusedDPOConfig, objective_of
-from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse
+from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse, refuse_fsdp
 from spo_kernels.integrations.trl_metrics import batch_metrics
 from spo_kernels.integrations.trl_seam import check_dpo_trainer
 from spo_kernels.integrations.wrappers import Sealed
@@ -85,6 +86,17 @@ class FusedDPOTrainer(DPOTrainer):
         if self._columns:
             self.data_collator = WithColumns(self.data_collator, self._columns, self.train_dataset)
         add_at_head(self.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers has it; then what a launcher or the settings say about FSDP is checked, and its precision."""
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return
+        refuse_fsdp(self.args, plugin)
+        if plugin.mixed_precision_policy is not None:
+            # losses, log-probabilities and metrics leave it: in half precision a sum of -300 is off by up to 1
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

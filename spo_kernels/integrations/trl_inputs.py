@@ -49,8 +49,16 @@ def refuse(args: DPOConfig, objective: Objective, referenced: bool) -> None:
         raise ValueError(
             "FusedDPOTrainer does not run with DeepSpeed ZeRO-3, which takes the head's weight away; use 2"
         )
-    if getattr(args, "spo_inner_steps", 0) and (plugin is not None or args.fsdp):
-        raise ValueError("spo_inner_steps changes the model's weights, which FSDP and DeepSpeed shard; use DDP")
+    if getattr(args, "spo_inner_steps", 0) and plugin is not None:
+        raise ValueError("spo_inner_steps changes the model's weights, which DeepSpeed shards; use DDP")
+
+
+def refuse_fsdp(args: DPOConfig, plugin: Any) -> None:
+    """Raise ValueError for what cannot be done under FSDP, with the reason."""
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FusedDPOTrainer runs with FSDP2, got fsdp_version {plugin.fsdp_version}")
+    if getattr(args, "spo_inner_steps", 0):
+        raise ValueError("spo_inner_steps changes the model's weights, which FSDP shards; use DDP")
 
 
 @dataclass(frozen=True)

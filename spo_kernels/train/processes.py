@@ -45,6 +45,8 @@ def shard_on_cpu(state: Any, plugin: FullyShardedDataParallelPlugin) -> None:
         # each new AcceleratorState takes it from there
         state.distributed_type = PartialState().distributed_type = SHARDED
         state.fsdp_plugin = plugin
+        if state.mixed_precision != "no":
+            plugin.set_mixed_precision(state.mixed_precision)
 
 
 def _plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin:
