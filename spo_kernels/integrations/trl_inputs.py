@@ -44,12 +44,7 @@ def refuse(args: DPOConfig, objective: Objective, referenced: bool) -> None:
         )
     if args.sync_ref_model and not referenced:
         raise ValueError(f"sync_ref_model=True needs a reference, and {objective!r} has none")
-    plugin = args.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError(
-            "FusedDPOTrainer does not run with DeepSpeed ZeRO-3, which takes the head's weight away; use 2"
-        )
-    if getattr(args, "spo_inner_steps", 0) and plugin is not None:
+    if getattr(args, "spo_inner_steps", 0) and args.deepspeed_plugin is not None:
         raise ValueError("spo_inner_steps changes the model's weights, which DeepSpeed shards; use DDP")
 
 

@@ -143,7 +143,6 @@ class Run:
         arguments = getattr(library, f"{trainer}Config")(
             output_dir=str(folder),
             report_to=[],
-            use_cpu=True,
             disable_tqdm=True,
             logging_steps=1,
             max_steps=steps,
@@ -151,7 +150,7 @@ class Run:
             learning_rate=5e-4,
             lr_scheduler_type="constant",
             adam_epsilon=1e-6,
-            **{"bf16": False, "save_strategy": "no", **defaults, **settings},
+            **{"use_cpu": True, "bf16": False, "save_strategy": "no", **defaults, **settings},
         )
         given: dict[str, Any] = {"reward_funcs": reward} if columns == "prompts" else {}
         model = make_model(kind)
