@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
@@ -80,7 +81,8 @@ void pair_loss(std::uintptr_t logp, std::uintptr_t labels, std::uintptr_t bounds
 
 py::list product_names() {
   py::list names;
-  for (const auto* product = spo::usable_products(); product->run != nullptr; ++product) names.append(product->name);
+  for (const auto& product : spo::all_products())
+    if (spo::usable(product)) names.append(product.name);
   return names;
 }
 
@@ -110,9 +112,10 @@ using ShapeTuple = std::array<std::int64_t, 3>;
 void product(const std::string& name, const OperandTuple& a, const OperandTuple& b, const ResultTuple& out,
              const ShapeTuple& shape, bool accumulate, int threads) {
   const auto [m, n, k] = shape;
-  const auto* chosen = spo::usable_products();
-  while (chosen->run != nullptr && name != chosen->name) ++chosen;
-  if (chosen->run == nullptr) throw std::invalid_argument("product '" + name + "' cannot run on this machine");
+  const auto& all = spo::all_products();
+  const auto chosen =
+      std::find_if(all.begin(), all.end(), [&](const auto& one) { return name == one.name && spo::usable(one); });
+  if (chosen == all.end()) throw std::invalid_argument("product '" + name + "' cannot run on this machine");
   const spo::Operand left = operand(a, "a_rows", m), right = operand(b, "b_rows", k);
   const spo::Result result{at<void>(out[0]), out[1], static_cast<spo::Scalar>(out[2]),
                            row_list("out_rows", static_cast<std::uintptr_t>(out[3]), m, out[4])};
@@ -131,12 +134,12 @@ bool made_by_amd() {
 #endif
 }
 
-const char* vector_width() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512f")) return "AVX-512";
-  if (__builtin_cpu_supports("avx2")) return "AVX2";
-#endif
-  return "baseline vectors";
+const char* instruction_set() { return spo::kInstructionSetNames[static_cast<int>(spo::instruction_set())]; }
+
+void use_instruction_set(const std::string& name) {
+  for (int i = 0; i < spo::kInstructionSets; ++i)
+    if (name == spo::kInstructionSetNames[i]) return spo::use_instruction_set(static_cast<spo::InstructionSet>(i));
+  throw std::invalid_argument("expected portable, avx2 or avx512, got " + name);
 }
 
 #ifdef _OPENMP
@@ -153,7 +156,9 @@ PYBIND11_MODULE(_C, module) {
   module.attr("openmp") = kOpenMP;
   module.attr("mass_block") = spo::kMassBlock;
   module.attr("rounded_depth") = spo::kRoundedDepth;
-  module.def("vector_width", &vector_width, "The widest vectors that the kernels use on this machine.");
+  module.def("instruction_set", &instruction_set, "The build of the kernels in use: portable, avx2 or avx512.");
+  module.def("use_instruction_set", &use_instruction_set,
+             "use_instruction_set(name): from now on; ValueError where this processor lacks it.");
   module.def("made_by_amd", &made_by_amd, "Whether AMD made this machine's processor.");
   module.def("product_names", &product_names, "The products that this build has and this machine can run.");
   module.def("product", &product,

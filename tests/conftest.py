@@ -1,5 +1,6 @@
 """Shared fixtures: one thread budget, deterministic hypothesis, a run per backend, poisoned buffers."""
 
+import gc
 import os
 import tempfile
 
@@ -24,6 +25,12 @@ settings.register_profile(
 )
 settings.load_profile("spo")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_collection_finish():
+    """What the imports made stays: a collection of garbage, which trainers ask for, would walk through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["torch", "cpp"], scope="session")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from instruction_sets import INSTRUCTION_SETS, instruction_set
 
 from spo_kernels import backend_info
 from spo_kernels.backends import cpp_extension
@@ -13,13 +14,14 @@ ROWS = 35
 TRANSFORMS = {"plain": LogitTransform(), "scale": LogitTransform(0.7), "softcap": LogitTransform(1.5, 30.0)}
 
 
-@pytest.fixture(params=["torch", "cpp"])
+@pytest.fixture(params=["torch", *INSTRUCTION_SETS])
 def tiles(request):
-    """A backend that runs here."""
-    status = backend_info()[request.param]
-    if not status.available:
-        pytest.skip(status.detail)
-    return load_backend(request.param)
+    """A backend that runs here; that of C++ once with each instruction set."""
+    if request.param == "torch":
+        yield load_backend("torch")
+        return
+    with instruction_set(request.param):
+        yield load_backend("cpp")
 
 
 def logits64(tile, bias, transform):

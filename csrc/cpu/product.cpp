@@ -5,33 +5,17 @@
 #include <new>
 
 namespace spo {
-namespace {
+const std::array<NamedProduct, 3>& all_products() {
+  static const std::array<NamedProduct, 3> products{{
+      {"avx2", product_avx2(), InstructionSet::kAvx2, false},
+      {"avx512", product_avx512(), InstructionSet::kAvx512, false},
+      {"avx512_bf16", product_avx512_bf16(), InstructionSet::kAvx512, true},
+  }};
+  return products;
+}
 
-struct Usable {
-  NamedProduct products[4] = {};
-  int count = 0;
-
-  void add(const char* name, bool machine_has_it, ProductFunction run) {
-    if (machine_has_it && run != nullptr) products[count++] = {name, run};
-  }
-
-  Usable() {
-#if defined(__x86_64__) && defined(__GNUC__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    add("avx2", avx2, product_avx2());
-    add("avx512", avx512, product_avx512());
-    add("avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"), product_avx512_bf16());
-#endif
-  }
-};
-
-}  // namespace
-
-const NamedProduct* usable_products() {
-  static const Usable usable;
-  return usable.products;
+bool usable(const NamedProduct& product) {
+  return product.run != nullptr && instruction_set() >= product.needs && (!product.needs_bf16 || has_avx512_bf16());
 }
 
 void* product_scratch(int64_t bytes) {

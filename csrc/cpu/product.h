@@ -5,9 +5,11 @@
 // depend on the number of threads.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "../tile.h"
+#include "instruction_set.h"
 
 namespace spo {
 
@@ -44,12 +46,16 @@ ProductFunction product_avx512();
 ProductFunction product_avx512_bf16();
 ProductFunction product_avx2();
 
-// The products that this build has and this machine can run; after the last one, one whose `run` is null.
 struct NamedProduct {
   const char* name;
   ProductFunction run;
+  InstructionSet needs;
+  bool needs_bf16;
 };
-const NamedProduct* usable_products();
+const std::array<NamedProduct, 3>& all_products();
+
+// Whether this build has it, this machine can run it and the instruction set in use allows it.
+bool usable(const NamedProduct& product);
 
 // At least that many bytes on a cache line, the calling thread's until it asks again: fresh pages would cost a
 // product of 200 x 128 x 1024 a fifth of its time.

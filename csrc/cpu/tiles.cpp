@@ -4,14 +4,8 @@
 #include <vector>
 
 #include "../scalar.h"
+#include "instruction_set.h"
 #include "math.h"
-
-// One build serves every x86-64: the loader picks the clone for the widest vectors the machine has.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define SPO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SPO_CLONES
-#endif
 
 namespace spo {
 namespace {
@@ -122,7 +116,7 @@ SPO_INLINE Out* out_row(const TileOut& out, int64_t row) {
 }
 
 // `scratch` holds a row's logits where they differ from its products, so that the tile is left as it is.
-SPO_CLONES void stats_rows(const Tile& tile, const TileOut& out, const TokenStats& stats, int64_t begin, int64_t end,
+SPO_INLINE void stats_rows(const Tile& tile, const TileOut& out, const TokenStats& stats, int64_t begin, int64_t end,
                            float* scratch) {
   const bool moments = stats.shifted_sum != nullptr, rescale = stats.rescale != nullptr;
   for (int64_t row = begin; row < end; ++row) {
@@ -171,7 +165,7 @@ SPO_INLINE void grad_row(const Tile& tile, Out* out, const TokenGrads& grads, in
   }
 }
 
-SPO_CLONES void grad_rows(const Tile& tile, const TileOut& out, const TokenGrads& grads, int64_t begin, int64_t end) {
+SPO_INLINE void grad_rows(const Tile& tile, const TileOut& out, const TokenGrads& grads, int64_t begin, int64_t end) {
   const bool moments = grads.grad_entropy != nullptr || grads.grad_log_sum_p2 != nullptr;
   for (int64_t row = begin; row < end; ++row) {
     if (is_bfloat16(out) && moments) {
@@ -197,7 +191,7 @@ SPO_INLINE void scaled_row(T* data, int64_t stride, int64_t rows, int64_t column
   }
 }
 
-SPO_CLONES void scaled_rows(const TileOut& x, int64_t rows, int64_t columns, const float* factors, int64_t begin,
+SPO_INLINE void scaled_rows(const TileOut& x, int64_t rows, int64_t columns, const float* factors, int64_t begin,
                             int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     if (factors[row] == 1.0f) continue;
@@ -221,21 +215,62 @@ void parallel_rows(int64_t rows, [[maybe_unused]] int threads, const Rows& run) 
   for (int64_t begin = 0; begin < rows; begin += kBlock) run(begin, std::min(begin + kBlock, rows));
 }
 
+struct Kernels {
+  void (*stats)(const Tile&, const TileOut&, const TokenStats&, int64_t begin, int64_t end, float* scratch);
+  void (*grad)(const Tile&, const TileOut&, const TokenGrads&, int64_t begin, int64_t end);
+  void (*scale)(const TileOut&, int64_t rows, int64_t columns, const float* factors, int64_t begin, int64_t end);
+};
+
+// The bodies above inlined into functions for one instruction set, which vectorises them for it.
+// NOLINTBEGIN(bugprone-macro-parentheses): a function's attribute
+#define SPO_BUILD(Name, attribute)                                                                                    \
+  struct Name {                                                                                                       \
+    attribute static void stats(const Tile& tile, const TileOut& out, const TokenStats& stats, int64_t begin,         \
+                                int64_t end, float* scratch) {                                                        \
+      stats_rows(tile, out, stats, begin, end, scratch);                                                              \
+    }                                                                                                                 \
+    attribute static void grad(const Tile& tile, const TileOut& out, const TokenGrads& grads, int64_t begin,          \
+                               int64_t end) {                                                                         \
+      grad_rows(tile, out, grads, begin, end);                                                                        \
+    }                                                                                                                 \
+    attribute static void scale(const TileOut& x, int64_t rows, int64_t columns, const float* factors, int64_t begin, \
+                                int64_t end) {                                                                        \
+      scaled_rows(x, rows, columns, factors, begin, end);                                                             \
+    }                                                                                                                 \
+    static constexpr Kernels kernels{stats, grad, scale};                                                             \
+  };
+SPO_BUILD(Portable, )
+SPO_BUILD(Avx2, SPO_AVX2)
+SPO_BUILD(Avx512, SPO_AVX512)
+// NOLINTEND(bugprone-macro-parentheses)
+
+const Kernels& kernels() {
+  switch (instruction_set()) {
+    case InstructionSet::kAvx512:
+      return Avx512::kernels;
+    case InstructionSet::kAvx2:
+      return Avx2::kernels;
+    default:
+      return Portable::kernels;
+  }
+}
+
 }  // namespace
 
 void tile_stats(const Tile& tile, const TileOut& out, const TokenStats& stats, int threads) {
   parallel_rows(tile.rows, threads, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(is_identity(tile.transform) ? 0 : tile.columns);
-    stats_rows(tile, out, stats, begin, end, scratch.empty() ? nullptr : scratch.data());
+    kernels().stats(tile, out, stats, begin, end, scratch.empty() ? nullptr : scratch.data());
   });
 }
 
 void tile_grad(const Tile& tile, const TileOut& out, const TokenGrads& grads, int threads) {
-  parallel_rows(tile.rows, threads, [&](int64_t begin, int64_t end) { grad_rows(tile, out, grads, begin, end); });
+  parallel_rows(tile.rows, threads, [&](int64_t begin, int64_t end) { kernels().grad(tile, out, grads, begin, end); });
 }
 
 void scale_rows(const TileOut& x, int64_t rows, int64_t columns, const float* factors, int threads) {
-  parallel_rows(rows, threads, [&](int64_t begin, int64_t end) { scaled_rows(x, rows, columns, factors, begin, end); });
+  parallel_rows(rows, threads,
+                [&](int64_t begin, int64_t end) { kernels().scale(x, rows, columns, factors, begin, end); });
 }
 
 }  // namespace spo

@@ -21,6 +21,7 @@ from spo_kernels.backends import environment
 
 SOURCES = (
     "csrc/bindings.cpp",
+    "csrc/cpu/instruction_set.cpp",
     "csrc/cpu/pair_loss.cpp",
     "csrc/cpu/product.cpp",
     "csrc/cpu/product_avx2.cpp",
@@ -29,6 +30,7 @@ SOURCES = (
     "csrc/cpu/tiles.cpp",
 )
 HEADERS = (
+    "csrc/cpu/instruction_set.h",
     "csrc/cpu/math.h",
     "csrc/cpu/pair_loss.h",
     "csrc/cpu/product.h",

@@ -5,6 +5,7 @@ Ours, read when they are needed, not when the package is imported (SPO_AUTOTUNE:
 SPO_BACKEND          backend used when the call names none: torch, cpp, triton, cuda
 SPO_CPU_PRODUCT      whose matrix products the cpp backend uses: auto (default), native (the extension's own) or vendor
                      (torch's)
+SPO_CPU_ISA          the widest instructions that the cpp backend uses: portable, avx2, avx512 (default: all there are)
 SPO_AUTOTUNE         1: time the Triton kernels' configurations on first use instead of taking the table's
 SPO_DISABLE_JIT      1: never build an extension on first use
 SPO_CUDA_ARCHS       what the CUDA extension is built for, e.g. "80;90+PTX" (default: on first use the present device,
@@ -41,6 +42,14 @@ def cpu_product() -> str:
     value = os.environ.get("SPO_CPU_PRODUCT") or "auto"
     if value not in ("auto", "native", "vendor"):
         raise ValueError(f"SPO_CPU_PRODUCT = {value!r}; expected auto, native or vendor")
+    return value
+
+
+def cpu_instruction_set() -> str | None:
+    """The instruction set that the cpp backend is to use, or None for the machine's widest."""
+    value = os.environ.get("SPO_CPU_ISA") or None
+    if value not in (None, "portable", "avx2", "avx512"):
+        raise ValueError(f"SPO_CPU_ISA = {value!r}; expected portable, avx2 or avx512")
     return value
 
 

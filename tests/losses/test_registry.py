@@ -232,13 +232,27 @@ def test_named(name):
         assert named_loss(name) == build_loss(name) and named_loss(name) is named_loss(name)
 
 
+def compiled(step):
+    torch._dynamo.reset()
+    return torch.compile(step, backend="eager", fullgraph=True)
+
+
 @each_name
 def test_compiles_as_one_graph(name):
+    """The objective itself; fresh for each call, since some have running statistics."""
+    pairs = as_pairs(random_points(4))
+    wanted = differentiate(build_loss(name), pairs)
+    for found, value in zip(differentiate(compiled(build_loss(name)), pairs), wanted, strict=True):
+        torch.testing.assert_close(found, value)
+
+
+# one of each coupling, without a reference, with one, of several objectives, over tokens, and with statistics
+THROUGH_THE_HEAD = ["aot", "apo_zero", "dpo", "mpo", "simpo", "spo", *sorted(STATEFUL)]
+
+
+@pytest.mark.parametrize("name", THROUGH_THE_HEAD)
+def test_the_fused_loss_compiles_as_one_graph(name):
     """By name, or as an object where it has running statistics."""
-    objective = build_loss(name)
-    if needs_inputs(objective):
-        pytest.skip("its inputs come with the call")
-    torch._dynamo.reset()
     batch = random_batch((4, 6), 17, 8, ignored=0.2)
     reference = random_batch((4, 6), 17, 8, seed=1)
     options = {"ref_hidden": reference.hidden, "ref_head": reference.weight}
@@ -250,10 +264,7 @@ def test_compiles_as_one_graph(name):
         result.backward()
         return result.detach(), hidden.grad
 
-    def compiled(step):
-        return torch.compile(step, backend="eager", fullgraph=True)
-
     by_name = name not in STATEFUL
     found = run(compiled, name if by_name else build_loss(name))
-    for value, wanted in zip(found, run(lambda step: step, name if by_name else objective), strict=True):
+    for value, wanted in zip(found, run(lambda step: step, name if by_name else build_loss(name)), strict=True):
         torch.testing.assert_close(value, wanted)

@@ -45,7 +45,7 @@ def two_processes(folder: Path, runs: list[list[Any]]) -> list[tuple[list[str], 
         for rank in ("0", "1")
     ]
     try:
-        outputs = [process.communicate(timeout=100) for process in processes]
+        outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
