@@ -81,6 +81,10 @@ def run(config: TrainConfig, stop: StopSignals | None = None) -> None:
             with together(accelerator):
                 if accelerator.is_main_process:
                     raise TrainError(f"{error}; {rescue(model, tokenizer, output, trainer.step, weights)}") from error
+    # What DDP holds of the processes' group goes first: freed after it, it would wait for a thread of the group, with
+    # Python's lock, which that thread may need.
+    del trainer, model
+    accelerator.free_memory()
     accelerator.end_training()
 
 

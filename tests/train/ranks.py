@@ -2,7 +2,7 @@
 
 torchrun ... -m tests.train.ranks FILE, whose JSON is a list of {"arguments": [...], "continues": folder or null}: with
 a folder, the run resumes from that finished run's checkpoint in the middle. With "killed": N, process 1 is killed in
-step N.
+step N; "sharded" says whether it is FSDP2 or DDP.
 """
 
 import faulthandler
@@ -51,6 +51,8 @@ def run(job: dict[str, Any]) -> None:
     arguments: list[str] = job["arguments"]
     if job["continues"] is not None:
         continue_from(Path(job["continues"]), Path(arguments[arguments.index("--output-dir") + 1]))
+    if "sharded" in job:
+        os.environ["ACCELERATE_USE_FSDP"] = str(job["sharded"]).lower()
     if job.get("killed"):
         kill_in(job["killed"])
     status = main(arguments)
