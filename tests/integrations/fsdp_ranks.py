@@ -27,7 +27,7 @@ from spo_kernels.integrations.transformers import (
 from spo_kernels.losses import DPO
 from tests.integrations.test_transformers import PAIRS, REFERENCE, build, lora
 
-WATCHDOG = 100
+WATCHDOG = 240
 PROCESSES, STEPS = 2, 10
 RECORDS = [PAIRS[i % 3] for i in (0, 1, 2, 1)]
 
