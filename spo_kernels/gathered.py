@@ -1,12 +1,15 @@
-"""Parameters of which every process holds a part, whole."""
+"""Parameters of which every process holds a part: whole, or as many rows as tensor parallelism gives this process."""
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @overload
@@ -19,13 +22,40 @@ def gathered(value: Any) -> Any:
     The mean is what FSDP makes of the gradients of processes that have tokens of their own, and of equal gradients
     (processes that share the tokens) it is each of them.
     """
+    return _rows(value, None)
+
+
+@overload
+def kept_rows(value: None, dimension: str) -> tuple[None, None]: ...
+@overload
+def kept_rows(value: Tensor, dimension: str) -> tuple[Tensor, ProcessGroup | None]: ...
+def kept_rows(value: Any, dimension: str) -> tuple[Any, ProcessGroup | None]:
+    """The same, but where the mesh has a dimension of that name over which the rows are split, they stay split.
+
+    Returns:
+        This process's rows, and the group that shares them; the mean is over the others. Or everything, and None.
+    """
+    mesh = getattr(value, "device_mesh", None)
+    names = (mesh.mesh_dim_names if mesh is not None else None) or ()
+    if dimension not in names or not value.placements[names.index(dimension)].is_shard(0):
+        return gathered(value), None
+    return _rows(value, names.index(dimension)), value.device_mesh.get_group(dimension)
+
+
+def _rows(value: Any, kept: int | None) -> Any:
+    """A DTensor gathered over all dimensions of its mesh but one."""
     if not hasattr(value, "full_tensor"):
         return value
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
     mesh = value.device_mesh
-    # a sum and a division, since gloo has no mean
-    return _Divided.apply(value.full_tensor(grad_placements=[Partial()] * mesh.ndim), mesh.size())
+
+    def placements(others: Placement) -> list[Placement]:
+        return [Shard(0) if place == kept else others for place in range(mesh.ndim)]
+
+    # a division and a sum, since gloo has no mean; of parts, since the whole's quotient would be a second whole
+    part = _Divided.apply(value, mesh.size() // (1 if kept is None else mesh.size(kept)))
+    return part.redistribute(placements=placements(Replicate())).to_local(grad_placements=placements(Partial()))
 
 
 class _Divided(torch.autograd.Function):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from spo_kernels.gathered import gathered
+from spo_kernels.gathered import gathered, kept_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Model types whose configuration multiplies by `logits_scaling`; the others (Granite) divide.
 _MULTIPLIES_LOGITS_SCALING = frozenset({"hyperclovax"})
@@ -38,10 +41,17 @@ class LMHead:
             gives autograd none, so that no second `[V, H]` exists. Then a pair loss takes four products, not three.
             For one process and backward() alone: what reads the gradient on its way (DDP, a hook,
             torch.autograd.grad) would not see it. Without effect under torch.compile.
+        vocab_group: A process group that shares the rows: its process of rank r has the r-th part of them in `weight`,
+            `bias` and the adapters' b, of any sizes, and all have the same hidden states, labels and options. They get
+            the same results and the whole gradient of hidden; gradients of weight and bias are of their own rows. See
+            docs/sharded-heads.md.
+        sequence_group: A process group that shares the tokens of each sequence (context parallelism): each process has
+            some of them, in any order, with labels that were shifted before, and as many sequences as the others.
+            Sums over a sequence, lengths and metrics are those of all; gradients are of the process's own tokens.
 
     Raises:
-        TypeError, ValueError: A number is none, or not finite. Tensors, and whether they can accumulate, are checked
-            where the head is used.
+        TypeError, ValueError: A number is none, or not finite; a group is none. Tensors, and whether they can
+            accumulate, are checked where the head is used.
     """
 
     weight: Tensor
@@ -50,6 +60,8 @@ class LMHead:
     logit_softcap: float | None = field(default=None, kw_only=True)
     lora: tuple[LoRA, ...] = field(default=(), kw_only=True)
     accumulate: bool = field(default=False, kw_only=True)
+    vocab_group: ProcessGroup | None = field(default=None, kw_only=True)
+    sequence_group: ProcessGroup | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():  # the numbers may be symbolic there
@@ -59,6 +71,10 @@ class LMHead:
         cap = self.logit_softcap
         if cap is not None and not (_is_finite(cap) and cap >= _LEAST_SOFTCAP):
             raise ValueError(f"logit_softcap must be a number of at least {_LEAST_SOFTCAP:g} or None, got {cap!r}")
+        for name in ("vocab_group", "sequence_group"):
+            group = getattr(self, name)
+            if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+                raise TypeError(f"{name} must be a process group that this process is in, got {type(group).__name__}")
 
     @property
     def transforms(self) -> bool:
@@ -75,7 +91,7 @@ class LMHead:
         return torch.cat([hidden, *reduced], -1), steps[0] if len(steps) == 1 else torch.cat(steps, 1)
 
     @classmethod
-    def of(cls, model: nn.Module) -> LMHead:
+    def of(cls, model: nn.Module, *, tensor_parallel: str = "tp") -> LMHead:
         """The head of a transformers causal language model, also inside PEFT, DDP, FSDP2, DeepSpeed or torch.compile.
 
         Scale and softcap are read from the configuration. Equivalent, for a plain Llama: `LMHead(lm_head.weight)`.
@@ -83,6 +99,9 @@ class LMHead:
         a trained copy (`modules_to_save`); neither where adapters are switched off.
         A weight of which this process holds a part (a DTensor) is gathered: all processes must call this together. Its
         gradient is the mean over them.
+        But a split of its rows over a dimension of the mesh that is named `tensor_parallel`, as transformers' tp_plan
+        and accelerate name it, stays: its processes are the head's `vocab_group`. Over a mesh without names it is
+        gathered, which is right too and takes the memory of the whole; init_device_mesh takes mesh_dim_names.
 
         Raises:
             TypeError: The model has no configuration, or no linear head.
@@ -98,9 +117,13 @@ class LMHead:
         head = _active_copy(head)
         plain = head.base_layer if hasattr(head, "base_layer") else head
         _check_module(kind, plain)
-        lora, bias = _active_lora(kind, head, gathered(plain.bias)) if plain is not head else ((), gathered(plain.bias))
+        weight, group = kept_rows(plain.weight, tensor_parallel)
+        bias, _ = kept_rows(plain.bias, tensor_parallel)
+        lora: tuple[LoRA, ...] = ()
+        if plain is not head:
+            lora, bias = _active_lora(kind, head, bias, tensor_parallel)
         scale, softcap = logit_transform(inner.config)
-        return cls(gathered(plain.weight), bias, logit_scale=scale, logit_softcap=softcap, lora=lora)
+        return cls(weight, bias, logit_scale=scale, logit_softcap=softcap, lora=lora, vocab_group=group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +142,14 @@ class LoRA:
     scale: float = 1.0
     dropout: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def drops(self) -> bool:
+        """Whether it draws random numbers."""
+        dropout = self.dropout
+        if isinstance(dropout, nn.Module):
+            return dropout.training and getattr(dropout, "p", 0.0) > 0
+        return dropout is not None
+
     def reduced(self, hidden: Tensor) -> Tensor:
         """`scale * dropout(hidden) @ a.T`, `[..., r]`."""
         hidden = hidden.to(self.a.dtype)
@@ -133,7 +164,9 @@ def _active_copy(head: Any) -> Any:
     return head.modules_to_save[names[0]] if names else head.original_module
 
 
-def _active_lora(kind: str, head: Any, bias: Tensor | None) -> tuple[tuple[LoRA, ...], Tensor | None]:
+def _active_lora(
+    kind: str, head: Any, bias: Tensor | None, tensor_parallel: str
+) -> tuple[tuple[LoRA, ...], Tensor | None]:
     """The adapters that a PEFT layer adds to its base at the moment, and its bias with theirs."""
     if head.disable_adapters or head.merged:
         return (), bias
@@ -148,9 +181,10 @@ def _active_lora(kind: str, head: Any, bias: Tensor | None) -> tuple[tuple[LoRA,
                 "products; leave the head out of its targets, or merge it (merge_and_unload)"
             )
         a, b, scale = head.lora_A[name].weight, head.lora_B[name], head.scaling[name]
-        found.append(LoRA(gathered(a), gathered(b.weight), scale, head.lora_dropout[name]))
+        rows, _ = kept_rows(b.weight, tensor_parallel)
+        found.append(LoRA(gathered(a), rows, scale, head.lora_dropout[name]))
         if b.bias is not None:
-            more = gathered(b.bias) * scale
+            more = kept_rows(b.bias, tensor_parallel)[0] * scale
             bias = more.to(head.base_layer.weight.dtype) if bias is None else bias + more
     return tuple(found), bias
 
@@ -191,6 +225,11 @@ def _check_module(kind: str, head: nn.Module) -> None:
         raise TypeError(f"{kind}: the head is a {type(head).__name__}; a plain nn.Linear is needed")
     if hasattr(weight, "quant_state") or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise ValueError(f"{kind}: the head's weight is quantised ({weight.dtype}); dequantise it first")
+
+
+def sequence_group(head: object) -> ProcessGroup | None:
+    """The group of a head that shares the tokens of its sequences."""
+    return head.sequence_group if isinstance(head, LMHead) else None
 
 
 def as_head(name: str, head: Tensor | LMHead) -> tuple[LMHead, str]:

@@ -53,5 +53,5 @@ def linear_kl(
     reference = ModelInputs.resolve_reference(ref_hidden, ref_head, labels, head)
     policy.check_same_vocabulary(reference)
     execution = Execution.resolve(workspace_bytes, backend, policy)
-    tokens = Tokens.find(layout, layout.counted(), policy.weight.shape[0])
+    tokens = Tokens.find(layout, layout.counted(), policy.vocab)
     return kl_divergence(policy, reference, tokens, shift, execution)

@@ -1,4 +1,4 @@
-"""`linear_logprob`: token log-probabilities of an LM head, differentiable, without the `[N, V]` logits."""
+"""Token log-probabilities of an LM head and losses of them, differentiable, without the `[N, V]` logits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from spo_kernels.engine.autograd import LogprobCall
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.renamed import refuses_old_names
+from spo_kernels.engine.token_loss import TokenLoss, early_token_loss, token_losses
 from spo_kernels.engine.tokens import LabelLayout, Tokens
 from spo_kernels.head import LMHead
 from spo_kernels.sparsity import Sparsity
@@ -79,10 +80,71 @@ def linear_logprob(
     layout = LabelLayout(labels, ignore_index, shift)
     model = ModelInputs.resolve(hidden, head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model, sparsity)
-    tokens = Tokens.find(layout, layout.counted(), model.weight.shape[0])
+    tokens = Tokens.find(layout, layout.counted(), model.vocab)
     logp, extras = LogprobCall.of(model, tokens, shift, execution, outputs, outputs_carry_grad=True).run()
     if not outputs:
         return logp
     made = {name: torch.full_like(logp, value) for name, value in _OF_SPARSITY.items() if name in outputs}
     extras |= {name: value for name, value in made.items() if not extras[name].numel()}
     return logp, {name: extras[name] for name in outputs}
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    head: Tensor | LMHead,
+    labels: Tensor,
+    token_loss: TokenLoss,
+    *,
+    ignore_index: int = -100,
+    shift: bool = False,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A loss that is a sum over tokens of a function of their log-probabilities, in three products.
+
+    Equivalent PyTorch::
+
+        logp = linear_logprob(hidden, head, labels)
+        at = (labels != ignore_index).nonzero(as_tuple=True)  # with `shift`, also without each row's first label
+        loss = token_loss(logp[at], at).sum()
+
+    A trained head costs that 4 products, since the upstream gradient comes when the logits are gone. Here groups of
+    tokens, as many as the workspace holds, keep theirs until `token_loss` has said what they count. GRPO's surrogate,
+    as a mean over tokens::
+
+        def surrogate(logp, at):
+            return clipped_surrogate(logp, old_logp[at], advantages[at]) / tokens
+
+        loss, logp = linear_token_loss(hidden, weight, labels, surrogate)
+        loss.backward()
+
+    Args:
+        hidden, head, labels, ignore_index, shift, backend: As in `linear_logprob`.
+        token_loss: Called with log-probabilities `[n]` of some tokens, float32 (float64 for float64 inputs), and with
+            the places of their labels, an index of tensors `[n]` for whatever has labels' shape; returns their losses
+            `[n]`, by plain differentiable operations. It is called once a group, so no token's loss may look at
+            another's log-probability; what it uses beside them must need no gradient.
+        workspace_bytes: As in `fused_spo_loss`. Where it holds too few tokens, and with a frozen head, float16, or
+            under torch.compile, the expression above is what is computed: 4 products, or 2.
+
+    Returns:
+        The loss, 0-d, and the log-probabilities in labels' shape, detached, 0 where ignored. The gradients of three
+        products are given out once: a second `backward()` is refused.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: As in `linear_logprob`; or `token_loss` does not give a loss
+            for each token, or uses something that needs a gradient.
+    """
+    if not callable(token_loss):
+        raise TypeError(f"token_loss must be a function, got {type(token_loss).__name__}")
+    layout = LabelLayout(labels, ignore_index, shift)
+    model = ModelInputs.resolve(hidden, head, labels)
+    execution = Execution.resolve(workspace_bytes, backend, model)
+    counted = layout.counted()
+    tokens = Tokens.find(layout, counted, model.weight.shape[0])
+    found = early_token_loss(model, tokens, shift, execution, token_loss)
+    if found is not None:
+        return found
+    logp, _ = LogprobCall.of(model, tokens, shift, execution).run()
+    at = counted.nonzero(as_tuple=True)
+    return token_losses(token_loss, logp[at], at).sum(), logp.detach()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spo_kernels.engine.renamed import refuses_old_names
 from spo_kernels.engine.tokens import LabelLayout
-from spo_kernels.head import LMHead
+from spo_kernels.head import LMHead, sequence_group
 from spo_kernels.losses import Objective
 from spo_kernels.losses.pairs import check_choice
 from spo_kernels.losses.registry import resolve_objective
@@ -75,8 +75,10 @@ def fused_spo_loss(
         ref_token_weights: The same for the reference evaluated here, or for `ref_logps` of tokens; `token_weights`
             where None. Sums that are given as `ref_logps` must have been weighted by the caller, see `sequence_logps`.
         cu_seqlens: `[2B + 1]` bounds of packed sequences: B chosen, then B rejected.
-        ignore_index, shift, workspace_bytes, backend: As in `linear_logprob`; with `shift`, each sequence's first
-            label is not predicted.
+        ignore_index, shift, backend: As in `linear_logprob`; with `shift`, each sequence's first label is not
+            predicted.
+        workspace_bytes: Bound on temporaries as in `linear_logprob`. Default there, and for three products three
+            times the bytes of the head and its gradient on a CPU, 3 GiB or a 16th of its memory on a GPU; docs/cost.md.
         reduction: Over pairs: "mean", "sum" or "none".
         path: "packed" or "factorised" (three products), "two_pass" (four), or None for the cheapest that the
             workspace allows; matters to a trained head only. See `spo_kernels/preference/plan.py`.
@@ -102,7 +104,7 @@ def fused_spo_loss(
         check_choice("path", path, PATHS)
     batch = resolve_batch(
         resolve_objective(loss),
-        LabelLayout(labels, ignore_index, shift, cu_seqlens),
+        LabelLayout(labels, ignore_index, shift, cu_seqlens, sequence_group(head)),
         Given(hidden, head, token_weights),
         Given(ref_hidden, ref_head, ref_token_weights, ref_logps),
         pair_inputs,
@@ -114,4 +116,4 @@ def fused_spo_loss(
     )
     plan = plan_path(batch, path)
     outcome = _WAYS[plan.path](batch, plan)
-    return outcome.loss, outcome.metrics(batch.lengths, pair_logps=pair_logps)
+    return outcome.loss, outcome.metrics(batch.layout, batch.lengths, pair_logps=pair_logps)

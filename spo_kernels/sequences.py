@@ -9,7 +9,7 @@ from spo_kernels.engine.checks import check_token_weights
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.renamed import refuses_old_names
 from spo_kernels.engine.tokens import LabelLayout, Tokens
-from spo_kernels.head import LMHead
+from spo_kernels.head import LMHead, sequence_group
 
 
 @refuses_old_names
@@ -45,7 +45,7 @@ def sequence_logps(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: As in `linear_logprob`.
     """
-    layout = LabelLayout(labels, ignore_index, shift, cu_seqlens)
+    layout = LabelLayout(labels, ignore_index, shift, cu_seqlens, sequence_group(head))
     layout.check_sequences("S, T")
     model = ModelInputs.resolve(hidden, head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model)
@@ -54,6 +54,6 @@ def sequence_logps(
         check_token_weights("token_weights", token_weights, labels)
         token_weights = token_weights.detach()
         counted = counted & (token_weights != 0)
-    tokens = Tokens.find(layout, counted, model.weight.shape[0])
+    tokens = Tokens.find(layout, counted, model.vocab)
     logp, _ = LogprobCall.of(model, tokens, shift, execution).run()
     return layout.sum(logp, token_weights)

@@ -1,6 +1,4 @@
-"""Three products or four: every path gives the same numbers, costs what it says, and is chosen by a readable rule."""
-
-import dataclasses
+"""Three products or four: every path gives the same numbers, costs what it says."""
 
 import pytest
 import torch
@@ -8,11 +6,9 @@ import torch
 from spo_kernels import LMHead, backend_info, fused_spo_loss
 from spo_kernels.backends.cpp_products import NativeProducts
 from spo_kernels.backends.products import VendorProducts
-from spo_kernels.engine import workspace
-from spo_kernels.engine.workspace import KeptSpace
+from spo_kernels.engine import kept_space
 from spo_kernels.losses import DPO, SPO
 from spo_kernels.losses.pairs import PairLogps
-from spo_kernels.preference.plan import MIN_ROWS, PairProblem, choose_path
 
 HIDDEN, VOCAB = 24, 97
 OBJECTIVES = {
@@ -81,7 +77,7 @@ def test_paths_agree(dtype, backend, objective, lengths):
 def test_paths_agree_slice_by_slice(monkeypatch, dtype, backend, objective, columns):
     """With the vocabulary in several slices, whose maxima rise and fall; the widest is larger on real vocabularies."""
     need(backend)
-    monkeypatch.setitem(workspace._KEPT_COLUMNS, "cpu", columns)
+    monkeypatch.setitem(kept_space._COLUMNS, "cpu", columns)
     check_paths(dtype, backend, objective, [5, 3, 7, 0])
 
 
@@ -187,47 +183,6 @@ def test_undeclared_objective_takes_two_passes():
         fused_spo_loss(*tensors, loss=own, path="packed", **arguments)
     with pytest.raises(ValueError, match="path must be one of 'packed', 'factorised', 'two_pass', got 'fast'"):
         fused_spo_loss(*tensors, path="fast", **arguments)
-
-
-PROBLEM = PairProblem(
-    coupling="margin",
-    whole_pairs=False,
-    pair_tokens=(1024, 1024),
-    space=KeptSpace(
-        budget=0,
-        direct=True,
-        columns=32768,
-        row_bytes=32768 * 4,
-        column_bytes=0,
-        cell_bytes=0,
-        accumulator_bytes=32768 * 1024 * 4,
-    ),
-)
-
-
-@pytest.mark.parametrize(
-    "changes, path",
-    [
-        ({"budget": 128 << 20}, "packed"),
-        ({"budget": 127 << 20}, "two_pass"),  # a pair does not fit, nor rows beside an accumulator
-        ({"budget": 127 << 20, "pair_tokens": (4096,)}, "factorised"),  # summed where it will stay
-        ({"budget": 127 << 20, "pair_tokens": (4096,), "coupling": "pair"}, "two_pass"),
-        ({"budget": 255 << 20, "pair_tokens": (4096,), "coupling": "pair"}, "factorised"),
-        ({"budget": 255 << 20, "pair_tokens": (4096,), "coupling": "batch"}, "two_pass"),
-        ({"budget": 255 << 20, "pair_tokens": (4096,), "direct": False}, "factorised"),
-        ({"budget": 255 << 20, "pair_tokens": (4096,), "whole_pairs": True}, "two_pass"),
-        ({"budget": 128 << 20, "whole_pairs": True}, "packed"),
-        ({"budget": (MIN_ROWS - 1) << 17, "pair_tokens": (4096,)}, "two_pass"),  # tiles too flat to pay
-        ({"budget": 64 << 17, "pair_tokens": (64,)}, "packed"),  # all there is in one tile
-        ({"budget": 64 << 17, "pair_tokens": (64,) * 8}, "two_pass"),
-        ({"budget": 1 << 30, "pair_tokens": (0, 0)}, "packed"),
-    ],
-)
-def test_choice(changes, path):
-    of_space = {name: value for name, value in changes.items() if name in ("budget", "direct")}
-    changes = {name: value for name, value in changes.items() if name not in of_space}
-    space = dataclasses.replace(PROBLEM.space, **of_space)
-    assert choose_path(dataclasses.replace(PROBLEM, space=space, **changes)).path == path
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])

@@ -53,6 +53,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    # an SVG keeps its numbers as text, and the same figures give the same file
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "spo"})
     from matplotlib import pyplot
 
     rows = [row for row in report["rows"] if row["status"] == "ok"]
@@ -73,7 +75,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     both[0].legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
 

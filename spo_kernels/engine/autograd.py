@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from spo_kernels.engine.ops import (
     linear_logprob_fwd_op,
 )
 from spo_kernels.engine.tokens import Tokens
+from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.sparsity import EXACT, Sparsity
 
 OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2", "dropped_mass", "kept_share", "mean_logit")
@@ -37,6 +39,7 @@ class LogprobOptions:
     mean: bool  # the mean logit is wanted
     differentiable: tuple[str, ...]  # optional outputs that carry a gradient
     accumulate: bool = False  # into the weight's .grad, where it exists
+    shard: VocabShard | None = None  # the weight is a part of a head
 
     def common(self) -> tuple[Any, ...]:
         """`ops.OPTIONS`."""
@@ -78,6 +81,7 @@ class LogprobCall:
             mean="mean_logit" in outputs,
             differentiable=tuple(n for n in outputs if n in _WITH_GRADIENT) if outputs_carry_grad else (),
             accumulate=model.accumulate,
+            shard=model.shard,
         )
         return cls(model, tokens, options)
 
@@ -102,7 +106,7 @@ class LinearLogprobFunction(torch.autograd.Function):
         sparsity = options.sparsity if any(ctx.needs_input_grad[:3]) else EXACT
         exact = sparsity.mode == "exact"
         # an op's boundary costs 10 us, which matters to a small call; traces need it
-        run: Any = linear_logprob_fwd_op if is_traced(hidden) else linear_logprob_fwd
+        run: Any = linear_logprob_fwd_op if is_traced(hidden) else partial(linear_logprob_fwd, shard=options.shard)
         found = ForwardResult(
             *run(
                 hidden,
@@ -164,6 +168,6 @@ class LinearLogprobFunction(torch.autograd.Function):
             found, onto = linear_logprob_bwd_op(*arguments), None
         else:
             onto = ctx.saved_tensors[1].grad if ctx.options.accumulate and needs[1] else None
-            found = linear_logprob_bwd(*(*arguments, onto))
+            found = linear_logprob_bwd(*(*arguments, onto, ctx.options.shard))
         wanted = needs[0], needs[1] and onto is None, needs[2]
         return *(g if want else None for g, want in zip(found, wanted, strict=True)), *rest

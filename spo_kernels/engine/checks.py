@@ -23,6 +23,11 @@ def is_traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) is FakeTensor
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded: shapes then cannot depend on values."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def check_tensor(name: str, value: object, labels: Tensor | None = None) -> None:
     """`value` must be a tensor whose memory can be read: dense, and no wrapper around other tensors.
 

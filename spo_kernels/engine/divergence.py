@@ -101,6 +101,10 @@ def forward(models: Models) -> tuple[Tensor, Tensor, Tensor]:
             # where the reference gives no probability, the policy's may be anything
             difference = ref_logits.sub_(logits).masked_fill_(exponential == 0, 0.0)
             gap[at] = gap[at] * shrink + exponential.mul_(difference).sum(1)
+    policy.head.join_(stats)
+    moved = models.reference.head.join_(ref_stats)
+    if moved is not None:
+        models.reference.head.sum_(gap.mul_(moved))
     return gap / ref_stats.sum - ref_stats.lse + stats.lse, ref_stats.lse, stats.lse
 
 
@@ -132,4 +136,5 @@ def backward(
         if tile.rows.stop == n:
             weight_sum.finish(unit)
     if hidden_out is not None and hidden_sum is not None:
+        policy.head.sum_(hidden_sum)
         policy.tokens.put(hidden_out, 0, n, hidden_sum if unit is None else hidden_sum * unit)

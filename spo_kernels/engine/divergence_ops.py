@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from spo_kernels.engine.checks import is_traced, without_autocast
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.ops import MODEL, OPTIONS, TOKENS, gradients_fake, gradients_of, like_hidden, plane_of
 from spo_kernels.engine.tokens import TokenRows, Tokens
+from spo_kernels.engine.vocab_shard import VocabShard
 
 _BOTH = f"{MODEL}, {MODEL.replace('Tensor ', 'Tensor ref_').replace('Tensor? ', 'Tensor? ref_')}, {TOKENS}, {OPTIONS}"
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
@@ -23,20 +25,23 @@ _library.define(
 )
 
 
-def _models(*arguments: Any) -> tuple[divergence.Models, TokenRows, Tensor]:
+def _models(*arguments: Any, shard: VocabShard | None) -> tuple[divergence.Models, TokenRows, Tensor]:
     """The ops' common arguments as the walk takes them; the tokens, and labels."""
     found, (shift, workspace_bytes, backend) = Tokens(*arguments[10:15]), arguments[15:]
     policy, reference = (
-        plane_of(*model, found, shift, backend)  # type: ignore[call-arg]
+        plane_of(*model, found, shift, backend, shard)  # type: ignore[call-arg]
         for model in (arguments[:5], arguments[5:10])
     )
     return divergence.Models(policy, reference, workspace_bytes), policy.tokens, found.labels
 
 
 @torch.no_grad()
-def linear_kl_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergences and both models' log-sum-exps, labels' shape; see the schema and `linear_kl`."""
-    models, tokens, labels = _models(*arguments)
+def linear_kl_fwd(*arguments: Any, shard: VocabShard | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergences and both models' log-sum-exps, labels' shape; see the schema and `linear_kl`.
+
+    `shard`, which the op does not have, is of both heads.
+    """
+    models, tokens, labels = _models(*arguments, shard=shard)
     with without_autocast(labels.device):
         found = divergence.forward(models)
     kl, ref_lse, lse = (tokens.spread(values, labels.shape) for values in found)
@@ -44,10 +49,10 @@ def linear_kl_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def linear_kl_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def linear_kl_bwd(*arguments: Any, shard: VocabShard | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where they are not needed."""
     *common, ref_lse, lse, grad, need_hidden, need_weight, need_bias = arguments
-    models, tokens, labels = _models(*common)
+    models, tokens, labels = _models(*common, shard=shard)
     hidden, weight = common[:2]
     grad_hidden = like_hidden(hidden, tokens, hidden.dtype) if need_hidden else hidden.new_empty(0)
     head_out = models.policy.head.gradient(models.policy.wide, weight=need_weight, bias=need_bias)
@@ -85,7 +90,7 @@ def kl_divergence(
     """`linear_kl` of resolved inputs: `[labels' shape]`, differentiable in the policy's."""
     tensors = (*policy.tensors(), *reference.detach().tensors())
     options = (shift, execution.workspace_bytes, execution.backend)
-    kl: Tensor = LinearKLFunction.apply(*tensors, *tokens, *options)
+    kl: Tensor = LinearKLFunction.apply(*tensors, *tokens, *options, policy.shard)
     return kl
 
 
@@ -94,10 +99,11 @@ class LinearKLFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        """Arguments: the ops'. Returns the divergences, shaped like labels."""
-        *tensors, shift, workspace_bytes, backend = arguments
+        """Arguments: the ops', and the shard of both heads. Returns the divergences, shaped like labels."""
+        *tensors, shift, workspace_bytes, backend, ctx.shard = arguments
         ctx.options = (shift, workspace_bytes, backend)
-        kl, ref_lse, lse = (_fwd if is_traced(tensors[0]) else linear_kl_fwd)(*arguments)
+        run: Any = _fwd if is_traced(tensors[0]) else partial(linear_kl_fwd, shard=ctx.shard)
+        kl, ref_lse, lse = run(*tensors, *ctx.options)
         ctx.save_for_backward(*tensors, ref_lse, lse)
         result: Tensor = kl
         return result
@@ -109,7 +115,7 @@ class LinearKLFunction(torch.autograd.Function):
             raise RuntimeError("linear_kl does not support double backward (create_graph=True was passed)")
         *tensors, ref_lse, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        run = _bwd if is_traced(upstream) else linear_kl_bwd
+        run: Any = _bwd if is_traced(upstream) else partial(linear_kl_bwd, shard=ctx.shard)
         found = run(*tensors, *ctx.options, ref_lse, lse, upstream, *needs)
         rest = [None] * (len(ctx.needs_input_grad) - 3)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), *rest

@@ -85,12 +85,17 @@ def forward(
 
         if logit_sums is not None:
             logit_sums.begin(row, states)
+        total = None
         if logp_grad is None:
             _statistics(plane, states, labels, part, buffers, shape, chooser, see)
         else:
             total = _weighted_rows(plane, states, labels, part, buffers, shape, see)
+        shrink = plane.head.join_(part)
+        if total is not None and logp_grad is not None:
+            if shrink is not None:
+                backend.scale_rows(total, shrink)
             _finish_logp_grad_(total, plane.head, labels, part, shape)
-            tokens.put(logp_grad, row.start, row.stop, total)
+            tokens.put(logp_grad, row.start, row.stop, plane.head.sum_(total))
         if chooser is not None:
             chooser.choose(row.start, row.stop, part, labels)
     return stats
@@ -235,4 +240,5 @@ def backward(
                 products.matmul(tile.written, weight, out=hidden_sum, accumulate=True, out_rows=part)
         weight_sum.finish(unit)
     if hidden_out is not None and hidden_sum is not None:
+        hidden_sum = head.sum_(hidden_sum)
         tokens.put(hidden_out, 0, n, hidden_sum if unit is None else hidden_sum.mul_(unit))

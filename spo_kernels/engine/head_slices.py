@@ -11,35 +11,79 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import LogitTransform
+from spo_kernels.backends.contract import LogitTransform, TokenStats
 from spo_kernels.engine.gradients import HeadGradient
+from spo_kernels.engine.vocab_shard import VocabShard
 
 _SUMMED_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class HeadSlices:
-    """All rows of the vocabulary, in this process: of one tensor, or of a frozen one beside a trained one.
+    """The rows of the vocabulary in this process: of one tensor, or of a frozen one beside a trained one.
 
     With a base, rows are `[base, weight]`, and put together a slice at a time: `weight` is what an adapter's last step
     multiplies the last entries of the hidden states with. Gradients are of `weight` alone.
+    With a shard, other processes have the rest: labels are counted from this process's first class, and lie outside
+    [0, V) where they are another's.
     """
 
     weight: Tensor  # [V, H], or [V, r] beside a base
     bias: Tensor | None  # [V]
     transform: LogitTransform
     base: Tensor | None = None  # [V, H - r], a constant
+    shard: VocabShard | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, transform: Tensor, base: Tensor | None) -> HeadSlices:
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: Tensor,
+        base: Tensor | None,
+        shard: VocabShard | None = None,
+    ) -> HeadSlices:
         """From the tensors that an op takes; see `ModelInputs.tensors`."""
         scale, softcap = transform.tolist()
-        return cls(weight, bias, LogitTransform(scale, softcap or None), base)
+        return cls(weight, bias, LogitTransform(scale, softcap or None), base, shard)
 
     @property
     def vocab(self) -> int:
         """V, how many rows this process has to multiply with."""
         return self.weight.shape[0]
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all rows that there are."""
+        return self.shard is None
+
+    @property
+    def classes(self) -> int:
+        """V of all processes together."""
+        return self.vocab if self.shard is None else self.shard.vocab
+
+    @property
+    def parts(self) -> int:
+        """How many processes have rows."""
+        return 1 if self.shard is None else len(self.shard.rows)
+
+    @property
+    def first(self) -> int:
+        """The class of the first row."""
+        return 0 if self.shard is None else self.shard.first
+
+    @property
+    def widest(self) -> int:
+        """The largest V of all processes: what they plan with, so that all have the same tiles of tokens."""
+        return self.vocab if self.shard is None else max(self.shard.rows)
+
+    def join_(self, stats: TokenStats) -> Tensor | None:
+        """Statistics of these rows become those of all; see `VocabShard.join_`. None where these are all."""
+        return None if self.shard is None else self.shard.join_(stats)
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Sums over these rows, which become those over all."""
+        return values if self.shard is None else self.shard.sum_(values)
 
     @property
     def width(self) -> int:
@@ -73,9 +117,12 @@ class HeadSlices:
         return values if part.stop - part.start == self.vocab else values[part]
 
     def label_rows(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """The labels' rows of the weight, `[n, H]`."""
+        """The labels' rows of the weight, `[n, H]`; 0 where another process has them."""
+        inside = None if self.whole else ((labels >= 0) & (labels < self.vocab))[:, None]
+        labels = labels if inside is None else labels.clamp(0, self.vocab - 1)
         rows = self.weight[labels].to(dtype)
-        return rows if self.base is None else torch.cat([self.base[labels].to(dtype), rows], 1)
+        rows = rows if self.base is None else torch.cat([self.base[labels].to(dtype), rows], 1)
+        return rows if inside is None else rows.masked_fill_(~inside, 0.0)
 
     def summed_rows(self, dtype: torch.dtype) -> Tensor:
         """The sum of all rows of the weight, `[H]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,10 +11,15 @@ from torch import Tensor
 from spo_kernels.backends.contract import LogitTransform
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.backends.registry import choose_backend
-from spo_kernels.engine.checks import FLOAT_DTYPES, check_tensor, check_workspace_bytes
+from spo_kernels.engine.checks import FLOAT_DTYPES, capturing, check_tensor, check_workspace_bytes, is_traced
+from spo_kernels.engine.collectives import check_same
 from spo_kernels.engine.head_slices import HeadSlices
+from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.head import LMHead, as_head
 from spo_kernels.sparsity import EXACT, Sparsity, as_sparsity
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class ModelInputs:
     logit_softcap: float | None
     base: Tensor | None = None  # [V, H - r]
     accumulate: bool = False  # into the weight's .grad, where it exists
+    shard: VocabShard | None = None  # weight, bias and base are a part of the head's rows
 
     @classmethod
     def resolve(cls, hidden: Tensor, head: Tensor | LMHead, labels: Tensor, prefix: str = "") -> ModelInputs:
@@ -68,7 +75,11 @@ class ModelInputs:
         accumulate = head.accumulate and head.weight.requires_grad and not head.lora
         if accumulate:
             _check_accumulates(weight_name, head.weight, cast=weight is not head.weight)
-        return cls(hidden, weight, bias, head.logit_scale, head.logit_softcap, base, accumulate)
+        shard = None
+        if head.vocab_group is not None:
+            _check_sharded(f"{prefix}head", head, labels)
+            shard = VocabShard.agree(weight_name, head.vocab_group, head.weight, labels)
+        return cls(hidden, weight, bias, head.logit_scale, head.logit_softcap, base, accumulate, shard)
 
     @classmethod
     def resolve_reference(
@@ -77,20 +88,29 @@ class ModelInputs:
         """The same for a reference, as constants.
 
         Raises:
-            ValueError: Its head is a weight, where the policy's has a scale or a softcap: one of them would be wrong.
+            ValueError: Its head is a weight, where the policy's has a scale, a softcap or a part of the rows: one of
+                them would be wrong.
         """
-        if isinstance(policy_head, LMHead) and isinstance(head, Tensor) and policy_head.transforms:
-            raise ValueError(
-                f"ref_head is a plain weight, but head has logit_scale = {policy_head.logit_scale} and logit_softcap = "
-                f"{policy_head.logit_softcap}: say what the reference has, with ref_head=LMHead(ref_weight, ...)"
-            )
+        if isinstance(policy_head, LMHead) and isinstance(head, Tensor):
+            has = None
+            if policy_head.transforms:
+                has = f"logit_scale = {policy_head.logit_scale} and logit_softcap = {policy_head.logit_softcap}"
+            elif policy_head.vocab_group is not None:
+                has = "a vocab_group"
+            if has is not None:
+                raise ValueError(
+                    f"ref_head is a plain weight, but head has {has}: say what the reference has, with "
+                    "ref_head=LMHead(ref_weight, ...)"
+                )
         return cls.resolve(hidden, head, labels, "ref_").detach()
 
     def check_same_vocabulary(self, reference: ModelInputs) -> None:
         """Raise ValueError or TypeError unless distributions of both can be compared."""
-        vocab, ref_vocab = self.weight.shape[0], reference.weight.shape[0]
+        vocab, ref_vocab = self.vocab, reference.vocab
         if ref_vocab != vocab:
             raise ValueError(f"ref_head must have head's vocabulary, V = {vocab} rows, got {ref_vocab}")
+        if (self.shard or reference.shard) and not (self.shard and self.shard.same_as(reference.shard)):
+            raise ValueError("ref_head must be split like head: the same rows on the same processes (vocab_group)")
         if self.wide != reference.wide:
             raise TypeError(
                 f"ref_hidden is {reference.hidden.dtype}, but hidden is {self.hidden.dtype}: float64 needs both"
@@ -117,7 +137,12 @@ class ModelInputs:
     def slices(self) -> HeadSlices:
         """The head as the engine sees it."""
         transform = LogitTransform(float(self.logit_scale), self.logit_softcap)
-        return HeadSlices(self.weight, self.bias, transform, self.base)
+        return HeadSlices(self.weight, self.bias, transform, self.base, self.shard)
+
+    @property
+    def vocab(self) -> int:
+        """V, of all processes that have rows."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
 
     @property
     def trains_head(self) -> bool:
@@ -145,7 +170,8 @@ def _check_shapes(name: str, hidden: Tensor, weight_name: str, head: LMHead, bia
             f"{weight_name} must have shape [V, H] with H = {hidden.shape[-1]} ({name}'s last dimension), "
             f"got {list(weight.shape)}"
         )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
+    # of several processes, all are to say that one has no rows
+    if weight.shape[1] == 0 or (weight.shape[0] == 0 and head.vocab_group is None):
         raise ValueError(f"{weight_name} must not be empty, got shape {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{bias_name} must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}")
@@ -166,6 +192,20 @@ def _check_adapters(name: str, head: LMHead, labels: Tensor) -> None:
             raise ValueError(
                 f"{name}[{i}] must have a [r, H] and b [V, r] with H = {width} and V = {vocab}, got {shapes[0]} and "
                 f"{shapes[1]}"
+            )
+
+
+def _check_sharded(name: str, head: LMHead, labels: Tensor) -> None:
+    """Raise where a head's rows cannot be shared by a group."""
+    if is_traced(labels) or capturing(labels):
+        raise RuntimeError(
+            f"{name} has a vocab_group, whose processes talk to each other: that is not traced or recorded in a CUDA "
+            "graph; call this outside, under torch.compiler.disable"
+        )
+    for i, lora in enumerate(head.lora):
+        if lora.drops:
+            raise ValueError(
+                f"{name}.lora[{i}] has dropout, which would differ between the processes of vocab_group: set it to 0"
             )
 
 
@@ -216,4 +256,11 @@ class Execution:
         """Check the options, and choose the backend for the model's tensors."""
         check_workspace_bytes(workspace_bytes)
         name = choose_backend(backend, model.hidden.device, model.hidden.dtype)
-        return cls(workspace_bytes, name, as_sparsity(sparsity))
+        found = cls(workspace_bytes, name, as_sparsity(sparsity))
+        if model.shard is not None:
+            found.check_same("head's vocab_group", model.shard.group, model.hidden.device)
+        return found
+
+    def check_same(self, name: str, group: ProcessGroup, device: torch.device) -> None:
+        """Tiles of other sizes would be exchanged with other processes' at another moment, or never."""
+        check_same(group, name, "workspace_bytes, backend and sparsity", self, device)

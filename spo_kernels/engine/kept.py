@@ -18,6 +18,7 @@ from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.engine.exact import label_slope, relative
 from spo_kernels.engine.gradients import HeadGradient, SliceGradient
 from spo_kernels.engine.head_slices import HeadSlices
+from spo_kernels.engine.kept_space import KeptShape
 from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.memory import in_huge_pages
 from spo_kernels.engine.tokens import TokenRows
@@ -35,15 +36,14 @@ class KeptTiles:
         hidden: Tensor,
         head: HeadSlices,
         backend: Backend,
-        rows: int,
-        columns: int,
+        shape: KeptShape,
         *,
         moments: bool,
         mean_logits: bool = False,
     ) -> None:
-        """A tile of `rows` tokens, of which `columns` are in work together."""
+        """One tile of that shape."""
+        rows, columns = shape.rows, shape.columns
         self._hidden, self._head, self._backend, self._moments = hidden, head, backend, moments
-        self.rows = rows
         self._wide = accumulator_dtype(hidden.dtype)
         self._slices = list(spans(head.vocab, columns))
         # of the last run's tokens
@@ -70,13 +70,14 @@ class KeptTiles:
         states = tokens.take(self._hidden, 0, n, products.operand_dtype(self._hidden))
         kept = self._kept[: n * head.vocab].view(n, head.vocab)
         stats, maxima = self._keep(tokens, states, kept)
+        head.join_(stats)
         upstream = coefficients(stats)
         share = (upstream / stats.sum).neg_()
         at_label = upstream * label_slope(stats, head.transform)
         total = None if hidden_out is None else states.new_empty(states.shape, dtype=self._wide)
-        weight_sum, whole = SliceGradient(head_out, products, self._wide), len(self._slices) == 1
+        weight_sum, whole = SliceGradient(head_out, products, self._wide), head.whole and len(self._slices) == 1
         for columns, maximum in zip(self._slices, maxima, strict=True):
-            part = kept if whole else kept[:, columns]
+            part = kept if len(self._slices) == 1 else kept[:, columns]
             self._backend.scale_rows(part, share if whole else share * (maximum - stats.max).exp())
             if whole:  # every label lies in it, on an entry that is 0
                 part[torch.arange(n, device=part.device), tokens.labels] = at_label.to(part.dtype)
@@ -88,8 +89,9 @@ class KeptTiles:
             weight_sum.begin(columns, states, n, fresh=not accumulate)
             weight_sum.add(part, states)
             weight_sum.finish()
+        del states  # its bytes are those of the rounded copy that `put` makes
         if hidden_out is not None and total is not None:
-            tokens.put(hidden_out, 0, n, total)
+            tokens.put(hidden_out, 0, n, head.sum_(total))
         return stats
 
     def _keep(self, tokens: TokenRows, states: Tensor, kept: Tensor) -> tuple[TokenStats, list[Tensor]]:
@@ -109,5 +111,5 @@ class KeptTiles:
             if self.logit_sums is not None:
                 self.logit_sums.add(every, tile)
             self._backend.tile_stats(tile, stats, rescale=rescale)
-            maxima.append(stats.max if len(self._slices) == 1 else stats.max.clone())
+            maxima.append(stats.max if self._head.whole and len(self._slices) == 1 else stats.max.clone())
         return stats, maxima

@@ -24,6 +24,7 @@ class LogitSums:
     def __init__(self, head: HeadSlices, like: Tensor, tokens: int) -> None:
         """Of no token yet; dtype and device are those of `like`."""
         self.values = like.new_zeros(tokens)
+        self._head = head
         self._transform = head.transform
         self._row = head.summed_rows(like.dtype) if head.transform.softcap is None else None
         self._bias = None if head.bias is None else head.bias.sum(dtype=like.dtype)
@@ -32,6 +33,10 @@ class LogitSums:
     def temporaries(head: HeadSlices, backend: Backend) -> float | None:
         """What passes over a tile need, for `plan_tiles`."""
         return None if head.transform.softcap is None else max(backend.temporaries, _PIECE)
+
+    def means(self, tokens: int) -> Tensor:
+        """Each of the first tokens' logits, averaged over the whole vocabulary."""
+        return self._head.sum_(self.values[:tokens] / self._head.classes)
 
     def begin(self, tokens: slice, states: Tensor) -> None:
         """Tokens whose tiles come next, and their hidden states."""

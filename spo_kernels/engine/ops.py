@@ -22,6 +22,7 @@ from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.sparse import kept_slices, possible, probe, sparse_forward
 from spo_kernels.engine.sparse_blocks import KeptBlocks
 from spo_kernels.engine.tokens import TokenRows, Tokens
+from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.engine.workspace import block_width, plan_tiles, spans
 from spo_kernels.sparsity import Sparsity
 
@@ -87,10 +88,11 @@ def plane_of(
     tokens: Tokens,
     shift: bool,
     backend: str,
+    shard: VocabShard | None,
 ) -> exact.Plane:
     """What an op's arguments say is to be walked."""
-    head = HeadSlices.of(weight, bias, transform, base)
-    return exact.Plane(hidden.reshape(-1, hidden.shape[-1]), head, TokenRows.of(tokens, shift), load_backend(backend))
+    head, rows = HeadSlices.of(weight, bias, transform, base, shard), hidden.reshape(-1, hidden.shape[-1])
+    return exact.Plane(rows, head, TokenRows.of(tokens, shift, head.first), load_backend(backend))
 
 
 def like_hidden(hidden: Tensor, tokens: TokenRows, dtype: torch.dtype) -> Tensor:
@@ -120,10 +122,14 @@ def linear_logprob_fwd(
     sparsity: str,
     tolerance: float,
     seed: int,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, ...]:
-    """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`."""
+    """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`.
+
+    Over all processes' classes where `shard` is given, which the op does not have.
+    """
     tokens = Tokens(labels, counted, positions, total, listed)
-    plane = plane_of(hidden, weight, bias, transform, base, tokens, shift, backend)
+    plane = plane_of(hidden, weight, bias, transform, base, tokens, shift, backend, shard)
     rows = plane.tokens
     logp_grad = hidden.new_empty(0, dtype=logp_grad_dtype(hidden))
     if need_logp_grad:
@@ -136,7 +142,7 @@ def linear_logprob_fwd(
     with without_autocast(hidden.device):
         logit_sums = LogitSums(plane.head, hidden.new_empty(0, dtype=plane.wide), rows.count) if mean else None
         # with a frozen head the exact way costs two products, both of them here: worth a look before
-        sparse = codes.numel() > 0 and rows.mask is None and possible(shape, plane.head.vocab)
+        sparse = codes.numel() > 0 and rows.mask is None and possible(shape, plane.head.widest)
         sparse = sparse and (not need_logp_grad or probe(plane, shape, wanted))
         if sparse:
             found = sparse_forward(plane, shape, wanted, codes, moments=moments, logit_sums=logit_sums)
@@ -160,7 +166,7 @@ def linear_logprob_fwd(
         log_sum_p2,
         dropped_mass,
         kept_share,
-        None if logit_sums is None else logit_sums.values / plane.head.vocab,
+        None if logit_sums is None else logit_sums.means(rows.count),
     )
     outputs = (lse.new_empty(0) if v is None else rows.spread(v, labels.shape) for v in values)
     return ForwardResult._make((*outputs, logp_grad, codes, code_counts, torch.tensor(sparse)))
@@ -196,13 +202,14 @@ def linear_logprob_bwd(
     need_weight: bool,
     need_bias: bool,
     onto: Tensor | None = None,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`.
 
-    The weight's is added to `onto` where that is given, which the op does not have.
+    The weight's is added to `onto` where that is given; it and `shard` are not the op's.
     """
     tokens = Tokens(labels, counted, positions, total, listed)
-    plane = plane_of(hidden, weight, bias, transform, base, tokens, shift, backend)
+    plane = plane_of(hidden, weight, bias, transform, base, tokens, shift, backend, shard)
     rows = plane.tokens
     grads = TokenGrads(
         lse_value=lse,

@@ -34,7 +34,8 @@ class SparseForward:
     kept: KeptBlocks
     dropped_mass: Tensor  # [n]
     kept_share: Tensor  # [n]
-    expected: float  # pairs that are kept, on average over seeds
+    pairs: float  # of tokens and blocks, in all processes
+    expected: float  # those of them that are kept, on average over seeds
 
     @property
     def pays(self) -> bool:
@@ -42,7 +43,7 @@ class SparseForward:
 
         Judged by what is expected, not by what was drawn: an exact backward for rich draws only would leave a bias.
         """
-        return self.expected <= _WORTH * self.kept_share.numel() * len(self.kept.counts)
+        return self.expected <= _WORTH * self.pairs
 
 
 def possible(shape: TileShape, vocab: int) -> bool:
@@ -60,14 +61,18 @@ def sparse_forward(
     logit_sums: LogitSums | None = None,
 ) -> SparseForward:
     """One product. `codes` (`[blocks, >= n]`, uint8) is where the choice is kept for the backward."""
-    n, vocab = plane.tokens.count, plane.head.vocab
-    width = block_width(codes.shape[1], vocab, plane.hidden.device.type)
-    chooser = BlockChooser(sparsity, codes, width, n, vocab, plane.hidden.new_empty(0, dtype=plane.wide))
+    n, head = plane.tokens.count, plane.head
+    width = block_width(codes.shape[1], head.vocab, plane.hidden.device.type)
+    chooser = BlockChooser(sparsity, codes, width, n, head, plane.hidden.new_empty(0, dtype=plane.wide))
     stats = forward(plane, shape, moments=moments, logp_grad=None, chooser=chooser, logit_sums=logit_sums)
+    # what all processes have: whether it pays is for all to say together
+    every = torch.full_like(chooser.expected, len(codes) * n)
+    numbers = head.sum_(torch.stack([chooser.expected, every]))
     # the one wait for the device
-    *counts, expected = torch.cat([chooser.counts.double(), chooser.expected[None]]).tolist()
+    *counts, expected, pairs = torch.cat([chooser.counts.double(), numbers]).tolist()
     kept = KeptBlocks(codes, [int(count) for count in counts], width)
-    return SparseForward(stats, kept, chooser.dropped_mass, chooser.kept_share, expected)
+    share = head.sum_(chooser.kept_blocks) / max(pairs / max(n, 1), 1.0)
+    return SparseForward(stats, kept, head.sum_(chooser.dropped_mass), share, pairs, expected)
 
 
 def probe(plane: Plane, shape: TileShape, sparsity: Sparsity) -> bool:

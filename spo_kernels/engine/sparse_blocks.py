@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.backends.contract import MASS_BLOCK, TokenStats, mass_blocks
+from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.sparsity import Sparsity
 
 # pairs that are chosen at a time: temporaries of 4 MiB at most
@@ -40,19 +41,23 @@ def weights_of(codes: Tensor, dtype: torch.dtype) -> Tensor:
 class BlockChooser:
     """Collects the masses of a row of tiles, then chooses for its tokens."""
 
-    def __init__(self, sparsity: Sparsity, codes: Tensor, width: int, tokens: int, vocab: int, like: Tensor) -> None:
+    def __init__(
+        self, sparsity: Sparsity, codes: Tensor, width: int, tokens: int, head: HeadSlices, like: Tensor
+    ) -> None:
         """`codes` is filled in; see `KeptBlocks`. `like` has the dtype of the statistics."""
-        self._sparsity, self._codes, self._width, self._vocab = sparsity, codes, width, vocab
+        self._sparsity, self._codes, self._width, self._head = sparsity, codes, width, head
+        # processes that hold a part each may leave out a part of the tolerance each
+        self._tolerance = sparsity.tolerance * _MARGIN / head.parts
         self._like = like
         self._buffer = like.new_empty(0)
         self.dropped_mass = like.new_zeros(tokens)
-        self.kept_share = like.new_zeros(tokens)
+        self.kept_blocks = like.new_zeros(tokens)  # how many of each token's
         self.counts = torch.zeros(codes.shape[0], dtype=torch.int64, device=codes.device)  # tokens of each block
         self.expected = like.new_zeros((), dtype=torch.float64)  # pairs that are kept, on average over seeds
 
     def masses(self, rows: int, start: int, stop: int) -> Tensor:
         """Where the masses of columns start..stop belong; `start` is a multiple of MASS_BLOCK."""
-        blocks = mass_blocks(self._vocab)
+        blocks = mass_blocks(self._head.vocab)
         if self._buffer.shape[:1] != (rows,):
             self._buffer = self._like.new_empty((rows, blocks))
         return self._buffer[:, start // MASS_BLOCK : mass_blocks(stop)]
@@ -67,7 +72,6 @@ class BlockChooser:
             self._choose(slice(start + part.start, start + part.stop), mass, labels[part])
 
     def _choose(self, tokens: slice, mass: Tensor, labels: Tensor) -> None:
-        at_label = labels[:, None] // self._width
         if self._sparsity.mode == "certified":
             probability = self._certified(mass)
             codes = probability.to(torch.uint8)
@@ -76,13 +80,21 @@ class BlockChooser:
             probability = torch.exp2(-level / _LEVELS_PER_OCTAVE)
             drawn = self._uniform(tokens.start, *mass.shape) < probability
             codes = torch.where(drawn, level + 1.0, 0.0).to(torch.uint8)
-        codes.scatter_(1, at_label, 1)
-        self.expected += probability.scatter_(1, at_label, 1.0).sum(dtype=torch.float64)
+        self._mark_labels_(codes, labels)
+        self.expected += self._mark_labels_(probability, labels).sum(dtype=torch.float64)
         kept = codes != 0
         self._codes[:, tokens] = codes.t()
         self.counts += kept.sum(0)
         self.dropped_mass[tokens] = mass.masked_fill_(kept, 0.0).sum(1)
-        self.kept_share[tokens] = kept.sum(1) / mass.shape[1]
+        self.kept_blocks[tokens] = kept.sum(1).to(mass.dtype)
+
+    def _mark_labels_(self, values: Tensor, labels: Tensor) -> Tensor:
+        """`values` `[n, blocks]` with 1 at the blocks that hold the labels."""
+        if self._head.whole:
+            return values.scatter_(1, labels[:, None] // self._width, 1)
+        inside = (labels >= 0) & (labels < self._head.vocab)
+        values[inside, labels[inside] // self._width] = 1
+        return values
 
     def _merge(self, mass: Tensor) -> Tensor:
         """Masses of blocks of `width` columns."""
@@ -98,7 +110,7 @@ class BlockChooser:
 
         Blocks below tolerance / blocks always fit; one above the tolerance never does. A nan is kept.
         """
-        tolerance = self._sparsity.tolerance * _MARGIN
+        tolerance = self._tolerance
         low = mass.new_full((mass.shape[0], 1), tolerance / mass.shape[1])
         high = torch.full_like(low, tolerance)
         for _ in range(_BISECTIONS):
@@ -113,10 +125,13 @@ class BlockChooser:
         return level.clamp_(0, _MAX_LEVEL).nan_to_num_(0.0)
 
     def _uniform(self, first_token: int, tokens: int, blocks: int) -> Tensor:
-        """Numbers in [0, 1), float64, by a hash of seed, token and block: no matter how tokens are tiled."""
+        """Numbers in [0, 1), float64, by a hash of seed, token and block: no matter how tokens are tiled.
+
+        Blocks are counted from the first class here, so that other processes' have other numbers.
+        """
         device = self._codes.device
         token = torch.arange(first_token, first_token + tokens, device=device)[:, None]
-        block = torch.arange(blocks, device=device)[None, :]
+        block = torch.arange(self._head.first, self._head.first + blocks, device=device)[None, :]
         low, high = self._sparsity.seed & 0xFFFFFFFF, self._sparsity.seed >> 32
         return _hash(_hash(_hash(_hash(token + 1) + low) + high) + block).double() / 2.0**32
 

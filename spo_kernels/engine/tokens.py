@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spo_kernels.backends.products import Products
-from spo_kernels.engine.checks import check_cu_seqlens, check_int, check_label_range, check_labels, is_traced
+from spo_kernels.engine.checks import capturing, check_cu_seqlens, check_int, check_label_range, check_labels, is_traced
+from spo_kernels.engine.collectives import check_same, largest, summed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
 class LabelLayout:
-    """Labels as the caller gave them, checked: padded `[..., T]`, or packed `[N]` with the bounds of sequences."""
+    """Labels as the caller gave them, checked: padded `[..., T]`, or packed `[N]` with the bounds of sequences.
+
+    With a group, the other tokens of each sequence lie on its other processes; see `LMHead.sequence_group`.
+    """
 
     labels: Tensor
     ignore_index: int
     shift: bool  # position t of hidden predicts label t + 1 of its sequence
     cu_seqlens: Tensor | None = None  # [S + 1]
+    group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         check_labels(self.labels, self.shift)
         check_int("ignore_index", self.ignore_index)
         if self.cu_seqlens is not None:
             check_cu_seqlens(self.cu_seqlens, self.labels)
+        if self.group is not None:
+            self._check_group(self.group)
+
+    def _check_group(self, group: ProcessGroup) -> None:
+        if is_traced(self.labels) or capturing(self.labels):
+            raise RuntimeError("head has a sequence_group, which is not traced or recorded in a CUDA graph")
+        if self.shift:
+            raise ValueError(
+                "shift: head has a sequence_group, and the label after a process's last token lies on another: shift "
+                "labels before sequences are split, and pass shift=False"
+            )
+        check_same(group, "head's sequence_group", "the number of sequences", self.sequences, self.labels.device)
 
     def check_sequences(self, shape: str) -> None:
         """Raise ValueError unless labels are sequences: `[shape]` padded, or packed."""
@@ -65,7 +85,7 @@ class LabelLayout:
         return counted
 
     def count(self, counted: Tensor) -> Tensor:
-        """How many of each sequence's labels are `counted`: `[S]` int64."""
+        """How many of each sequence's labels here are `counted`: `[S]` int64."""
         if self.cu_seqlens is None:
             return counted.sum(-1)
         ends = torch.nn.functional.pad(counted.cumsum(0), (1, 0))
@@ -73,7 +93,22 @@ class LabelLayout:
 
     def sum(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sums of `values` (or of `values * weights`), shaped like labels, over each sequence: `[S]`."""
+        if self.group is None:
+            return self.sum_here(values, weights)
+        # rounded once, as the sum of one process is
+        return self.joined(self.sum_here(values.double(), weights)).to(values.dtype)
+
+    def sum_here(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The same over this process's tokens."""
         return sum_sequences(values, self.cu_seqlens, weights)
+
+    def joined(self, values: Tensor) -> Tensor:
+        """What each process has of a sum, as the sum, differentiable."""
+        return values if self.group is None else summed(values, self.group)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest that any process has, element by element."""
+        return values if self.group is None else largest(values, self.group)
 
 
 def sum_sequences(values: Tensor, cu_seqlens: Tensor | None, weights: Tensor | None = None) -> Tensor:
@@ -117,11 +152,6 @@ class Tokens(NamedTuple):
         labels = layout.labels
         find = find_tokens_op if is_traced(labels) else find_tokens
         return cls(labels, counted, *find(labels, counted, vocab, layout.ignore_index, count))
-
-
-def capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded: shapes then cannot depend on values."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def find_tokens(
@@ -183,9 +213,10 @@ class TokenRows:
     places: Tensor | None = None  # flat places in labels, where values come from and results go; None: as labels lie
 
     @classmethod
-    def of(cls, tokens: Tokens, shift: bool) -> TokenRows:
-        """The tokens that predict the labels that count."""
+    def of(cls, tokens: Tokens, shift: bool, first: int = 0) -> TokenRows:
+        """The tokens that predict the labels that count; classes are counted from `first`."""
         flat, count = tokens.labels.flatten(), int(tokens.total)
+        flat = flat - first if first else flat
         if not tokens.listed:
             # a permutation, so that each row is written once: the labels that wrap around do not count
             rows = torch.arange(count, device=flat.device).roll(1) if shift else None

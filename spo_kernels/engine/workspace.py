@@ -1,4 +1,7 @@
-"""Budgets: how large tiles, kept tiles and blocks may be within `workspace_bytes`. No other file computes bytes."""
+"""Budgets: how large tiles and blocks may be within `workspace_bytes`.
+
+Only this file and `kept_space.py`, for tiles that are kept, compute bytes.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,14 @@ from spo_kernels.backends.contract import MASS_BLOCK, Backend
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.engine.head_slices import HeadSlices
 
-DEFAULT_WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-
+# where the call does not say; larger tiles make no product faster
+_TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 # below this many columns a product spends its time on reading the token tile again
 _MIN_COLUMNS = 512
 _MAX_ROWS = {"cpu": 2048, "cuda": 4096}
-# on a GPU wider tiles make a product no faster, and 8192 columns are a block of the Triton kernels
-_DEFAULT_COLUMNS = {"cuda": 8192}
-# slices of 2048 tokens' logits, of the weight and of its gradient stay in the cache that a product left them in
-_KEPT_COLUMNS = {"cpu": 1024}
+# On a GPU wider tiles make a product no faster, and 8192 columns are a block of the Triton kernels: where they write
+# an operand, they read a wider row twice (10 bytes a cell, not 6).
+_BLOCK_COLUMNS = {"cuda": 8192}
 # Columns that a sparse backward keeps or leaves out together. CPU: the mass blocks themselves. GPU: a launch's
 # latency is that of about 1024 columns of a few hundred tokens.
 _BLOCK_WIDTH = {"cpu": MASS_BLOCK, "cuda": 8 * MASS_BLOCK}
@@ -33,21 +35,27 @@ def spans(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
-def budget_of(workspace_bytes: int | None, device: str) -> int:
-    """The bytes that a call may use for temporaries: what it says, or the device's default."""
-    return workspace_bytes or DEFAULT_WORKSPACE_BYTES.get(device, DEFAULT_WORKSPACE_BYTES["cuda"])
+def block_columns(device: str, vocab: int, *, writes_operand: bool, given: bool) -> int:
+    """Most columns of a tile: a GPU's block where an operand is written, or where the call gives no bytes."""
+    return min(vocab, _BLOCK_COLUMNS.get(device, vocab)) if writes_operand or not given else vocab
+
+
+def tile_budget(workspace_bytes: int | None, device: str) -> int:
+    """The bytes that tiles which are not kept may take: what the call says, or the device's default."""
+    return workspace_bytes or _TILE_BYTES.get(device, _TILE_BYTES["cuda"])
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """Rows and columns of a tile."""
+    """Rows and columns of a tile, and the bytes of all that is beside inputs, gradients and per-token values."""
 
     rows: int
     columns: int
+    bytes: int
 
     def of_blocks(self, width: int) -> TileShape:
         """Tiles one block wide, which may be more than this one's columns, with no more cells."""
-        return TileShape(max(1, min(self.rows, self.rows * self.columns // width)), width)
+        return TileShape(max(1, min(self.rows, self.rows * self.columns // width)), width, self.bytes)
 
 
 def plan_tiles(
@@ -68,14 +76,14 @@ def plan_tiles(
     Raises:
         ValueError: Not even one cell fits.
     """
-    vocab, width = head.vocab, head.width
+    vocab, width = head.widest, head.width
     wide = accumulator_dtype(hidden.dtype).itemsize
     narrow = backend.products.operand_dtype(hidden).itemsize
     cell = backend.cell_bytes(hidden, temporaries)
     row = width * (wide + narrow) + backend.products.row_bytes
     column = width * (wide + head.copied_bytes(narrow))
     device = hidden.device.type
-    budget = budget_of(workspace_bytes, device) // models
+    budget = tile_budget(workspace_bytes, device) // models
     if cell + row + column > budget:
         raise ValueError(
             f"workspace_bytes = {workspace_bytes} is too small: one token and one vocabulary column of "
@@ -84,58 +92,10 @@ def plan_tiles(
     rows = max(1, min(tokens, _MAX_ROWS.get(device, _MAX_ROWS["cuda"])))
     while rows > 1 and (budget - rows * row) // (rows * cell + column) < min(vocab, _MIN_COLUMNS):
         rows = (rows + 1) // 2
-    widest = vocab if workspace_bytes else min(vocab, _DEFAULT_COLUMNS.get(device, vocab))
-    columns = max(1, min(widest, (budget - rows * row) // (rows * cell + column)))
-    return TileShape(rows, _whole_blocks(columns, vocab))
-
-
-@dataclass(frozen=True)
-class KeptSpace:
-    """What rows of the whole vocabulary cost that are kept until their coefficients are known."""
-
-    budget: int
-    direct: bool  # the weight's gradient has the accumulator's dtype, so sums can be kept in it
-    columns: int  # of the vocabulary, that are in work together
-    row_bytes: int  # of a token: its tile over the whole vocabulary, its hidden state and gradient
-    column_bytes: int  # of a column in work: its weight row cast, its gradient before the cast
-    cell_bytes: int  # of a column in work and one token, beside what is kept of it
-    accumulator_bytes: int  # of one accumulator of the weight's gradient
-
-    @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        head: HeadSlices,
-        backend: Backend,
-        workspace_bytes: int | None,
-        temporaries: float | None = None,
-    ) -> KeptSpace:
-        """For this head and these hidden states; `temporaries` as in `plan_tiles`."""
-        wide = accumulator_dtype(hidden.dtype).itemsize
-        narrow, kept = (
-            t.itemsize for t in (backend.products.operand_dtype(hidden), backend.products.tile_dtype(hidden))
-        )
-        vocab, width, direct = head.vocab, head.width, head.weight_bytes == wide
-        device = hidden.device.type
-        budget = budget_of(workspace_bytes, device)
-        column_bytes = width * head.copied_bytes(narrow) + head.trained_width * (0 if direct else wide)
-        columns = min(vocab, _KEPT_COLUMNS.get(device, vocab))
-        if column_bytes:
-            columns = min(columns, max(64, budget // 8 // column_bytes))
-        return cls(
-            budget=budget,
-            direct=direct,
-            columns=_whole_blocks(columns, vocab),
-            row_bytes=vocab * kept + width * (wide + narrow) + backend.products.row_bytes,
-            column_bytes=column_bytes,
-            cell_bytes=backend.cell_bytes(hidden, temporaries) - kept,
-            accumulator_bytes=vocab * head.trained_width * wide,
-        )
-
-    def rows(self, accumulators: int) -> int:
-        """Tokens whose whole-vocabulary tiles fit beside that many `[V, H]` accumulators."""
-        left = self.budget - self.columns * self.column_bytes - accumulators * self.accumulator_bytes
-        return max(0, left) // (self.row_bytes + self.columns * self.cell_bytes)
+    writes = backend.products.tile_dtype(hidden) != accumulator_dtype(hidden.dtype)
+    widest = block_columns(device, vocab, writes_operand=writes, given=workspace_bytes is not None)
+    columns = whole_blocks(max(1, min(widest, (budget - rows * row) // (rows * cell + column))), vocab)
+    return TileShape(rows, columns, models * (rows * row + columns * (rows * cell + column)))
 
 
 def plan_score_tiles(
@@ -146,13 +106,14 @@ def plan_score_tiles(
     All in the dtype of `like`; see `extras/nthr.py`.
     """
     states = 2 * head.width * like.dtype.itemsize
-    budget = budget_of(workspace_bytes, like.device.type)
+    budget = tile_budget(workspace_bytes, like.device.type)
     columns = max(1, min(classes, budget // 4 // states))
     row = columns * backend.cell_bytes(like) + states + backend.products.row_bytes
-    return TileShape(max(1, min(tokens, (budget - columns * states) // row)), columns)
+    rows = max(1, min(tokens, (budget - columns * states) // row))
+    return TileShape(rows, columns, rows * row + columns * states)
 
 
-def _whole_blocks(columns: int, vocab: int) -> int:
+def whole_blocks(columns: int, vocab: int) -> int:
     """Columns rounded down to whole mass blocks, where there are several and not all."""
     return columns - columns % MASS_BLOCK if MASS_BLOCK < columns < vocab else columns
 

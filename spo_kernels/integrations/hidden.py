@@ -76,7 +76,14 @@ def forward_to_head(
         seen.append(_checked(model, arguments[0], inputs.get("input_ids")))
         return arguments[0][..., -1:, :], *arguments[1:]
 
+    in_group = is_gathered_for_forward(head)
+
     def compute(_: nn.Module, __: Any, output: Tensor) -> Result:
+        if in_group and hasattr(output, "full_tensor"):
+            raise RuntimeError(
+                f"{type(inner).__name__}: the head is split by parallelize_module and in a group of FSDP of its own; "
+                "leave it to the group of the model (or of the module whose forward has the loss)"
+            )
         logits.append(output)
         return at_head(seen[0])
 
@@ -86,7 +93,7 @@ def forward_to_head(
 
     hooks = [
         head.register_forward_pre_hook(last_position),
-        head.register_forward_hook(compute, prepend=is_gathered_for_forward(head)),
+        head.register_forward_hook(compute, prepend=in_group),
         head.register_forward_hook(put_back),
     ]
     try:
@@ -100,14 +107,17 @@ def forward_to_head(
     return result, output
 
 
-def _checked(model: nn.Module, hidden: Tensor, input_ids: Tensor | None) -> Tensor:
+def _checked(model: nn.Module, hidden: Any, input_ids: Tensor | None) -> Tensor:
+    # between layers that tensor parallelism splits; every process is to have all of them
+    hidden = hidden.full_tensor() if hasattr(hidden, "full_tensor") else hidden
     if input_ids is not None and hidden.shape[:-1] != input_ids.shape:
         raise ValueError(
             f"{type(model).__name__}: input_ids are {list(input_ids.shape)} and hidden states "
             f"{list(hidden.shape[:-1])}: an adapter that adds virtual tokens (prompt, prefix or p-tuning) is not "
             "supported"
         )
-    return hidden
+    whole: Tensor = hidden
+    return whole
 
 
 def device_of(model: nn.Module) -> torch.device:

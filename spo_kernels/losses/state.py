@@ -4,11 +4,28 @@ An objective that holds some keeps them in a `RunningState` and has `state_dict(
 module has; objectives made of others pass these on.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_sharing: ContextVar[tuple["ProcessGroup", ...]] = ContextVar("_sharing", default=())
+
+
+@contextmanager
+def same_pairs(*groups: "ProcessGroup") -> Iterator[None]:
+    """Inside, processes of these groups have the same pairs: what is found over all processes counts them once."""
+    token = _sharing.set(groups)
+    try:
+        yield
+    finally:
+        _sharing.reset(token)
 
 
 class RunningState:
@@ -88,14 +105,16 @@ def gathered(values: Tensor) -> tuple[Tensor, int]:
     if not _together():
         return values, 0
     distributed = torch.distributed
+    first = _first(values.device)
+    mine = values if distributed.get_rank() == first else values[:0]
     sizes = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(sizes, torch.full_like(sizes[0], values.numel()))
+    distributed.all_gather(sizes, torch.full_like(sizes[0], mine.numel()))
     counts = [int(size) for size in sizes]
-    padded = torch.nn.functional.pad(values, (0, max(counts) - values.numel()))
+    padded = torch.nn.functional.pad(mine, (0, max(counts) - mine.numel()))
     parts = [torch.empty_like(padded) for _ in counts]
     distributed.all_gather(parts, padded)
     every = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-    return every, sum(counts[: distributed.get_rank()])
+    return every, sum(counts[:first])
 
 
 def _together() -> bool:
@@ -107,6 +126,15 @@ def _together() -> bool:
 def _total(value: Tensor) -> Tensor:
     """Sum over processes that train together."""
     if _together():
-        value = value.clone()
+        value = value.clone() if _first(value.device) == torch.distributed.get_rank() else torch.zeros_like(value)
         torch.distributed.all_reduce(value)
     return value
+
+
+def _first(device: torch.device) -> int:
+    """The first of the processes that have the same pairs as this one, by its rank among all."""
+    distributed = torch.distributed
+    rank = torch.tensor(distributed.get_rank(), device=device)
+    for group in _sharing.get():
+        distributed.all_reduce(rank, distributed.ReduceOp.MIN, group=group)
+    return int(rank)

@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 from spo_kernels.engine.autograd import OUTPUTS, LogprobCall
-from spo_kernels.engine.checks import check_token_weights, check_vector, is_traced
+from spo_kernels.engine.checks import capturing, check_token_weights, check_vector, is_traced
 from spo_kernels.engine.divergence_ops import kl_divergence
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.subsets import PairTokens
-from spo_kernels.engine.tokens import LabelLayout, Tokens, capturing
+from spo_kernels.engine.tokens import LabelLayout, Tokens
 from spo_kernels.head import LMHead
-from spo_kernels.losses.pairs import Objective, PairInputs, token_outputs_of, token_subsets_of
+from spo_kernels.losses.pairs import (
+    Objective,
+    PairInputs,
+    PairLogps,
+    pair_losses,
+    token_outputs_of,
+    token_subsets_of,
+)
+from spo_kernels.losses.state import same_pairs
 from spo_kernels.sparsity import Sparsity
 
 
@@ -45,7 +53,7 @@ class PairBatch:
     layout: LabelLayout
     policy: ModelInputs
     tokens: Tokens  # that take part in the policy's products
-    lengths: Tensor  # [2B] how many of them each sequence has
+    lengths: Tensor  # [2B] how many of them each sequence has here
     host_lengths: list[int] | None  # the same, where the host may know them
     token_weights: Tensor | None  # labels' shape
     inputs: PairInputs  # what the objective sees beside the policy's log-probabilities
@@ -70,6 +78,13 @@ class PairBatch:
     def moments(self) -> bool:
         """Whether entropy or log Σ p² are wanted of any token."""
         return self.token_metrics or any(name in OUTPUTS for name in self.token_outputs)
+
+    def losses(self, pairs: PairLogps) -> Tensor:
+        """The objective's, `[B]`; what it does across processes counts those once that have the same pairs."""
+        shard, of_sequences = self.policy.shard, self.layout.group
+        groups = [] if shard is None else [shard.group]
+        with same_pairs(*groups, *([] if of_sequences is None else [of_sequences])):
+            return pair_losses(self.objective, pairs)
 
     def call(self) -> LogprobCall:
         """The policy's log-probabilities, and the outputs that objective and metrics want."""
@@ -108,6 +123,13 @@ def resolve_batch(
     shares = None if "chosen_pilot" in (pair_inputs or {}) else token_subsets_of(objective)
     _check_reference(model, ref_model, kl="kl" in names, pilots=shares is not None and not of_tokens)
     named = _pair_inputs(pair_inputs, pairs, labels, model.wide)
+    if layout.group is not None:
+        execution.check_same("head's sequence_group", layout.group, labels.device)
+        if shares is not None:
+            raise ValueError(
+                "the objective draws tokens of whole responses, of which a process of head's sequence_group has a "
+                'part: pass pair_inputs["chosen_pilot"] and ["rejected_pilot"]'
+            )
 
     counted = layout.counted()
     lengths = layout.count(counted)
@@ -118,7 +140,7 @@ def resolve_batch(
     computed = counted if every or weights is None else counted & (weights != 0)
     taken = lengths if computed is counted else layout.count(computed)
     host = None if is_traced(labels) or capturing(labels) else taken.tolist()
-    vocab = min(m.weight.shape[0] for m in (model, ref_model) if m is not None)
+    vocab = min(m.vocab for m in (model, ref_model) if m is not None)
     tokens = Tokens.find(layout, computed, vocab, None if host is None else sum(host))
 
     sums, logp, pilots = reference.logps, None, None
@@ -136,6 +158,8 @@ def resolve_batch(
         sums = layout.sum(logp, ref_weights)
     if logp is not None and shares is not None:
         subsets = PairTokens.of(layout, counted).pilot_subsets(*shares)
+        if model.shard is not None:
+            subsets = model.shard.of_first(subsets)
         pilots = Pilots(subsets, layout.sum(logp, subsets).to(model.wide))
     sums = None if sums is None else sums.detach().to(model.wide)
     kl = None
@@ -149,7 +173,7 @@ def resolve_batch(
         lengths=taken,
         host_lengths=host,
         token_weights=weights,
-        inputs=PairInputs(sums, lengths, named.get("spo_value"), named),
+        inputs=PairInputs(sums, layout.joined(lengths), named.get("spo_value"), named),
         kl=kl,
         pilots=pilots,
         execution=execution,

@@ -35,12 +35,16 @@ def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | Non
     margin = coupling_of(work.batch.objective) == "margin"
     second = first if margin else total.accumulator(wide)
     sign = -1.0 if margin else 1.0
-    tiles = work.tiles(max(1, min(work.plan.rows, max(work.counts, default=0))))
+    tiles = work.tiles()
     found, sums = [], work.hidden.new_zeros((2, work.pairs), dtype=wide)
+    layout = work.batch.layout
     for pair in range(work.pairs):
         chosen, rejected = pair, work.pairs + pair
-        sums[0, pair] = _unscaled(tiles, work, chosen, 1.0, first, grad_hidden, fresh=True)
-        sums[1, pair] = _unscaled(tiles, work, rejected, sign, second, grad_hidden, fresh=not margin)
+        both = (
+            _unscaled(tiles, work, chosen, 1.0, first, grad_hidden, fresh=True),
+            _unscaled(tiles, work, rejected, sign, second, grad_hidden, fresh=not margin),
+        )
+        sums[:, pair] = layout.joined(torch.stack(both))
         losses, slopes = work.differentiate(sums[:, pair], range(pair, pair + 1))
         found.append(losses)
         if grad_hidden is not None:
@@ -71,7 +75,7 @@ def _unscaled(
         out.zero_()
     total = torch.zeros((), dtype=torch.float64, device=work.hidden.device)
     first = work.bounds[sequence]
-    for part in spans(work.counts[sequence], tiles.rows):
+    for part in spans(work.counts[sequence], work.shape.rows):
         start, stop = first + part.start, first + part.stop
         weights = 1.0 if work.weights is None else work.weights[start:stop]
 

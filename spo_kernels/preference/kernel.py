@@ -66,6 +66,8 @@ def _pair_loss_fake(logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None, *re
 
 
 _op = torch.ops.spo_kernels.pair_loss.default
+# less than any class, also where they are counted from another than the first; 32 bits
+_NO_CLASS = -(2**31)
 
 
 class PairLossFunction(torch.autograd.Function):
@@ -115,7 +117,8 @@ class PairKernel:
     def of(cls, batch: PairBatch) -> PairKernel | None:
         """None where the ordinary way is to be taken."""
         name = batch.execution.backend
-        if batch.pairs == 0 or not has_pair_loss(name):
+        # the kernel sums the tokens of this process alone
+        if batch.pairs == 0 or batch.layout.group is not None or not has_pair_loss(name):
             return None
         inputs = batch.inputs
         form = kernel_form(batch.objective, inputs.reference is not None, inputs.sft_value is not None)
@@ -147,6 +150,5 @@ class PairKernel:
             logp, labels = logp.view(-1, lengths), labels.view(-1, lengths)
         else:
             bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        # labels here are classes, so none is -1
-        summary, slopes = pair_loss(logp, labels, bounds, reference, value, -1, batch.scale, *self.form)
+        summary, slopes = pair_loss(logp, labels, bounds, reference, value, _NO_CLASS, batch.scale, *self.form)
         return summary, slopes.view(-1)

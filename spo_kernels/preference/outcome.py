@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from spo_kernels.engine.tokens import LabelLayout
 from spo_kernels.losses.pairs import Objective, PairLogps, implicit_rewards
 
 # TRL's names; each is a mean over pairs
@@ -23,14 +25,18 @@ PAIR_METRICS = (
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Over the policy's tokens: entropies of all, how many of the chosen responses' have the largest logit, and the
-    mean logits of either side's.
+    """Over the policy's tokens here: entropies of all, how many of the chosen responses' have the largest logit, and
+    the mean logits of either side's.
     """
 
     entropy: Tensor
     correct_chosen: Tensor
     chosen_logits: Tensor
     rejected_logits: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenSums:
+        """The same record with every sum replaced."""
+        return TokenSums(**{name: function(value) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -42,19 +48,20 @@ class Outcome:
     token_sums: TokenSums | None = None
     sparsity: dict[str, Tensor] = field(default_factory=dict)
 
-    def metrics(self, lengths: Tensor, *, pair_logps: bool) -> dict[str, Tensor]:
-        """Everything to report; `lengths` (`[2B]`) are the tokens that took part."""
+    def metrics(self, layout: LabelLayout, lengths: Tensor, *, pair_logps: bool) -> dict[str, Tensor]:
+        """Everything to report; `lengths` (`[2B]`) are the tokens that took part here."""
         means = self.summary.float().mean(1)
         metrics = dict(zip(PAIR_METRICS, means.unbind(), strict=True)) | self.sparsity
         if pair_logps:
             metrics["pair_logps"] = self.summary[5:].flatten()
         if self.token_sums is not None:
             # TRL's: entropy over all counted tokens, accuracy over those of the chosen responses
+            sums, lengths = self.token_sums.map(layout.joined), layout.joined(lengths)
             chosen, rejected = (side.sum().clamp_min(1) for side in lengths.chunk(2))
-            metrics["entropy"] = self.token_sums.entropy.float() / lengths.sum().clamp_min(1)
-            metrics["mean_token_accuracy"] = self.token_sums.correct_chosen / chosen
-            metrics["logits/chosen"] = self.token_sums.chosen_logits.float() / chosen
-            metrics["logits/rejected"] = self.token_sums.rejected_logits.float() / rejected
+            metrics["entropy"] = sums.entropy.float() / lengths.sum().clamp_min(1)
+            metrics["mean_token_accuracy"] = sums.correct_chosen / chosen
+            metrics["logits/chosen"] = sums.chosen_logits.float() / chosen
+            metrics["logits/rejected"] = sums.rejected_logits.float() / rejected
         return metrics
 
 

@@ -23,7 +23,7 @@ def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | Non
     """Group by group: logits, the pairs' coefficients, and gradients from the same tile."""
     total = work.accumulator(head_out)
     groups = [(pairs, _select(work, pairs)) for pairs in work.plan.groups]
-    tiles = work.tiles(max((tokens.count for _, tokens in groups), default=0))
+    tiles = work.tiles()
     found: list[tuple[Tensor, Tensor]] = []
     for number, (pairs, tokens) in enumerate(groups):
 

@@ -16,19 +16,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from spo_kernels.backends.registry import load_backend
+from spo_kernels.engine.early import why_not_early
+from spo_kernels.engine.inputs import ModelInputs
+from spo_kernels.engine.kept_space import KeptShape, KeptSpace, plan_groups
 from spo_kernels.engine.logit_sums import LogitSums
-from spo_kernels.engine.workspace import KeptSpace
-from spo_kernels.losses.pairs import Coupling, coupling_of, token_outputs_of
+from spo_kernels.losses.pairs import Coupling, Objective, coupling_of, token_outputs_of
 from spo_kernels.preference.batch import PairBatch
 
 PATHS = ("packed", "factorised", "two_pass")
-
-# With fewer rows in a tile, going through the weight and its gradient again for every tile costs more than the
-# product that is saved. Measured on a CPU, V = 32768, H = 1024: 450 rows lose 9 %, 1024 rows win 18 %.
-MIN_ROWS = 768
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,7 @@ class PairProblem:
     coupling: Coupling
     whole_pairs: bool  # the objective looks at all tokens of a pair before any of their gradients is known
     pair_tokens: tuple[int, ...]  # tokens that count in each pair
+    longest: int  # tokens of the longest response
     space: KeptSpace
 
     @property
@@ -45,12 +42,10 @@ class PairProblem:
         """All tokens that count."""
         return sum(self.pair_tokens)
 
-    def groups(self, rows: int) -> list[range] | None:
-        """Consecutive pairs of at most `rows` tokens together; None where one pair alone has more."""
+    def groups(self, rows: int) -> list[range]:
+        """Consecutive pairs of at most `rows` tokens together, which no pair alone has more of."""
         groups, start, tokens = [], 0, 0
         for pair, count in enumerate(self.pair_tokens):
-            if count > rows:
-                return None
             if tokens + count > rows:
                 groups.append(range(start, pair))
                 start, tokens = pair, 0
@@ -58,9 +53,11 @@ class PairProblem:
         return [*groups, range(start, len(self.pair_tokens))]
 
     @property
-    def unscaled_gradients(self) -> int:
-        """How many unscaled gradients a pair has on the factorised path."""
-        return 1 if self.coupling == "margin" else 2
+    def accumulators(self) -> int:
+        """How many of the head's gradient the factorised path has."""
+        unscaled = 1 if self.coupling == "margin" else 2
+        # a single pair's first unscaled gradient is summed where the sum will stay
+        return unscaled - (len(self.pair_tokens) == 1) + (not self.space.direct)
 
 
 @dataclass(frozen=True)
@@ -70,9 +67,7 @@ class PathPlan:
     path: str
     products: int  # in GEMM-equivalents: [tokens, H] x [H, V] each
     groups: tuple[range, ...] = ()  # packed: pairs that are handled together
-    rows: int = 0  # factorised: tokens in a tile
-    columns: int = 0  # columns of the weight in work together
-    sum_apart: bool = False  # the head's gradient is summed in an accumulator of its own
+    shape: KeptShape | None = None  # of three products
 
 
 TWO_PASS = PathPlan("two_pass", 4)
@@ -84,70 +79,77 @@ def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
     Raises:
         ValueError: `forced` names a path that cannot be taken.
     """
-    policy = batch.policy
+    policy, execution = batch.policy, batch.execution
     # an objective runs inside the forward there, where torch.compile cannot see it; and lengths must be known
     if not policy.trains_head or not batch.reduced or batch.host_lengths is None or batch.pairs == 0:
         return TWO_PASS
-    names = token_outputs_of(batch.objective)
-    reason = "its objective needs kl, which has a gradient of its own" if "kl" in names else None
-    if policy.hidden.dtype == torch.float16:
-        # a scaled loss is what brings them into it, and it comes after the forward
-        reason = "unscaled gradients may lie below float16's range"
-    if policy.adds_to_grad:
-        reason = "a head with accumulate=True adds to weight.grad in the backward"
-    if batch.execution.sparsity.mode != "exact":
+    reason = why_two_passes(policy, batch.objective)
+    if execution.sparsity.mode != "exact":
         reason = "a sparse backward takes two passes"
     if reason is not None and forced in ("packed", "factorised"):
         raise ValueError(f"path = {forced!r} cannot be taken: {reason}")
     if reason is not None:
         return TWO_PASS
-    backend = load_backend(batch.execution.backend)
-    head = policy.slices()
+    backend, head = load_backend(execution.backend), policy.slices()
     beside = LogitSums.temporaries(head, backend) if batch.token_metrics else None
-    chosen, rejected = batch.host_lengths[: batch.pairs], batch.host_lengths[batch.pairs :]
-    problem = PairProblem(
-        coupling=coupling_of(batch.objective),
-        whole_pairs=bool(names) or batch.pilots is not None,
-        pair_tokens=tuple(w + l for w, l in zip(chosen, rejected, strict=True)),  # noqa: E741
-        space=KeptSpace.of(policy.hidden, head, backend, batch.execution.workspace_bytes, beside),
-    )
+    space = KeptSpace.of(policy.hidden, head, backend, execution.workspace_bytes, temporaries=beside)
+    lengths = batch.host_lengths
+    if batch.layout.group is not None:
+        # where a process has fewer tokens than another, it still takes the same way in as many steps
+        lengths = batch.layout.largest(batch.lengths).tolist()
+    problem = pair_problem(batch.objective, lengths, space, whole_pairs=batch.pilots is not None)
     return choose_path(problem, forced)
 
 
-def _packed(problem: PairProblem, min_rows: int) -> PathPlan | None:
-    groups = problem.groups(problem.space.rows(0))
-    apart = not problem.space.direct and (groups is None or len(groups) > 1)
-    if apart:
-        groups = problem.groups(problem.space.rows(1))
-    if problem.coupling == "batch" or groups is None:
-        return None
-    if len(groups) > 1 and problem.tokens < min_rows * len(groups):
-        return None
-    return PathPlan("packed", 3, groups=tuple(groups), columns=problem.space.columns, sum_apart=apart)
+def why_two_passes(policy: ModelInputs, objective: Objective) -> str | None:
+    """Why gradients cannot be made early, or None where they can."""
+    reason = why_not_early(policy)
+    if "kl" in token_outputs_of(objective):
+        reason = "its objective needs kl, which has a gradient of its own"
+    return reason
 
 
-def _factorised(problem: PairProblem, min_rows: int) -> PathPlan | None:
+def pair_problem(objective: Objective, lengths: list[int], space: KeptSpace, *, whole_pairs: bool) -> PairProblem:
+    """Of responses with so many tokens that count, chosen first; `whole_pairs` beside what the objective asks for."""
+    chosen, rejected = lengths[: len(lengths) // 2], lengths[len(lengths) // 2 :]
+    return PairProblem(
+        coupling=coupling_of(objective),
+        whole_pairs=whole_pairs or bool(token_outputs_of(objective)),
+        pair_tokens=tuple(w + l for w, l in zip(chosen, rejected, strict=True)),  # noqa: E741
+        longest=max(lengths),
+        space=space,
+    )
+
+
+def _packed(problem: PairProblem, least_rows: int) -> PathPlan | None:
+    if problem.coupling == "batch":
+        return None
+    tokens, largest = problem.tokens, max(problem.pair_tokens)
+    found = plan_groups(problem.space, tokens, largest, problem.groups, least_rows)
+    return None if found is None else PathPlan("packed", 3, tuple(found[0]), found[1])
+
+
+def _factorised(problem: PairProblem, least_rows: int) -> PathPlan | None:
     if problem.coupling == "batch" or problem.whole_pairs:
         return None
-    # a single pair's first unscaled gradient is summed where the sum will stay
-    in_place = len(problem.pair_tokens) == 1
-    apart = not problem.space.direct
-    rows = problem.space.rows(problem.unscaled_gradients - in_place + apart)
-    if rows < min(min_rows, problem.tokens):
+    space, accumulators = problem.space, problem.accumulators
+    rows = min(space.wanted_rows, max(problem.longest, 1), space.rows(accumulators))
+    if rows < min(least_rows, problem.tokens):
         return None
-    return PathPlan("factorised", 3, rows=rows, columns=problem.space.columns, sum_apart=apart)
+    shape = space.shape(rows, accumulators, sum_apart=not space.direct)
+    return None if shape is None else PathPlan("factorised", 3, shape=shape)
 
 
 def choose_path(problem: PairProblem, forced: str | None = None) -> PathPlan:
-    """The cheapest path that the workspace allows: fewest products, then fewest bytes.
+    """The cheapest path that the workspace allows: fewest products, then tiles of the wanted size, then fewest bytes.
 
     Raises:
         ValueError: `forced` names a path that cannot be taken.
     """
     if forced == "two_pass":
         return TWO_PASS
-    min_rows = 1 if forced else MIN_ROWS
-    packed, factorised = _packed(problem, min_rows), _factorised(problem, min_rows)
+    least_rows = 1 if forced else problem.space.least_rows
+    packed, factorised = _packed(problem, least_rows), _factorised(problem, least_rows)
     if forced is not None:
         plan = packed if forced == "packed" else factorised
         if plan is None:
@@ -156,6 +158,8 @@ def choose_path(problem: PairProblem, forced: str | None = None) -> PathPlan:
                 why = "its objective couples pairs of the batch"
             elif problem.whole_pairs and forced == "factorised":
                 why = "its objective needs all tokens of a pair at once"
-            raise ValueError(f"path = {forced!r} cannot be taken: {why} (workspace_bytes = {problem.space.budget})")
+            raise ValueError(f"path = {forced!r} cannot be taken: {why} (workspace_bytes = {problem.space.allowed})")
         return plan
-    return packed or factorised or TWO_PASS
+    wanted = min(problem.space.wanted_rows, problem.tokens)
+    ways = [(plan.shape.rows < wanted, plan.shape.bytes, plan) for plan in (packed, factorised) if plan and plan.shape]
+    return min(ways, key=lambda way: way[:2])[2] if ways else TWO_PASS

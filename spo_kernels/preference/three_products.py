@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spo_kernels.backends.contract import Backend, TokenStats
 from spo_kernels.backends.registry import load_backend
-from spo_kernels.engine.checks import without_autocast
+from spo_kernels.engine.early import EarlyWork
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.kept import KeptTiles
+from spo_kernels.engine.kept_space import KeptShape
 from spo_kernels.engine.tokens import TokenRows, sum_segments, sum_sequences
-from spo_kernels.losses.pairs import by_side, pair_losses
+from spo_kernels.losses.pairs import by_side
 from spo_kernels.preference.batch import PairBatch
 from spo_kernels.preference.kernel import PairKernel
 from spo_kernels.preference.outcome import Outcome, TokenSums, summarise
@@ -46,7 +47,7 @@ class PairWork:
         self.counts: list[int] = self.batch.host_lengths  # [2B], tokens of each sequence
         self.bounds = [0, *accumulate(self.counts)]
         self.pairs = self.batch.pairs
-        self.tokens = TokenRows.of(self.batch.tokens, self.batch.layout.shift)
+        self.tokens = TokenRows.of(self.batch.tokens, self.batch.layout.shift, self.head.first)
         weights = self.batch.token_weights
         self.weights = None if weights is None else self.tokens.gather(weights)  # [n], what tokens weigh in the sums
         pilots = self.batch.pilots
@@ -56,21 +57,26 @@ class PairWork:
         zero = torch.zeros((), device=self.hidden.device) if self.batch.token_metrics else None
         self.token_sums = None if zero is None else TokenSums(zero, zero, zero, zero)
 
-    def tiles(self, rows: int) -> KeptTiles:
-        """A tile of `rows` tokens."""
+    @property
+    def shape(self) -> KeptShape:
+        """Of the tile."""
+        assert self.plan.shape is not None
+        return self.plan.shape
+
+    def tiles(self) -> KeptTiles:
+        """The tile."""
         return KeptTiles(
             self.hidden,
             self.head,
             self.backend,
-            rows,
-            self.plan.columns,
+            self.shape,
             moments=self.batch.moments,
             mean_logits=self.batch.token_metrics,
         )
 
     def accumulator(self, head_out: HeadGradient) -> HeadGradient:
         """Where the head's gradient is summed: itself, or an accumulator beside it. Not written yet."""
-        return head_out.accumulator(self.batch.policy.wide) if self.plan.sum_apart else head_out
+        return head_out.accumulator(self.batch.policy.wide) if self.shape.sum_apart else head_out
 
     def differentiate(
         self, sums: Tensor, pairs: range, named: Mapping[str, Tensor] | None = None
@@ -84,7 +90,7 @@ class PairWork:
             seen = self.batch.inputs.pairs(leaf, pairs.start, pairs.stop)
             if named:
                 seen = replace(seen, inputs={**seen.inputs, **named})
-            losses = pair_losses(self.batch.objective, seen)
+            losses = self.batch.losses(seen)
             if not losses.requires_grad:
                 return losses, torch.zeros_like(leaf)
             (slopes,) = torch.autograd.grad(losses, leaf, torch.full_like(losses, self.batch.scale))
@@ -93,17 +99,22 @@ class PairWork:
     def differentiate_tokens(self, stats: TokenStats, tokens: TokenRows, pairs: range) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and sums of consecutive pairs, and the whole loss's derivatives by their tokens, chosen first."""
         logp, weights, equal = stats.logp, self.of_pairs(self.weights, pairs), self.equal_length(pairs)
-        lengths = self.lengths(pairs)
+        lengths, layout = self.lengths(pairs), self.batch.layout
         if self.kernel is not None:
             common = lengths if equal is None else equal
             summary, slopes = self.kernel.differentiate(logp, tokens.labels, common, pairs, self.batch)
             self.summaries.append(summary)
             return summary[0], summary[5:].flatten(), slopes
 
-        def sums_of(values: Tensor, weights: Tensor | None = None) -> Tensor:
+        def sums_here(values: Tensor, weights: Tensor | None = None) -> Tensor:
             if equal is None:
                 return sum_segments(values, lengths, weights)
             return sum_sequences(values.view(-1, equal), None, None if weights is None else weights.view(-1, equal))
+
+        def sums_of(values: Tensor, weights: Tensor | None = None) -> Tensor:
+            if layout.group is None:
+                return sums_here(values, weights)
+            return layout.joined(sums_here(values.double(), weights)).to(values.dtype)
 
         sums, names = sums_of(logp, weights), self.batch.token_outputs
         found = {name: sums_of(getattr(stats, name)) for name in names}
@@ -145,7 +156,7 @@ class PairWork:
         before, n = self.token_sums, stats.max.numel()
         if before is None or tiles.logit_sums is None:
             return
-        logits = tiles.logit_sums.values[:n] / self.head.vocab
+        logits = tiles.logit_sums.means(n)
         self.token_sums = TokenSums(
             entropy=before.entropy + stats.entropy.sum(),
             correct_chosen=before.correct_chosen + (stats.label_logit == stats.max)[:chosen].sum().float(),
@@ -161,55 +172,18 @@ Way = Callable[[PairWork, HeadGradient, Tensor | None], tuple[Tensor, Tensor]]
 def run_way(batch: PairBatch, plan: PathPlan, way: Way) -> Outcome:
     """The batch's loss, differentiable once, and what its metrics are made of."""
     work = PairWork.of(batch, plan)
-    policy = batch.policy
-    loss, losses, sums = ThreeProductFunction.apply(policy.hidden, policy.weight, policy.bias, work, way)
+    early = EarlyWork(
+        name="fused_spo_loss",
+        again="pass path='two_pass'",
+        head=work.head,
+        wide=batch.policy.wide,
+        tokens=work.tokens,
+        scale=batch.scale,
+        make=partial(way, work),
+    )
+    loss, losses, sums = early.run(batch.policy)
     if work.summaries:
         summary = work.summaries[0] if len(work.summaries) == 1 else torch.cat(work.summaries, 1)
     else:
         summary = summarise(batch.objective, batch.inputs.pairs(sums), losses)
     return Outcome(loss, summary, work.token_sums)
-
-
-class ThreeProductFunction(torch.autograd.Function):
-    """Loss and gradients together in the forward; the backward multiplies by the upstream gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: PairWork, way: Way
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the reduced loss, losses `[B]` and sequence sums `[2B]`; the last two carry no gradient."""
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # unscaled gradients wait in it
-        allocate = torch.empty_like if work.tokens.fills else torch.zeros_like
-        grad_hidden = allocate(work.hidden, memory_format=torch.contiguous_format) if need_hidden else None
-        head_out = work.head.gradient(work.batch.policy.wide, weight=need_weight, bias=need_bias)
-        with without_autocast(hidden.device):
-            losses, sums = way(work, head_out, grad_hidden)
-        ctx.gradients = (
-            None if grad_hidden is None else grad_hidden.view(hidden.shape),
-            head_out.weight,
-            head_out.bias,
-        )
-        ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(losses, sums)
-        return losses.sum() * work.batch.scale, losses, sums
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients, multiplied in place."""
-        if torch.is_grad_enabled():
-            raise RuntimeError("fused_spo_loss does not support double backward (create_graph=True was passed)")
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "fused_spo_loss: the gradients of a loss computed in three products are given out once; "
-                "to go backward through it again, pass path='two_pass'"
-            )
-        hidden, weight, bias = ctx.gradients
-        # held here they would be copied, not taken over, by the parameter's .grad
-        ctx.gradients = None
-        # looking costs a CPU nothing, and a loss's own backward sends 1
-        if not upstream.is_cpu or upstream.item() != 1.0:
-            for grad in (hidden, weight, bias):
-                if grad is not None:
-                    grad.mul_(upstream)
-        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), None, None

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from spo_kernels.losses.pairs import by_side, pair_losses
+from spo_kernels.losses.pairs import by_side
 from spo_kernels.preference.batch import PairBatch
 from spo_kernels.preference.kernel import PairKernel
 from spo_kernels.preference.outcome import Outcome, TokenSums, summarise
@@ -20,10 +21,10 @@ def run(batch: PairBatch, plan: PathPlan) -> Outcome:
     """The batch's loss, differentiable, and what its metrics are made of."""
     layout = batch.layout
     logp, extras = batch.call().run()
-    sparsity = _sparsity_metrics(extras, batch.lengths)
+    sparsity = _sparsity_metrics(extras, batch)
     token_sums = None
     if batch.token_metrics:
-        correct, logits = layout.sum(extras["correct"].float()), layout.sum(extras["mean_logit"])
+        correct, logits = (layout.sum_here(extras[name].float()) for name in ("correct", "mean_logit"))
         token_sums = TokenSums(
             entropy=extras["entropy"].detach().sum(),
             correct_chosen=correct[: batch.pairs].sum(),
@@ -43,19 +44,22 @@ def run(batch: PairBatch, plan: PathPlan) -> Outcome:
     if found:
         inputs = replace(inputs, named={**inputs.named, **by_side(found)})
     pairs = inputs.pairs(layout.sum(logp, batch.token_weights))
-    losses = pair_losses(batch.objective, pairs)
+    losses = batch.losses(pairs)
     loss = losses.sum() * batch.scale if batch.reduced else losses
     return Outcome(loss, summarise(batch.objective, pairs, losses), token_sums, sparsity)
 
 
-def _sparsity_metrics(extras: dict[str, Tensor], lengths: Tensor) -> dict[str, Tensor]:
+def _sparsity_metrics(extras: dict[str, Tensor], batch: PairBatch) -> dict[str, Tensor]:
     """What the backward will leave out; nothing where that was not asked for."""
     dropped, kept = extras["dropped_mass"].detach(), extras["kept_share"].detach()
-    if dropped.numel() == 0:
+    layout, most = batch.layout, dropped.numel()
+    if layout.group is not None:
+        most = int(layout.largest(torch.tensor(most, device=dropped.device)))
+    if most == 0:
         return {}
-    tokens = lengths.sum().clamp_min(1)
+    tokens = layout.joined(batch.lengths.sum()).clamp_min(1)
     return {
-        "sparsity/kept": (kept.sum() / tokens).float(),
-        "sparsity/dropped_mass_max": dropped.amax().float(),
-        "sparsity/dropped_mass_mean": (dropped.sum() / tokens).float(),
+        "sparsity/kept": (layout.joined(kept.sum()) / tokens).float(),
+        "sparsity/dropped_mass_max": layout.largest(torch.nn.functional.pad(dropped.flatten(), (0, 1)).amax()).float(),
+        "sparsity/dropped_mass_mean": (layout.joined(dropped.sum()) / tokens).float(),
     }

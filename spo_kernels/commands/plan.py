@@ -1,0 +1,93 @@
+"""What `fused_spo_loss` with a trained head will take: its path, its products and its bytes.
+
+Computed by the functions that plan a call, from shapes alone: neither the memory nor the GPU need be here.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from spo_kernels.losses.registry import resolve_objective
+from spo_kernels.preference.forecast import Forecast, Head, forecast
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GIB = 1 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    lengths = parser.add_mutually_exclusive_group(required=True)
+    lengths.add_argument("--tokens", type=_positive, help="of each response, prompts not counted")
+    lengths.add_argument("--lengths", type=_lengths, help="of all responses, such as 500,80,310,95: chosen ones first")
+    parser.add_argument("--pairs", type=_positive, default=1, help="with --tokens (default: 1)")
+    parser.add_argument("--vocab", type=_positive, required=True, help="V, rows of the head's weight")
+    parser.add_argument("--hidden", type=_positive, required=True, help="H, entries of a hidden state")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: bfloat16)")
+    parser.add_argument("--loss", default="spo", help="an objective's name (default: spo)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=here, help=f"(default: {here})")
+    parser.add_argument("--memory-gib", type=float, help="of a GPU that is not here")
+    parser.add_argument("--workspace-mib", type=_positive, help="workspace_bytes of the call (default: the library's)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The command."""
+    print(describe(arguments))
+
+
+def describe(arguments: argparse.Namespace) -> str:
+    """The plan in words.
+
+    Raises:
+        ValueError: An argument is wrong.
+    """
+    on_gpu, memory = arguments.device == "cuda", arguments.memory_gib
+    if memory is not None and not (on_gpu and memory > 0):
+        raise ValueError(f"--memory-gib is a GPU's, above 0, got {memory:g} for --device {arguments.device}")
+    if on_gpu and memory is None and not torch.cuda.is_available():
+        raise ValueError("there is no GPU here: say how much memory yours has, with --memory-gib")
+    lengths = arguments.lengths or [arguments.tokens] * (2 * arguments.pairs)
+    head = Head(
+        arguments.vocab,
+        arguments.hidden,
+        DTYPES[arguments.dtype],
+        torch.device(arguments.device),
+        None if memory is None else int(memory * GIB),
+    )
+    mib = arguments.workspace_mib
+    found = forecast(resolve_objective(arguments.loss), lengths, head, None if mib is None else mib << 20)
+    return "\n".join(_lines(found, sum(lengths), head))
+
+
+def _lines(found: Forecast, tokens: int, head: Head) -> list[str]:
+    plan, shape = found.plan, found.plan.shape
+    size = f"[{tokens}, {head.hidden_size}] x [{head.hidden_size}, {head.vocab}]"
+    lines = [
+        f"products: {plan.products} of {size}",
+        f"path: {plan.path}" + (f", since {found.why}" if found.why else ""),
+    ]
+    if shape is not None:
+        tiles = f"{len(plan.groups)} of {shape.rows} tokens at most" if plan.groups else f"of {shape.rows} tokens"
+        lines.append(f"tiles: {tiles}, {shape.columns} columns of the vocabulary in work")
+    lines.append(f"workspace: {_size(found.workspace)}" + ("" if shape is not None else " at most"))
+    lines.append(f"allowed to three products: {_size(found.allowed)}")
+    return [*lines, f"hidden states, weight and their gradients: {_size(found.given)}"]
+
+
+def _size(count: int) -> str:
+    return f"{count} bytes ({count / (1 << 20):.1f} MiB)"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _lengths(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if len(values) % 2 or min(values) < 0:
+        raise argparse.ArgumentTypeError(f"must be an even number of lengths, none negative, got {text}")
+    return values

@@ -1,0 +1,81 @@
+"""Calls that cannot work: every process is to say so, none is to wait for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from spo_kernels import LMHead, fused_spo_loss, linear_kl, linear_logprob, sequence_logps
+from spo_kernels.extras.nthr import nthr_scores
+from spo_kernels.head import LoRA
+from tests.sharded.inputs import Inputs, parts, random_inputs
+
+
+def message(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def messages() -> dict[str, list[str]]:
+    """What each of two processes says."""
+    found = {}
+    for name, call in calls(random_inputs(11), dist.get_rank()).items():
+        said: list[Any] = [None, None]
+        dist.all_gather_object(said, message(call))
+        found[name] = said
+    return found
+
+
+def calls(inputs: Inputs, rank: int) -> dict[str, Callable[[], Any]]:
+    group, odd = dist.group.WORLD, rank == 1
+    rows = parts(len(inputs.weight), (1, 2))[rank]
+    head, ref_head = inputs.head(rows, vocab_group=group), inputs.ref_head(rows, vocab_group=group)
+    tokens = inputs.head(sequence_group=group)
+
+    def logprob(head: Any, labels: Any = inputs.labels, hidden: Any = inputs.hidden, **options: Any) -> Any:
+        return linear_logprob(hidden, head, labels, **options)
+
+    def pairs(head: Any, ref_head: Any = ref_head, **options: Any) -> Any:
+        reference = {"ref_hidden": inputs.ref_hidden, "ref_head": ref_head}
+        return fused_spo_loss(inputs.hidden, head, inputs.labels, **{"loss": "dpo", **reference, **options})
+
+    def divergence(ref_head: Any) -> Any:
+        return linear_kl(inputs.hidden, head, inputs.ref_hidden, ref_head, inputs.labels)
+
+    swapped = inputs.labels.roll(1, 1) if odd else inputs.labels
+    narrow = inputs.weight[rows, :15] if odd else inputs.weight[rows]
+    other = parts(len(inputs.weight), (2, 1))[rank]
+    lora = LoRA(torch.ones(2, 16), torch.ones(len(head.weight), 2), dropout=torch.nn.Dropout(0.1))
+    fake, far = FakeTensorMode().from_tensor, inputs.labels.clone()
+    far[0, 0] = len(inputs.weight)
+    return {
+        "labels": lambda: logprob(head, swapped),
+        "label": lambda: logprob(head, far),
+        "rows": lambda: logprob(LMHead(inputs.weight[: 300 if rank == 0 else 0], vocab_group=group)),
+        "width": lambda: logprob(LMHead(narrow, vocab_group=group), hidden=inputs.hidden[..., : narrow.shape[1]]),
+        "workspace": lambda: logprob(head, workspace_bytes=100_000 + rank),
+        "backend": lambda: logprob(head, backend="cpp" if odd else "torch"),
+        "path": lambda: pairs(head, path="packed", workspace_bytes=20_000),
+        "plain reference": lambda: pairs(head, inputs.ref_weight[rows]),
+        "whole reference": lambda: divergence(LMHead(inputs.ref_weight)),
+        "other reference": lambda: divergence(LMHead(inputs.ref_weight[other], vocab_group=group)),
+        "dropout": lambda: logprob(replace(head, weight=inputs.weight[rows], lora=(lora,))),
+        "accumulate": lambda: logprob(replace(head, accumulate=True)),
+        "traced": lambda: logprob(
+            LMHead(fake(head.weight), vocab_group=group), fake(inputs.labels), fake(inputs.hidden)
+        ),
+        "scores": lambda: nthr_scores(inputs.hidden, head, inputs.labels, torch.ones(6, dtype=torch.bool)),
+        "group": lambda: LMHead(inputs.weight, vocab_group=dist.GroupMember.NON_GROUP_MEMBER),  # type: ignore[arg-type]
+        "shift": lambda: pairs(tokens, inputs.ref_head(), shift=True),
+        "sequences": lambda: sequence_logps(inputs.hidden[rank:], tokens, inputs.labels[rank:]),
+        "sequences, workspace": lambda: pairs(tokens, inputs.ref_head(), workspace_bytes=100_000 + rank),
+        "sequences, drawn": lambda: pairs(tokens, inputs.ref_head(), loss="sgdpo"),
+    }

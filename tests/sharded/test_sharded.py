@@ -1,0 +1,101 @@
+"""Heads whose rows, or sequences whose tokens, several processes share, against one process: `inputs.TOLERANCE`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.processes import found_by
+from tests.sharded import ranks, shapes
+from tests.sharded.inputs import TOLERANCE
+
+Found = dict[str, Any]
+
+# parts of what every process is to say, or what each of the two
+REFUSED = {
+    "labels": "labels must be the same on all processes of head.weight's vocab_group",
+    "label": "labels[0, 0] = 300 is outside [0, 300)",
+    "rows": "head.weight: process 1 of its vocab_group has no rows",
+    "width": "head.weight: H is 16 on process 0 of its vocab_group, 15 on 1",
+    "workspace": "workspace_bytes, backend and sparsity must be the same on all processes of head's vocab_group",
+    "backend": "workspace_bytes, backend and sparsity must be the same on all processes of head's vocab_group",
+    "path": "path = 'packed' cannot be taken: the workspace is too small",
+    "plain reference": "ref_head is a plain weight, but head has a vocab_group",
+    "whole reference": "ref_head must be split like head",
+    "other reference": "ref_head must be split like head",
+    "dropout": "head.lora[0] has dropout, which would differ between the processes",
+    "accumulate": "accumulate=True cannot be used: there are several processes",
+    "traced": "head has a vocab_group, whose processes talk to each other: that is not traced",
+    "scores": "head has a vocab_group; scores multiply rows of all processes",
+    "group": "vocab_group must be a process group that this process is in, got int",
+    "shift": "shift: head has a sequence_group",
+    "sequences": "the number of sequences must be the same on all processes of head's sequence_group",
+    "sequences, workspace": "must be the same on all processes of head's sequence_group",
+    "sequences, drawn": "the objective draws tokens of whole responses",
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
+    """What a number of processes left; each is launched once."""
+    known: dict[int, Found] = {}
+
+    def of(world: int) -> Found:
+        if world not in known:
+            folder = tmp_path_factory.mktemp(f"ranks{world}")
+            known[world] = found_by("tests.sharded.ranks", world, folder, ranks.WATCHDOG)
+        return known[world]
+
+    return of
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_together_find_what_one_finds(found: Callable[[int], Found], world: int) -> None:
+    """Values, metrics and every gradient, for three objectives, on every path; one without tokens or pairs."""
+    groups = (
+        ("vocabulary", "tokens", "sparse", "decided") if world == 2 else ("vocabulary", "tokens", "both", "replicas")
+    )
+    for group in groups:
+        cases = {name: errors for name, errors in found(world).items() if name.startswith(group)}
+        assert cases
+        errors = {(name, key): error for name, of in cases.items() for key, error in of.items() if "kept" not in key}
+        off = {name: error for name, error in errors.items() if not error <= TOLERANCE}
+        assert not off
+
+
+def test_a_sparse_backward_is_decided_on_together(found: Callable[[int], Found]) -> None:
+    """Where one process alone would keep everything and the other nothing; both know the whole share."""
+    for frozen in (False, True):
+        for name, share in (("sparse", 0.5), ("exact", 1.0)):
+            case = found(2)[f"decided {name}, {frozen}"]
+            assert case["kept"] == -case["minus kept"] == share
+
+
+def test_what_a_sparse_backward_leaves_out(found: Callable[[int], Found]) -> None:
+    """No more than the tolerance allows; and no bias: errors of many seeds average out as independent ones do."""
+    assert 0.1 < found(2)["certified"]["of the bound"] < 1.0
+    assert 0.5 < found(2)["unbiased"]["of the draws' error"] < 2.0
+    for mode in ("certified", "unbiased"):
+        assert found(2)[mode]["kept"] == -found(2)[mode]["minus kept"] < 0.5
+
+
+def test_nothing_as_large_as_the_head_moves(found: Callable[[int], Found]) -> None:
+    """Beyond what the formula counts, 100 bytes of agreement; gathered, the head out and its gradient back."""
+    beyond = found(2)["traffic"]
+    assert 0 <= beyond["sent, vocabulary"] < 200 and 0 <= beyond["sent, gather"] < 200
+    assert beyond["held, vocabulary"] < 20_000
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_all_processes_refuse(found: Callable[[int], Found], name: str) -> None:
+    for said in found(2)["refused"][name]:
+        assert REFUSED[name] in said
+
+
+def test_no_deadlock(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Drawn shapes, lengths, budgets and objectives; where one process cannot, all say why."""
+    errors = found_by("tests.sharded.shapes", 2, tmp_path_factory.mktemp("shapes"), shapes.WATCHDOG)
+    said = [error for error in errors.values() if isinstance(error, str)]
+    assert len(errors) == shapes.CALLS and len(said) < 0.2 * shapes.CALLS
+    assert all("cannot be taken" in error or "has no rows" in error for error in said), said
+    assert not {seed: error for seed, error in errors.items() if not isinstance(error, str) and not error <= 5e-6}
