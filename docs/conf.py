@@ -49,7 +49,7 @@ autodoc_mock_imports = ["accelerate", "datasets", "peft", "pyarrow", "safetensor
 trl_seam.check_dpo_trainer = lambda trainer: None
 
 # may stand in the list of pages before they are there
-LATER = ("distributed", "long-pairs", "sharded-heads")
+LATER = ("long-pairs", "sharded-heads")
 
 
 def setup(app: Any) -> None:
