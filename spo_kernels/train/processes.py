@@ -26,7 +26,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # where there is no accelerator, processes would not find each other without
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if config.bf16 else None,
-        gradient_accumulation_steps=config.grad_accum,
         fsdp_plugin=plugin,
     )
     if plugin is not None:
