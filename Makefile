@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # processes that the tests run in; each uses one thread for torch
 TEST_PROCESSES ?= 2
+DOCS_VENV ?= .venv-docs
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: test test-trl demo lint bench mutation clean
+.PHONY: test test-trl demo lint docs bench mutation clean
 
 test: lint
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -q
@@ -19,6 +20,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/python tests/lint_cpp.py
+
+# the documentation as web pages, docs/_build/index.html; a warning is an error
+docs: $(DOCS_VENV)/ready
+	$(DOCS_VENV)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 # wrong signs, factors, detaches and clamps in the objectives: does a test see each? A few minutes of two cores
 mutation: $(VENV)/ready
@@ -40,5 +45,12 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt spo_kernels/backends/buil
 	SPO_SKIP_CUDA_BUILD=1 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
 	touch $@
 
+# what docstrings are read with: torch, and no extension, which would have to be compiled; the rest is the extra "docs"
+$(DOCS_VENV)/ready: Makefile constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt \
+		"$$(grep '^torch==' constraints.txt)" numpy filelock furo latex2mathml myst-parser sphinx
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output spo_kernels/*.so
+	rm -rf $(VENV) $(DOCS_VENV) docs/_build build dist *.egg-info demo-output spo_kernels/*.so

@@ -1,4 +1,4 @@
-"""`python -m spo_kernels COMMAND`: what the library would do here, before it does it."""
+"""`python -m spo_kernels COMMAND`: what is here, and what the library would do, before it does it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-# each a module of spo_kernels.commands with `add_arguments(parser)` and `run(arguments)`
-COMMANDS = ("plan",)
+# each a module of spo_kernels.commands with `add_arguments(parser)` and `run(arguments)`, which gives the exit status
+COMMANDS = ("doctor", "plan")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, or 2 for an argument that is wrong."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options of every command."""
     parser = argparse.ArgumentParser(prog="python -m spo_kernels", allow_abbrev=False, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
@@ -21,12 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, allow_abbrev=False, description=about, help=about.splitlines()[0])
         module.add_arguments(command)
         command.set_defaults(run=module.run, command=command)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is the command's, 0 if it has none, or 2 for an argument that is wrong."""
+    arguments = build_parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        status = arguments.run(arguments)
     except ValueError as error:
         arguments.command.error(str(error))
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

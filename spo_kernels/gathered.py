@@ -53,10 +53,9 @@ def _rows(value: Any, kept: int | None) -> Any:
     def placements(others: Placement) -> list[Placement]:
         return [Shard(0) if place == kept else others for place in range(mesh.ndim)]
 
-    local = value.redistribute(placements=placements(Replicate()))
-    # a sum and a division, since gloo has no mean
-    local = local.to_local(grad_placements=placements(Partial()))
-    return _Divided.apply(local, mesh.size() // (1 if kept is None else mesh.size(kept)))
+    # a division and a sum, since gloo has no mean; of parts, since the whole's quotient would be a second whole
+    part = _Divided.apply(value, mesh.size() // (1 if kept is None else mesh.size(kept)))
+    return part.redistribute(placements=placements(Replicate())).to_local(grad_placements=placements(Partial()))
 
 
 class _Divided(torch.autograd.Function):

@@ -141,7 +141,7 @@ def linear_token_loss(
     layout = LabelLayout(labels, ignore_index, shift)
     model = ModelInputs.resolve(hidden, head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model)
-    tokens = Tokens.all_of(layout, model.weight.shape[0])
+    tokens = Tokens.all_of(layout, model.vocab)
     found = early_token_loss(model, tokens, shift, execution, token_loss)
     if found is not None:
         return found

@@ -377,6 +377,8 @@ class TensorMeter(TorchDispatchMode):
         return result
 
     def _watch(self, tensor: Tensor, *, new: bool) -> None:
+        if tensor.layout == torch.sparse_coo:
+            tensor = tensor._values()
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:

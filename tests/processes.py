@@ -16,17 +16,19 @@ ROOT = Path(__file__).parents[1]
 def found_by(module: str, world: int, folder: Path, watchdog: float) -> Any:
     """What `python -m module RANK WORLD folder` left in folder/found."""
     # the loopback: a machine's own name may resolve to nothing, or slowly
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    modules = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": modules, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    errors = [folder / f"stderr-{rank}" for rank in range(world)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", module, str(rank), str(world), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-m", module, str(rank), str(world), str(folder)], env=environment, stderr=path.open("w")
         )
-        for rank in range(world)
+        for rank, path in enumerate(errors)
     ]
-    messages = [process.communicate(timeout=watchdog + 30)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(messages)
+    try:
+        codes = [process.wait(timeout=watchdog + 30) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * world, "\n".join(path.read_text() for path in errors)
     return torch.load(folder / "found")

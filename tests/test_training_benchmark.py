@@ -14,6 +14,7 @@ pytest.importorskip("peft")
 
 from benchmarks.training import __main__ as command
 from benchmarks.training import data, rounds, table
+from benchmarks.training.phases import PHASES
 from benchmarks.training.providers import PROVIDERS
 from benchmarks.training.settings import TUNINGS, Job, Shape
 
@@ -51,6 +52,7 @@ def losses_of(provider: str, tuning: str, folder: Path, output: Path) -> list[fl
             model=str(folder / "model"),
             pairs=str(folder / "tldr"),
             output=str(output),
+            layout="shared" if PROVIDERS[provider].lays else "padded",
             steps=2,
             batch=2,
             threads=1,
@@ -88,18 +90,26 @@ def test_report_of_real_processes(tmp_path: Path, capsys: pytest.CaptureFixture[
     shape = [text for name, value in vars(TINY).items() for text in (f"--{name}", str(value))]
     few = ["--steps", "2", "--batch", "1", "--threads", "1", "--tuning", "full", "--gsm8k", str(NOWHERE)]
     out, plot = tmp_path / "report.json", tmp_path / "plot.png"
-    command.main([*shape, *few, "--providers", "spo_train", "--data", "gsm8k", "tldr", "--json", str(out)])
-    absent, row = json.loads(out.read_text())["rows"]
-    assert absent["status"] == "skipped" and "pairs are needed" in absent["reason"]
-    assert row["status"] == "ok", row["reason"]
+    asked = ["--providers", "spo_train", "--layouts", "packed", "shared", "--data", "gsm8k", "tldr"]
+    command.main([*shape, *few, *asked, "--json", str(out)])
+    *absent, packed, row = json.loads(out.read_text())["rows"]
+    assert [each["status"] for each in absent] == ["skipped"] * 2 and "pairs are needed" in absent[0]["reason"]
+    assert row["status"] == packed["status"] == "ok", row["reason"]
+    assert (packed["layout"], row["layout"]) == ("packed", "shared") and packed["losses"] == pytest.approx(
+        row["losses"]
+    )
+    # every part of a step takes time, and all of them together the step's
+    assert list(row["phases"]) == list(PHASES) and min(row["phases"].values()) > 0
+    assert 0.5 * min(row["seconds"]) <= sum(row["phases"].values()) <= 1.01 * max(row["seconds"])
     assert len(row["losses"]) == 3 and len(row["seconds"]) == len(row["tokens"]) == 2
     assert row["above_floor_mib"] == pytest.approx(row["peak_mib"] - row["floor_mib"]) and row["floor_mib"] > 100
     # without TRL in the run there is nothing to divide by
     assert "speed_ratio" not in row
     report = command.main(["--read", str(out), str(out), "--plot", str(plot)])
-    assert [each["status"] for each in report["rows"]] == ["skipped", "ok"] * 2
+    assert [each["status"] for each in report["rows"]] == ["skipped", "skipped", "ok", "ok"] * 2
     printed = capsys.readouterr().out
-    assert printed.count("| tldr | full | spo-train |") == 3 and "machine:" in printed
+    # two rows of each report, in the table and in that of the parts
+    assert printed.count("| tldr | full | spo-train, packed |") == 6 and "machine:" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
     out.with_name("other.json").write_text(json.dumps(report | {"setting": "another"}))
     with pytest.raises(ValueError, match="of one setting"):
@@ -120,7 +130,8 @@ def test_ratios_are_medians_over_the_same_batches(tmp_path: Path) -> None:
         made = object.__new__(rounds.Runner)
         made.job = Job(name, "full", "", "", "", steps=3)
         made.status = made.reason = None
-        made.steps = [{"seconds": each, "peak": peak << 20, "method": "reset"} for each in seconds]
+        phases = dict.fromkeys(PHASES, 0.1)
+        made.steps = [{"seconds": each, "phases": phases, "peak": peak << 20, "method": "reset"} for each in seconds]
         made.losses = losses
         return made
 

@@ -16,7 +16,7 @@ from ..run import positive
 from . import data, table
 from .providers import PROVIDERS
 from .rounds import Row, floors, measure, rows_of
-from .settings import TUNINGS, Job, Shape
+from .settings import LAYOUTS, TUNINGS, Job, Shape
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +28,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="trainers")
     made.add_argument("--data", nargs="+", choices=data.NAMES, default=["gsm8k", "tldr"], help="preference pairs")
     made.add_argument("--tuning", nargs="+", choices=TUNINGS, default=list(TUNINGS), help="what is trained")
+    made.add_argument(
+        "--layouts", nargs="+", choices=LAYOUTS, default=["shared"], help="of the trainers that have them"
+    )
     made.add_argument(
         "--gsm8k",
         type=Path,
@@ -62,7 +65,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print(f"{machine_line(report['machine'])} (load at the end {report['machine']['load_1min_end']})")
     print(f"setting: {report['setting']}\n")
     print(table.render(report["rows"]))
-    print(f"\n{table.LEGEND}")
+    print(f"\n{table.LEGEND}\n")
+    print(table.render_phases(report["rows"]))
+    print(f"\n{table.PHASES_LEGEND}")
     if options.plot:
         table.draw(report, options.plot)
     return report
@@ -106,15 +111,18 @@ def measure_all(options: argparse.Namespace, shape: Shape, folder: Path) -> list
             pairs = data.make_pairs(name, options.batch * (options.warmups + options.steps), options.gsm8k, tokenizer)
         except data.NoData as error:
             rows += [
-                {"data": name, "tuning": tuning, "provider": provider, "status": "skipped", "reason": str(error)}
+                {
+                    **{"data": name, "tuning": tuning, "provider": provider, "layout": layout},
+                    **{"status": "skipped", "reason": str(error)},
+                }
                 for tuning in options.tuning
-                for provider in options.providers
+                for provider, layout in trainers(options)
             ]
             continue
         data.write_pairs(folder / name, pairs, options.batch)
         for tuning in options.tuning:
             say(f"{name}, {tuning}")
-            jobs = [job_of(options, provider, name, tuning, folder) for provider in options.providers]
+            jobs = [job_of(options, *trainer, name, tuning, folder) for trainer in trainers(options)]
             missing = [job for job in jobs if (PROVIDERS[job.provider].floor, tuning) not in found]
             found |= floors(missing, folder, options.timeout)
             runners = measure(jobs, folder, options.timeout)
@@ -122,14 +130,24 @@ def measure_all(options: argparse.Namespace, shape: Shape, folder: Path) -> list
     return rows
 
 
-def job_of(options: argparse.Namespace, provider: str, name: str, tuning: str, folder: Path) -> Job:
+def trainers(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Providers, each with the layouts that it is measured with."""
+    return [(name, layout) for name in options.providers for layout in layouts_of(name, options.layouts)]
+
+
+def layouts_of(provider: str, asked: list[str]) -> list[str]:
+    return asked if PROVIDERS[provider].lays else ["padded"]
+
+
+def job_of(options: argparse.Namespace, provider: str, layout: str, name: str, tuning: str, folder: Path) -> Job:
     settings = ("steps", "warmups", "batch", "threads", "learning_rate", "workspace_mib", "gradient_checkpointing")
     return Job(
         provider,
         tuning,
         model=str(folder / "model"),
         pairs=str(folder / name),
-        output=str(folder / f"{name}-{tuning}-{provider}"),
+        output=str(folder / f"{name}-{tuning}-{provider}-{layout}"),
+        layout=layout,
         **{setting: getattr(options, setting) for setting in settings},
     )
 

@@ -90,7 +90,7 @@ def generated(name: str, rng: random.Random, tokenizer: Any) -> Iterator[Pair]:
 
 def write_pairs(folder: Path, pairs: list[Pair], batch: int) -> None:
     """`ordered.jsonl`, to be read in order; `drawn.jsonl`, which gives the same batches in the order of `spo-train`."""
-    from spo_kernels.train.batches import step_indices
+    from spo_kernels.integrations.token_batches import step_indices
 
     folder.mkdir()
     drawn: list[Pair] = [{}] * len(pairs)

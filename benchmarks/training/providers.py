@@ -15,12 +15,16 @@ Train = Callable[[Job], list[float]]
 
 @dataclass(frozen=True)
 class Provider:
-    """`load` imports the trainer; `floor` names the provider whose floor counts, which has the same imports."""
+    """`load` imports the trainer; `floor` names the provider whose floor counts, which has the same imports.
+
+    `lays` says whether it can do without padding.
+    """
 
     name: str
     about: str
     load: Callable[[], Train]
     floor: str
+    lays: bool = False
 
 
 def load_trl() -> Train:
@@ -43,7 +47,7 @@ def load_patched() -> Train:
 def load_fused() -> Train:
     from spo_kernels.integrations.trl import FusedDPOConfig, FusedDPOTrainer
 
-    return lambda job: dpo(job, FusedDPOTrainer, FusedDPOConfig, workspace_mib=job.workspace_mib)
+    return lambda job: dpo(job, FusedDPOTrainer, FusedDPOConfig, layout=job.layout, workspace_mib=job.workspace_mib)
 
 
 def load_spo_train() -> Train:
@@ -102,6 +106,7 @@ def spo_train(job: Job) -> list[float]:
         "model": job.model,
         "dataset": Path(job.pairs) / "drawn.jsonl",
         "output-dir": job.output,
+        "layout": job.layout,
         "loss": "dpo",
         "beta": BETA,
         "max-length": MAX_LENGTH,
@@ -124,12 +129,18 @@ def spo_train(job: Job) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if record["split"] == "train"]
 
 
+def name_of(provider: str, layout: str) -> str:
+    """What a row is called."""
+    found = PROVIDERS[provider]
+    return f"{found.about}, {layout}" if found.lays else found.about
+
+
 PROVIDERS = {
     provider.name: provider
     for provider in (
         Provider("trl", "TRL's DPOTrainer", load_trl, "trl"),
         Provider("trl_patched", "the same after patch_trl()", load_patched, "trl"),
-        Provider("fused_trainer", "FusedDPOTrainer", load_fused, "trl"),
-        Provider("spo_train", "spo-train", load_spo_train, "spo_train"),
+        Provider("fused_trainer", "FusedDPOTrainer", load_fused, "trl", lays=True),
+        Provider("spo_train", "spo-train", load_spo_train, "spo_train", lays=True),
     )
 }

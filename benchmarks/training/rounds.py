@@ -11,7 +11,8 @@ from typing import Any
 from ..answers import Answer, Worker, WorkerDied
 from ..launch import ROOT, thread_environment
 from ..rounds import say
-from .providers import PROVIDERS
+from .phases import PHASES
+from .providers import PROVIDERS, name_of
 from .settings import Job
 
 MIB = 2**20
@@ -85,7 +86,11 @@ def measure(jobs: list[Job], folder: Path, timeout: float) -> list[Runner]:
         for turn in range(jobs[0].steps):
             for runner in runners if turn % 2 == 0 else reversed(runners):
                 runner.step()
-            seconds = {r.job.provider: round(r.steps[turn]["seconds"], 2) for r in runners if len(r.steps) > turn}
+            seconds = {
+                name_of(r.job.provider, r.job.layout): round(r.steps[turn]["seconds"], 2)
+                for r in runners
+                if len(r.steps) > turn
+            }
             say(f"step {turn + 1}/{jobs[0].steps}, seconds: {seconds}")
         for runner in runners:
             runner.end()
@@ -132,7 +137,7 @@ def rows_of(
 
 def row_of(data: str, runner: Runner, tokens: list[int], floors: dict[tuple[str, str], int | None]) -> Row:
     job = runner.job
-    row: Row = {"data": data, "tuning": job.tuning, "provider": job.provider}
+    row: Row = {"data": data, "tuning": job.tuning, "provider": job.provider, "layout": job.layout}
     row |= {"status": runner.status or "ok", "reason": runner.reason}
     if row["status"] != "ok":
         return row
@@ -142,6 +147,7 @@ def row_of(data: str, runner: Runner, tokens: list[int], floors: dict[tuple[str,
     floor = floors[PROVIDERS[job.provider].floor, job.tuning] or 0
     return row | {
         "seconds": seconds,
+        "phases": {name: median(step["phases"][name] for step in runner.steps) for name in PHASES},
         "tokens": timed,
         "losses": runner.losses,
         "tokens_per_second": median(count / each for count, each in zip(timed, seconds, strict=True)),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 TUNINGS = ("full", "lora")
+LAYOUTS = ("padded", "packed", "shared")
 BETA = 0.1
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0}
 MAX_LENGTH = 1024
@@ -33,6 +34,7 @@ class Job:
     model: str  # folder with the tokenizer
     pairs: str  # folder of `data.write_pairs`
     output: str
+    layout: str = "padded"
     steps: int = 4
     warmups: int = 1
     batch: int = 4

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from ..measure import peak_bytes, release_freed_memory, reset_peak, resident_bytes
 from ..worker import first_line
+from .phases import Phases
 from .providers import PROVIDERS, lora_config
 from .settings import Job
 
@@ -26,6 +27,7 @@ class Turns:
     def __init__(self, answers: TextIO, warmups: int) -> None:
         self.answers, self.warmups = answers, warmups
         self.done = 0
+        self.phases = Phases()
         self.method = ""
         self.started = 0.0
 
@@ -43,14 +45,16 @@ class Turns:
 
     def after_step(self, *_: Any) -> None:
         seconds = time.perf_counter() - self.started
+        self.phases.end("optimizer")
         self.done += 1
         if self.done < self.warmups:
             return
         if self.done == self.warmups:
             release_freed_memory()
             self.method = "reset" if reset_peak() else "lifetime"
-        self.answer(seconds=seconds, peak=peak_bytes(), method=self.method)
+        self.answer(seconds=seconds, phases=self.phases.seconds, peak=peak_bytes(), method=self.method)
         self.wait()
+        self.phases.begin()
         self.started = time.perf_counter()
 
 
@@ -58,6 +62,7 @@ def train(job: Job, turns: Turns) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     run = PROVIDERS[job.provider].load()
+    turns.phases.watch()
     register_optimizer_step_post_hook(turns.after_step)
     losses = run(job)
     turns.answer(losses=losses)

@@ -43,6 +43,10 @@ class NativeProducts(VendorProducts):
         """See `Products`."""
         return inputs.dtype if self._names.get(inputs.dtype) else super().operand_dtype(inputs)
 
+    def own_product(self, dtype: torch.dtype) -> str | None:
+        """See `Products`."""
+        return self._names.get(dtype)
+
     def tile_dtype(self, inputs: Tensor) -> torch.dtype:
         """See `Products`; the float32 product takes half-precision operands beside a tile as it is."""
         rounded = self._names.get(inputs.dtype) == "avx512_bf16"

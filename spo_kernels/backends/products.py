@@ -29,6 +29,10 @@ class Products(Protocol):
         """The dtype to which `inputs` (hidden states, the head's weight) must be cast before a product."""
         ...
 
+    def own_product(self, dtype: torch.dtype) -> str | None:
+        """The name of the library's own product for operands of a dtype; None where torch multiplies."""
+        ...
+
     def tile_dtype(self, inputs: Tensor) -> torch.dtype:
         """The dtype in which a tile enters a product with `inputs`: rounded to theirs, or as it is."""
         ...
@@ -82,6 +86,10 @@ class VendorProducts:
         if inputs.dtype in HALF_DTYPES and not (inputs.is_cuda and _half_products(inputs.device, inputs.dtype)):
             return torch.float32
         return inputs.dtype
+
+    def own_product(self, dtype: torch.dtype) -> str | None:
+        """See `Products`."""
+        return None
 
     def tile_dtype(self, inputs: Tensor) -> torch.dtype:
         """See `Products`."""

@@ -47,6 +47,11 @@ class Example:
         return sum(len(self.prompt) + len(r) for r in self.responses)
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the prompt and of each response."""
+        return (len(self.prompt), *map(len, self.responses))
+
+    @property
     def longest(self) -> int:
         return len(self.prompt) + max(len(r) for r in self.responses)
 

@@ -46,10 +46,12 @@ def early_token_loss(
     model: ModelInputs, tokens: Tokens, shift: bool, execution: Execution, token_loss: TokenLoss
 ) -> tuple[Tensor, Tensor] | None:
     """The loss, differentiable once, and log-probabilities in labels' shape; None where it takes two passes."""
-    rows = TokenRows.of(tokens, shift) if model.trains_head and not is_traced(tokens.labels) else None
-    if rows is None or rows.mask is not None or rows.count == 0 or why_not_early(model) is not None:
+    if not model.trains_head or is_traced(tokens.labels) or why_not_early(model) is not None:
         return None
     backend, head = load_backend(execution.backend), model.slices()
+    rows = TokenRows.of(tokens, shift, head.first)
+    if rows.mask is not None or rows.count == 0:
+        return None
     space = KeptSpace.of(model.hidden, head, backend, execution.workspace_bytes)
     plan = plan_groups(space, rows.count, 1, lambda most: list(_ranges(rows.count, most)), space.least_rows)
     if plan is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spo_kernels import LMHead, fused_spo_loss
 from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.integrations.layout import LaidPairs, check_layout, lay_pairs
+from spo_kernels.integrations.tied import one_gradient
 from spo_kernels.integrations.wrappers import ddp_around, inside_ddp, opened, sealed
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
@@ -46,7 +47,8 @@ class FusedPreferenceModel(nn.Module):
         layout: How policy and reference compute a padded batch: "padded" as it is; "packed" without padding; "shared"
             also with each prompt once for all responses to it; "auto" shared where a comparison at the first batch
             finds the same hidden states, else padded, with one warning that says why. See docs/packing.md.
-        accumulate: With gradient accumulation in one process: one `[V, H]` less, see `LMHead`.
+        accumulate: In one process: gradients of the head are added to the one that exists, see `LMHead`, and those of a
+            tied embedding too. One `[V, H]` less with gradient accumulation, two where they are tied.
         ld_alpha: The α of `ld_dpo_weights`, which are then the token weights of every call that brings none.
         sparsity: As in `fused_spo_loss`, for training; each forward of "unbiased" has a seed of its own, from torch's
             generator. In evaluation mode everything is exact.
@@ -158,7 +160,8 @@ class FusedPreferenceModel(nn.Module):
                 **self._options,
             )
 
-        (loss, metrics), output = laid.to_head(self.model, at_head)
+        with one_gradient(self.model) if self._accumulate else nullcontext():
+            (loss, metrics), output = laid.to_head(self.model, at_head)
         router_loss = self._router_loss(output, labels)
         if router_loss is not None:
             coefficient = self.config.get_text_config().router_aux_loss_coef

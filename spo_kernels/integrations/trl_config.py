@@ -55,6 +55,8 @@ class FusedDPOConfig(DPOConfig):
         spo_inner_lr: η of these steps, > 0.
         layout: How a padded batch of pairs is computed: "auto", "padded", "packed" or "shared", see
             `FusedPreferenceModel` and docs/packing.md.
+        tokens_per_batch: Tokens in one forward of the training at most, counted as `TokenBudget` does: a device's batch
+            is computed in as many forwards as that takes, with the gradient of the whole. None for one forward.
         sparsity: "exact", "certified" or "unbiased", see `spo_kernels.Sparsity`.
         workspace_mib: Memory for temporaries of the loss in MiB; None for the library's default.
     """
@@ -75,6 +77,9 @@ class FusedDPOConfig(DPOConfig):
     spo_inner_lr: float | None = field(default=None, metadata={"help": "Learning rate of these steps."})
     layout: str = field(
         default="auto", metadata={"help": "Rows of the backbone: 'auto', 'padded', 'packed' or 'shared'."}
+    )
+    tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Tokens in one forward at most; a batch takes as many forwards as it needs."}
     )
     sparsity: str = field(
         default="exact", metadata={"help": "Backward of the loss: 'exact', 'certified' or 'unbiased'."}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from trl.trainer.utils import use_adapter
 from spo_kernels.extras.bilevel import bilevel_value
 from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.integrations.at_head import PairLoss, ResponseLogps, add_at_head
+from spo_kernels.integrations.layout import layout_of
+from spo_kernels.integrations.token_batches import TokenBudget
 from spo_kernels.integrations.trl_config import FusedDPOConfig, objective_of
-from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse
-from spo_kernels.integrations.trl_metrics import batch_metrics
+from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse, refuse_fsdp
+from spo_kernels.integrations.trl_metrics import Forward, batch_metrics
+from spo_kernels.integrations.trl_parts import parts_of
 from spo_kernels.integrations.trl_seam import check_dpo_trainer
 from spo_kernels.integrations.wrappers import Sealed
 from spo_kernels.losses.needs import needs_reference, value_normalization
@@ -73,6 +77,10 @@ class FusedDPOTrainer(DPOTrainer):
         refuse(args, self._objective, self._referenced)
         self._sparsity = as_sparsity(getattr(args, "sparsity", "exact"))
         self._layout = getattr(args, "layout", "auto")
+        self._tokens = getattr(args, "tokens_per_batch", None)
+        # of the present batch: the forwards that are done, how many there are, and this one's share of the pairs
+        self._forwards: list[Forward] = []
+        self._parts, self._share = 1, 1.0
         mib = getattr(args, "workspace_mib", None)
         self._options = {} if mib is None else {"workspace_bytes": mib << 20}
         # the precomputation is what keeps TRL from loading a reference
@@ -85,6 +93,17 @@ class FusedDPOTrainer(DPOTrainer):
         if self._columns:
             self.data_collator = WithColumns(self.data_collator, self._columns, self.train_dataset)
         add_at_head(self.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers has it; then what a launcher or the settings say about FSDP is checked, and its precision."""
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return
+        refuse_fsdp(self.args, plugin)
+        if plugin.mixed_precision_policy is not None:
+            # losses, log-probabilities and metrics leave it: in half precision a sum of -300 is off by up to 1
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -117,6 +136,26 @@ class FusedDPOTrainer(DPOTrainer):
         with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
             yield
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's; with `tokens_per_batch`, in as many forwards and backwards as the batch needs."""
+        if self._tokens is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        further = sorted(set(self._model_inputs(inputs)) - {"input_ids", "attention_mask"})
+        layout = layout_of(self.accelerator.unwrap_model(model), self._layout, further=further)
+        parts = parts_of(inputs, TokenBudget(self._tokens, layout))
+        losses = []
+        try:
+            self._parts = len(parts)
+            for number, part in enumerate(parts, 1):
+                self._share = len(part["input_ids"]) / len(inputs["input_ids"])
+                # processes may have different numbers of forwards; they meet in the last backward
+                with self.accelerator.no_sync(model) if number < len(parts) else nullcontext():
+                    losses.append(super().training_step(model, part, *args, **kwargs))
+        finally:
+            self._parts, self._share = 1, 1.0
+            self._forwards.clear()
+        return torch.stack(losses).sum()
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
         labels = _labels(inputs)
@@ -136,9 +175,11 @@ class FusedDPOTrainer(DPOTrainer):
         loss = found["loss"]
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * found["aux_loss"]
-        self._log_batch(mode, found, inputs, labels)
+        self._forwards.append(Forward(found, labels, inputs["attention_mask"]))
+        if len(self._forwards) == self._parts:
+            self._log_batch(mode)
         if not return_outputs:
-            return loss
+            return loss * self._share
         # as in TRL: `compute_metrics` is given logits, which takes a forward of its own
         with torch.no_grad():
             return loss, model(**given, use_cache=False)
@@ -192,10 +233,11 @@ class FusedDPOTrainer(DPOTrainer):
         left_out = (*_NOT_THE_MODELS, *self._columns)
         return {name: value for name, value in inputs.items() if name not in left_out}
 
-    def _log_batch(self, mode: str, found: Mapping[str, Tensor], inputs: Mapping[str, Tensor], labels: Tensor) -> None:
+    def _log_batch(self, mode: str) -> None:
         # TRL's rewards have its beta whatever the loss types are; an objective's have its own
         scale = 1.0 if _has_objective(self.args) else self.beta / getattr(self._objective, "beta", 1.0)
-        metrics, tokens = batch_metrics(found, labels, inputs["attention_mask"], scale, self.accelerator)
+        metrics, tokens = batch_metrics(self._forwards, scale, self.accelerator)
+        self._forwards.clear()
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         if mode == "train":

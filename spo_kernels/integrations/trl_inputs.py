@@ -11,9 +11,10 @@ from torch import Tensor
 from trl import DPOConfig
 
 from spo_kernels.integrations.layout import check_layout
+from spo_kernels.integrations.token_batches import TokenBudget
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_inputs, needs_value
-from spo_kernels.losses.pairs import token_outputs_of, token_subsets_of
+from spo_kernels.losses.pairs import coupling_of, token_outputs_of, token_subsets_of
 
 # found in the step where the reference is evaluated there
 _PILOTS = ("chosen_pilot", "rejected_pilot")
@@ -37,6 +38,7 @@ def refuse(args: DPOConfig, objective: Objective, referenced: bool) -> None:
     mib = getattr(args, "workspace_mib", None)
     if mib is not None and not (isinstance(mib, int) and mib >= 1):
         raise ValueError(f"workspace_mib must be a whole number of MiB >= 1 or None, got {mib!r}")
+    _check_tokens_per_batch(args, objective)
     if args.ld_alpha is not None and "sft" in args.loss_type:
         raise ValueError(
             "ld_alpha weighs the tokens of every term of a fused loss, and loss_type 'sft' is the plain mean over "
@@ -44,13 +46,42 @@ def refuse(args: DPOConfig, objective: Objective, referenced: bool) -> None:
         )
     if args.sync_ref_model and not referenced:
         raise ValueError(f"sync_ref_model=True needs a reference, and {objective!r} has none")
-    plugin = args.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
+    if getattr(args, "spo_inner_steps", 0) and args.deepspeed_plugin is not None:
+        raise ValueError("spo_inner_steps changes the model's weights, which DeepSpeed shards; use DDP")
+
+
+def refuse_fsdp(args: DPOConfig, plugin: Any) -> None:
+    """Raise ValueError for what cannot be done under FSDP, with the reason."""
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FusedDPOTrainer runs with FSDP2, got fsdp_version {plugin.fsdp_version}")
+    if getattr(args, "spo_inner_steps", 0):
+        raise ValueError("spo_inner_steps changes the model's weights, which FSDP shards; use DDP")
+    if getattr(args, "tokens_per_batch", None):
         raise ValueError(
-            "FusedDPOTrainer does not run with DeepSpeed ZeRO-3, which takes the head's weight away; use 2"
+            "tokens_per_batch leaves processes with different numbers of forwards, which FSDP joins; use DDP"
         )
-    if getattr(args, "spo_inner_steps", 0) and (plugin is not None or args.fsdp):
-        raise ValueError("spo_inner_steps changes the model's weights, which FSDP and DeepSpeed shard; use DDP")
+
+
+def _check_tokens_per_batch(args: DPOConfig, objective: Objective) -> None:
+    tokens = getattr(args, "tokens_per_batch", None)
+    if tokens is None:
+        return
+    TokenBudget(tokens)
+    if coupling_of(objective) == "batch":
+        raise ValueError(
+            f"tokens_per_batch makes forwards of different numbers of pairs, and {objective!r} depends on which pairs "
+            "are in a forward together: leave one of them out"
+        )
+    if args.spo_inner_steps:  # type: ignore[attr-defined]
+        raise ValueError(
+            "tokens_per_batch makes forwards of different numbers of pairs, and spo_inner_steps takes steps on the "
+            "pairs of a forward: leave one of them out"
+        )
+    if args.deepspeed_plugin is not None or args.fsdp or args.n_gpu > 1:
+        raise ValueError(
+            "tokens_per_batch leaves processes with different numbers of forwards, which FSDP, DeepSpeed and "
+            "DataParallel do not take; use DDP"
+        )
 
 
 @dataclass(frozen=True)

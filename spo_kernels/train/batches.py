@@ -1,38 +1,41 @@
-"""Which records make up an optimizer step, and how they become tensors."""
+"""How the records of an optimizer step are put in forwards, and become tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spo_kernels.data import Example
+from spo_kernels.integrations.token_batches import TokenBudget
 
 IGNORE_INDEX = -100
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def step_indices(step: int, n: int, per_step: int, seed: int) -> list[int]:
-    """Records of a step: a slice of the endless stream of per-epoch permutations.
-
-    A pure function of the step, so the data position of a resumed run is its step number; a step
-    may span two epochs, so no batch is ever short.
-    """
-    positions = range(step * per_step, (step + 1) * per_step)
-    return [int(_permutation(seed, p // n, n)[p % n]) for p in positions]
 
 
 def micro_batches(indices: Sequence[int], rank: int, world_size: int, batch_size: int) -> list[list[int]]:
     """This process's share of a step, in forwards of `batch_size`."""
     mine = list(indices[rank::world_size])
     return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """Forwards of `batch_size` records, or of as many as a budget of tokens holds."""
+
+    batch_size: int
+    budget: TokenBudget | None = None
+
+    def of(
+        self, examples: Sequence[Example], indices: Sequence[int], rank: int = 0, world_size: int = 1
+    ) -> list[list[int]]:
+        """A process's share of some records."""
+        if self.budget is None:
+            return micro_batches(indices, rank, world_size, self.batch_size)
+        share = self.budget.share([examples[i].lengths for i in indices], rank, world_size)
+        return [[indices[i] for i in forward] for forward in share]
 
 
 def collate(examples: Iterable[Example], device: torch.device) -> tuple[Tensor, Tensor]:

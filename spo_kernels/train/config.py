@@ -160,6 +160,12 @@ class TrainConfig:
     epochs: float = option(1.0, "passes over the data, when --max-steps is 0", "optimization")
     batch_size: int = option(8, "pairs or examples in one forward, per device", "optimization")
     grad_accum: int = option(1, "forwards per optimizer step", "optimization")
+    tokens_per_batch: int | None = option(
+        None,
+        "tokens in one forward at most, per device, in as many forwards as that takes; an optimizer step still has "
+        "batch_size x grad_accum records per device (default: batch_size records in one forward)",
+        "optimization",
+    )
     learning_rate: float = option(5e-6, "peak learning rate of AdamW", "optimization")
     warmup_steps: int = option(0, "optimizer steps of linear warm-up", "optimization")
     schedule: str = option(
@@ -239,6 +245,11 @@ class TrainConfig:
             raise TrainError("--spo-inner-steps is for --stage preference: sft has no lower level")
         if self.stage == "sft" and self.ld_alpha is not None:
             raise TrainError("--ld-alpha is for --stage preference: sft has no pairs")
+        if self.tokens_per_batch is not None and self.spo_inner_steps:
+            raise TrainError(
+                "--tokens-per-batch makes forwards of different numbers of pairs, and --spo-inner-steps takes steps on "
+                "the pairs of a forward: leave one of them out"
+            )
         if self.sparsity_tolerance is not None and self.sparsity == "exact":
             raise TrainError("--sparsity-tolerance needs --sparsity certified or unbiased")
         return self
@@ -284,6 +295,7 @@ _RANGES = {
     "epochs": _ABOVE_ZERO,
     "batch_size": _at_least(1),
     "grad_accum": _at_least(1),
+    "tokens_per_batch": _at_least(1),
     "learning_rate": _at_least(0),
     "warmup_steps": _at_least(0),
     "weight_decay": _at_least(0),

@@ -7,7 +7,7 @@ from typing import Any
 
 from spo_kernels.losses import Objective, build_loss
 from spo_kernels.losses.needs import needs_inputs, needs_value
-from spo_kernels.losses.pairs import token_outputs_of, token_subsets_of
+from spo_kernels.losses.pairs import coupling_of, token_outputs_of, token_subsets_of
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.mismatched import MISMATCHED
@@ -44,6 +44,11 @@ def build_objective(config: TrainConfig) -> Objective | None:
         objective = build_loss(config.loss, **fields)
     except (ValueError, TypeError) as error:
         raise TrainError(f"--loss {config.loss}: {error}") from error
+    if config.tokens_per_batch is not None and coupling_of(objective) == "batch":
+        raise TrainError(
+            f"--tokens-per-batch makes forwards of different numbers of pairs, and --loss {config.loss} depends on "
+            "which pairs are in a forward together: leave one of them out"
+        )
     if config.spo_inner_steps and not needs_value(objective):
         raise TrainError("--spo-inner-steps needs --spo-penalty hinge: the gradient of nll has no value in it")
     if "kl" in token_outputs_of(objective) and config.reference != "online":

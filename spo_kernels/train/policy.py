@@ -39,10 +39,11 @@ class Policy(FusedPreferenceModel):
         ld_alpha: float | None = None,
         sparsity: Sparsity = EXACT,
         layout: str = "auto",
+        accumulate: bool = False,
         **kernels: Any,
     ) -> None:
-        options: dict[str, Any] = {"reduction": "sum", "pair_logps": True, "layout": layout, **kernels}
-        super().__init__(model, loss, reference, ld_alpha=ld_alpha, sparsity=sparsity, **options)
+        own: dict[str, Any] = {"layout": layout, "accumulate": accumulate, "ld_alpha": ld_alpha, "sparsity": sparsity}
+        super().__init__(model, loss, reference, **own, reduction="sum", pair_logps=True, **kernels)
         self._kernels = {**kernels, "shift": True, "ignore_index": IGNORE_INDEX}
         self._experts = router_loss(model)
 

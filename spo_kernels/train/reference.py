@@ -23,7 +23,7 @@ from spo_kernels import LMHead
 from spo_kernels.data import Example
 from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.integrations.at_head import ResponseLogps
-from spo_kernels.train.batches import IGNORE_INDEX, collate, micro_batches
+from spo_kernels.train.batches import IGNORE_INDEX, Forwards, collate
 from spo_kernels.train.files import whole, writing
 from spo_kernels.train.together import together
 from spo_kernels.train.token_logps import TokenPlaces
@@ -38,7 +38,7 @@ def reference_logps(
     folder: Path,
     warn: Callable[[str], None],
     content: str,
-    batch_size: int,
+    forwards: Forwards,
     quiet: bool = True,
     ld_alpha: float | None = None,
     of_tokens: bool = False,
@@ -65,7 +65,7 @@ def reference_logps(
     if broadcast_object_list([cached is not None])[0]:
         logps = torch.empty(shape) if cached is None else cached
         return broadcast(logps.to(accelerator.device)).cpu()
-    logps = score(model, examples, accelerator, batch_size, quiet, ld_alpha, places, layout, **kernel_options)
+    logps = score(model, examples, accelerator, forwards, quiet, ld_alpha, places, layout, **kernel_options)
     with together(accelerator):
         if accelerator.is_main_process:
             _save(path, key, logps)
@@ -77,7 +77,7 @@ def score(
     model: nn.Module,
     examples: Sequence[Example],
     accelerator: Any,
-    batch_size: int,
+    forwards: Forwards,
     quiet: bool = True,
     ld_alpha: float | None = None,
     places: TokenPlaces | None = None,
@@ -90,7 +90,7 @@ def score(
     shape = (len(examples), responses) if places is None else (places.total,)
     found = torch.zeros(shape, device=accelerator.device)
     by_length = sorted(range(len(examples)), key=lambda i: examples[i].longest)
-    batches = micro_batches(by_length, accelerator.process_index, accelerator.num_processes, batch_size)
+    batches = forwards.of(examples, by_length, accelerator.process_index, accelerator.num_processes)
     for batch in tqdm(batches, desc="reference", disable=quiet or not accelerator.is_main_process):
         input_ids, labels = collate((examples[i] for i in batch), accelerator.device)
         weights = None if ld_alpha is None or places is not None else ld_dpo_weights(labels, ld_alpha, shift=True)

@@ -23,10 +23,13 @@ from transformers.utils.logging import disable_progress_bar
 import spo_kernels
 from spo_kernels import LMHead, backend_info
 from spo_kernels.data import Example
+from spo_kernels.integrations.layout import layout_of
 from spo_kernels.integrations.preference_model import ADAPTERS_OFF
+from spo_kernels.integrations.token_batches import TokenBudget
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
 from spo_kernels.losses.pairs import token_subsets_of
+from spo_kernels.train.batches import Forwards
 from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity
 from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
 from spo_kernels.train.data import check_not_checkpoint, dated, load_examples
@@ -45,9 +48,11 @@ from spo_kernels.train.model import (
 from spo_kernels.train.objective import build_objective, input_columns, mismatched_inputs
 from spo_kernels.train.output import CACHE_FOLDER, SETTINGS, claimed, rescue, save_model, warn_of_space
 from spo_kernels.train.policy import Policy, SFTPolicy
+from spo_kernels.train.processes import SHARDED, make_accelerator
 from spo_kernels.train.reference import data_hash, model_hash, reference_logps
+from spo_kernels.train.sharded import model_weights, shard
 from spo_kernels.train.signals import StopSignals
-from spo_kernels.train.together import together
+from spo_kernels.train.together import lost_processes_said, together
 from spo_kernels.train.token_logps import TokenLogps, TokenPlaces
 
 
@@ -55,7 +60,7 @@ def run(config: TrainConfig, stop: StopSignals | None = None) -> None:
     """Train as `config` says; raises TrainError for what the user can put right, Stopped after a signal."""
     objective = build_objective(config)
     _check_backend(config)
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config)
     if config.quiet or not accelerator.is_main_process:
         disable_progress_bar()
         datasets.disable_progress_bars()
@@ -63,19 +68,26 @@ def run(config: TrainConfig, stop: StopSignals | None = None) -> None:
     def warn(message: str) -> None:
         accelerator.print(f"spo-train: {message}", file=sys.stderr)
 
-    with claimed(config, accelerator, warn) as (output, checkpoint):
+    goes_on = "the same command with --resume goes on from the newest checkpoint"
+    with lost_processes_said(goes_on), claimed(config, accelerator, warn) as (output, checkpoint):
         trainer, tokenizer = _prepare(config, objective, accelerator, warn, output, checkpoint)
         trainer.stop = stop or trainer.stop
         model = accelerator.unwrap_model(trainer.policy).model
         try:
             trainer.run(checkpoint)
+            weights = model_weights(model, keep=accelerator.is_main_process)
             with together(accelerator):
                 if accelerator.is_main_process:
-                    save_model(model, tokenizer, output)
+                    save_model(model, tokenizer, output, weights)
         except StorageError as error:
+            weights = model_weights(model, keep=accelerator.is_main_process)
             with together(accelerator):
                 if accelerator.is_main_process:
-                    raise TrainError(f"{error}; {rescue(model, tokenizer, output, trainer.step)}") from error
+                    raise TrainError(f"{error}; {rescue(model, tokenizer, output, trainer.step, weights)}") from error
+    # What DDP holds of the processes' group goes first: freed after it, it would wait for a thread of the group, with
+    # Python's lock, which that thread may need.
+    del trainer, model
+    accelerator.free_memory()
     accelerator.end_training()
 
 
@@ -123,21 +135,18 @@ def _prepare(
     if objective is None:
         policy = SFTPolicy(model, config.backward, **kernels)
     else:
+        # DDP's hooks would miss what is added to a gradient, and autocast casts the weight
+        kernels["accumulate"] = accelerator.num_processes == 1 and accelerator.mixed_precision == "no"
         policy = Policy(model, objective, reference, config.ld_alpha, config.backward, config.layout, **kernels)
-    trainer = _trainer(config, accelerator, policy, splits, output, identity, build_inner(config, objective))
+    forwards = _forwards(config, [model, *([reference] if isinstance(reference, nn.Module) else [])], *examples)
+    if accelerator.distributed_type == SHARDED:
+        if isinstance(reference, nn.Module):
+            shard(reference, accelerator.state.fsdp_plugin)
+        shard(policy, accelerator.state.fsdp_plugin, methods=("log_ratios",) if objective else ())
+    trainer = _trainer(config, accelerator, policy, splits, output, identity, forwards, build_inner(config, objective))
     trainer.warn = warn
     set_seed(config.seed, device_specific=True)
     return trainer, tokenizer
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.bf16 else None, gradient_accumulation_steps=config.grad_accum
-    )
-    kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise TrainError(f"accelerate's {kind} shards the model or its head, which is not supported; use plain DDP")
-    return accelerator
 
 
 def _check_backend(config: TrainConfig) -> None:
@@ -176,6 +185,7 @@ def _identity(
         SOFTWARE: (
             f"spo_kernels {spo_kernels.__version__}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}, {torch.get_num_threads()} threads"
+            f"{', FSDP2' if accelerator.distributed_type == SHARDED else ''}"
         ),
         "mixed precision": accelerator.mixed_precision,
         "data content": [data_hash(part) for part in examples],
@@ -213,6 +223,21 @@ def _check_resumed(
         )
 
 
+def _forwards(config: TrainConfig, models: Sequence[nn.Module], *examples: Sequence[Example]) -> Forwards:
+    """How the models, policy or reference or both, are given records."""
+    if config.tokens_per_batch is None:
+        return Forwards(config.batch_size)
+    layouts = ["padded"] if config.stage == "sft" else [layout_of(model, config.layout) for model in models]
+    budget = TokenBudget(config.tokens_per_batch, "padded" if "padded" in layouts else layouts[0])
+    longest = max(budget.cost(example.lengths) for part in examples for example in part)
+    if longest > budget.tokens:
+        raise TrainError(
+            f"--tokens-per-batch {budget.tokens} does not hold the longest record, {longest} tokens ({budget.layout} "
+            "layout); raise it, or lower --max-length"
+        )
+    return Forwards(config.batch_size, budget)
+
+
 def _references(
     config: TrainConfig,
     objective: Objective | None,
@@ -245,7 +270,7 @@ def _references(
             folder,
             warn,
             content,
-            config.batch_size,
+            _forwards(config, [other], part),
             config.quiet,
             ld_alpha,
             of_tokens,
@@ -292,6 +317,7 @@ def _trainer(
     splits: list[Split],
     output: Path,
     identity: dict[str, Any],
+    forwards: Forwards,
     inner: InnerSteps | None,
 ) -> Trainer:
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -304,7 +330,10 @@ def _trainer(
     max_steps = _planned_steps(identity, len(splits[0].examples))
     schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     scheduler = get_scheduler(schedule, optimizer, config.warmup_steps, max_steps)
-    prepared, optimizer = accelerator.prepare(policy, optimizer)
+    if accelerator.distributed_type == SHARDED:
+        prepared, optimizer = policy, accelerator.prepare_optimizer(optimizer)
+    else:
+        prepared, optimizer = accelerator.prepare(policy, optimizer)
     return Trainer(
         config=config,
         accelerator=accelerator,
@@ -316,5 +345,6 @@ def _trainer(
         output=output,
         identity=identity,
         max_steps=max_steps,
+        forwards=forwards,
         inner=inner,
     )

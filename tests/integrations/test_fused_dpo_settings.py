@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 or newer is not installed")
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig, PromptTuningConfig
 from torch.distributed.utils import _apply_to_tensors
 from trl import DPOConfig, DPOTrainer, TrlParser
@@ -22,6 +24,7 @@ from spo_kernels.losses import DPO, SPO, build_loss, needs_inputs
 from spo_kernels.losses.beta_dpo import BetaDPO
 from spo_kernels.losses.pairs import token_outputs_of
 
+from .same_run import assert_same
 from .tiny import LORA, Run, dataset, make_model, make_tokenizer
 
 HINGE = {"penalty": "hinge", "value": "input"}
@@ -143,6 +146,22 @@ def test_statistics_are_saved_and_a_run_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.parametrize(("layout", "tokens"), [("auto", 26), ("packed", 40), ("padded", 50)])
+def test_a_budget_of_tokens_leaves_gradient_and_metrics_as_they_are(tmp_path, layout, tokens):
+    """Forwards of one, two or three pairs of four; the reference's as well, columns of the data beside them."""
+    data = dataset("pairs").add_column("offset", [0.25 * i for i in range(16)])
+    settings = {"library": trl, "data": data, "objective": "odpo", "layout": layout, "steps": 3}
+    whole = Run("FusedDPO", "llama", tmp_path, **settings)
+    split = Run("FusedDPO", "llama", tmp_path, tokens_per_batch=tokens, **settings)
+    assert len(whole.losses) == 3 and len(split.losses) > 3
+    shares = [loss / sum(split.losses) for loss in split.losses]
+    assert max(shares) > 1.2 * min(shares)
+    split.losses = whole.losses
+    assert_same(split, whole)
+    with pytest.raises(ValueError, match=r"tokens_per_batch = 3: a forward of 3 tokens does not hold the longest"):
+        Run("FusedDPO", "llama", tmp_path, tokens_per_batch=3, **settings)
+
+
 def test_evaluation_reports_trl_s_metrics(tmp_path):
     expected = Run("DPO", "gemma2", tmp_path, steps=2, per_device_eval_batch_size=4)
     found = Run("FusedDPO", "gemma2", tmp_path, steps=2, per_device_eval_batch_size=4, library=trl)
@@ -246,6 +265,12 @@ REFUSED = {
     "sft and ld_alpha": ({"loss_type": ["sft"], "ld_alpha": 0.5}, "ld_alpha"),
     "nothing to synchronise": ({"objective": "simpo", "sync_ref_model": True, "ref": None}, "sync_ref_model"),
     "a sparsity": ({"sparsity": "some"}, "sparsity"),
+    "no budget": ({"tokens_per_batch": 0}, "tokens_per_batch must be a whole number of at least 1, got 0"),
+    "a budget and a batch": ({"tokens_per_batch": 99, "objective": "bco"}, "which pairs are in a forward together"),
+    "a budget and inner steps": (
+        {"objective": "spo", "objective_args": HINGE, "spo_inner_steps": 1, "spo_inner_lr": 0.1, "tokens_per_batch": 9},
+        "spo_inner_steps takes steps on the pairs of a forward",
+    ),
     "a workspace": ({"workspace_mib": 0}, "workspace_mib"),
 }
 
@@ -256,6 +281,25 @@ def test_refused_at_construction(tmp_path, case):
     ref = settings.get("ref", "other")
     with pytest.raises((ValueError, TypeError), match=message):
         trainer(tmp_path, ref_model=ref, **{key: value for key, value in settings.items() if key != "ref"})
+
+
+@pytest.mark.parametrize(
+    "version, settings, message",
+    [
+        (1, {}, "runs with FSDP2, got fsdp_version 1"),
+        (
+            2,
+            {"objective": SPO(penalty="hinge", value="input"), "spo_inner_steps": 1, "spo_inner_lr": 0.1},
+            "FSDP shards",
+        ),
+    ],
+)
+def test_refused_under_fsdp(tmp_path, monkeypatch, version, settings, message):
+    """Whoever asked for it: a launcher's settings are in accelerate's state alone."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version)
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **settings)
 
 
 def test_a_copy_of_a_trained_model_says_that_it_would_run_the_other(tmp_path):

@@ -12,11 +12,22 @@ pytest.importorskip("transformers")
 
 from transformers.pytorch_utils import Conv1D
 
-from spo_kernels.integrations.layout import hidden_of_pairs, ways
+from spo_kernels.integrations.layout import hidden_of_pairs, segments, ways
+from spo_kernels.integrations.layout.masks import additive
 from spo_kernels.integrations.layout.rows import PairRow, lay_row
 from spo_kernels.integrations.transformers import FusedPreferenceModel
 from spo_kernels.losses import DPO
-from tests.integrations.packing import CONFIGS, PACKED, PAIRS, SHARED, batch_of, build, row_of
+from tests.integrations.packing import (
+    CONFIGS,
+    PACKED,
+    PAIRS,
+    SHARED,
+    assert_same,
+    batch_of,
+    build,
+    gradients,
+    row_of,
+)
 
 
 def train(name: str, layout: str) -> tuple[list[float], list[Tensor], list[Tensor]]:
@@ -96,6 +107,23 @@ def test_dense_masks_say_the_same(name: str, monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(hidden, expected[:, :-1][scored], rtol=1e-4, atol=1e-5)
     mask = ways.by_dense_masks(model.config, row_of(), torch.float32)
     assert isinstance(mask, dict) == (name == "gemma2")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_long_segments_take_several_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them has more numbers than the limit, and the gradient is the padded batch's."""
+    made: list[int] = []
+
+    def counted(seen: Tensor, dtype: torch.dtype) -> Tensor:
+        made.append(seen.numel() * dtype.itemsize)
+        return additive(seen, dtype)
+
+    model, batch = build(name), batch_of()
+    expected = gradients(model, "padded", batch, loss="simpo")
+    monkeypatch.setattr(segments, "_BLOCK_BYTES", 150)
+    monkeypatch.setattr(segments, "additive", counted)
+    assert_same(gradients(model, "shared", batch, loss="simpo"), expected)
+    assert len(made) > 20 and max(made) <= 150, made
 
 
 @pytest.mark.parametrize(("layout", "tokens"), [("packed", PACKED), ("shared", SHARED)])

@@ -23,7 +23,7 @@ from spo_kernels.integrations.transformers import FusedPreferenceModel, PairColl
 from tests.integrations.fsdp_ranks import message
 from tests.integrations.test_transformers import PAIRS, REFERENCE, build
 
-WATCHDOG = 120
+WATCHDOG = 300
 Split = Callable[[Any, DeviceMesh, Path], Any]
 
 

@@ -110,7 +110,9 @@ def token_part(inputs: Inputs, rank: int, shares: tuple[float, ...]) -> tuple[In
             part = parts(stop - start, shares)[rank]
             found.append(torch.arange(start + part.start, start + part.stop))
         places = torch.cat([*found, torch.empty(0, dtype=torch.int64)])
-        bounds = torch.nn.functional.pad(torch.tensor([len(part) for part in found]).cumsum(0), (1, 0))
+        bounds = torch.nn.functional.pad(
+            torch.tensor([len(part) for part in found], dtype=torch.int64).cumsum(0), (1, 0)
+        )
 
     def of(values: Tensor) -> Tensor:
         return values.flatten(0, inputs.labels.ndim - 1)[places]

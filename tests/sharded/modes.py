@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spo_kernels import LMHead, fused_spo_loss, linear_kl, linear_logprob, sequence_logps
+from spo_kernels import LMHead, fused_spo_loss, linear_kl, linear_logprob, linear_token_loss, sequence_logps
 from tests.sharded.inputs import Inputs, alone, parts, token_part, worst
 
 # heads of policy and reference
@@ -62,6 +62,20 @@ def logprob(*, frozen: bool = False, upstream: tuple[str, ...] = (), **options: 
         slope = torch.linspace(-1, 1, logp.numel(), dtype=logp.dtype).view(logp.shape)
         sum((value * slope).sum() for value in (logp, *(extras[name] for name in upstream))).backward()
         return {"logp": logp.detach(), **extras, **gradients(hidden, head)}
+
+    return run
+
+
+def of_tokens(**options: Any) -> Run:
+    """`linear_token_loss`, each token's with a weight of its own."""
+
+    def run(inputs: Inputs, head: LMHead, ref_head: LMHead) -> dict[str, Tensor]:
+        hidden = inputs.hidden.clone().requires_grad_()
+        loss, logp = linear_token_loss(
+            hidden, head, inputs.labels, lambda logp, at: inputs.token_weights[at] * logp.square(), **options
+        )
+        loss.backward()
+        return {"loss": loss.detach(), "logp": logp, **gradients(hidden, head)}
 
     return run
 

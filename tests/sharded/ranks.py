@@ -14,14 +14,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.sharded import MODES, Size, counted
 from spo_kernels.losses.registry import build_loss
 from tests.sharded.inputs import random_inputs
-from tests.sharded.modes import divergence, logprob, of_sequences, pair_loss, split_both, split_tokens, split_vocabulary
+from tests.sharded.modes import (
+    divergence,
+    logprob,
+    of_sequences,
+    of_tokens,
+    pair_loss,
+    split_both,
+    split_tokens,
+    split_vocabulary,
+)
 from tests.sharded.refused import messages
 from tests.sharded.replicas import replicas
 from tests.sharded.sparsely import certified, decided_together, everything_kept, unbiased
 
-WATCHDOG = 150
+# seconds until every process says where it stands and ends; alone on two cores 10 to 15 are taken
+WATCHDOG = 300
 EVERY = ("lse", "correct", "entropy", "log_sum_p2", "mean_logit")
 CARRIED = ("lse", "entropy", "log_sum_p2")
 # a margin one, a pair one, a batch-coupled one with running statistics
@@ -88,6 +99,7 @@ def of_vocabulary(backend: str) -> dict[str, Any]:
         "divergence": (odd, divergence(backend=backend)),
         "divergence, tiles": (wide, divergence(workspace_bytes=60_000, backend="torch")),
         "divergence, no token": (empty, divergence(backend=backend)),
+        "losses of tokens": (odd, of_tokens(backend=backend)),
         "no token at all": (empty, logprob(outputs=EVERY, backend=backend)),
         "drawn tokens": (plain, pair_loss("sgdpo", backend=backend)),
     }
@@ -117,7 +129,16 @@ def cases(world: int) -> dict[str, Case]:
             for name, shares in (("sparse", (1, 1)), ("exact", (3, 1))):
                 found[f"decided {name}, {frozen}"] = partial(decided_together, shares, frozen)
         found |= {"certified": certified, "unbiased": unbiased}
+        found["traffic"] = traffic
     return found
+
+
+def traffic() -> dict[str, float]:
+    """Bytes of either mode beyond the formula's; see benchmarks/sharded.py."""
+    size = Size(2, tokens=64, vocab=1000, hidden=32, bytes=4, workspace=200_000)
+    found = {mode: counted(mode, size) for mode in MODES}
+    beyond = {f"sent, {mode}": found[mode]["sent"] - size.sent(mode) for mode in MODES}
+    return beyond | {"held, vocabulary": found["vocabulary"]["held"] - size.held("vocabulary")}
 
 
 def grid() -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from tests.sharded.inputs import Inputs, random_inputs
 from tests.sharded.modes import Run, divergence, logprob, of_sequences, pair_loss, split_tokens, split_vocabulary
 from tests.sharded.ranks import largest
 
-WATCHDOG, CALLS = 120, 200
+WATCHDOG, CALLS = 300, 200
 OBJECTIVES = ("dpo", "spo", "simpo", "kto", "cpo", "ipo", "tdpo", "aot", "alpha_dpo", "beta_dpo")
 
 

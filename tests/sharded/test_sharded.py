@@ -79,6 +79,13 @@ def test_what_a_sparse_backward_leaves_out(found: Callable[[int], Found]) -> Non
         assert found(2)[mode]["kept"] == -found(2)[mode]["minus kept"] < 0.5
 
 
+def test_nothing_as_large_as_the_head_moves(found: Callable[[int], Found]) -> None:
+    """Beyond what the formula counts, 100 bytes of agreement; gathered, the head out and its gradient back."""
+    beyond = found(2)["traffic"]
+    assert 0 <= beyond["sent, vocabulary"] < 200 and 0 <= beyond["sent, gather"] < 200
+    assert beyond["held, vocabulary"] < 20_000
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_all_processes_refuse(found: Callable[[int], Found], name: str) -> None:
     for said in found(2)["refused"][name]:

@@ -24,8 +24,10 @@ RUNS: dict[str, tuple[Any, ...]] = {
     "inner": ("--spo-penalty", "hinge", "--spo-inner-steps", 2, "--spo-inner-lr", 0.02, "--diagnostics"),
     "state": ("--loss", "alpha_dpo_code", "--beta", 1.0),
     "sft": ("--stage", "sft"),
+    # forwards of different numbers of pairs, and more of them on one process than on the other
+    "tokens": ("--tokens-per-batch", 26),
 }
-RESUMED = ("spo", "state")
+RESUMED = ("spo", "state", "tokens")
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from spo_kernels.integrations.token_batches import step_indices
 from spo_kernels.losses import LOSSES, build_loss
 from spo_kernels.losses.state import has_state
-from spo_kernels.train.batches import IGNORE_INDEX, micro_batches, step_indices
+from spo_kernels.train.batches import IGNORE_INDEX, micro_batches
 from spo_kernels.train.policy import Policy
 
 from .conftest import Train, read_metrics, read_weights

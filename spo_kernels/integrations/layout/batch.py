@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 from weakref import WeakKeyDictionary
@@ -117,8 +117,28 @@ def lay_pairs(
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None or layout == "padded" or torch.compiler.is_compiling() or not _are_pairs(labels, ids, mask):
         return plain
+    further = sorted(key for key, value in inputs.items() if key not in _MODEL_INPUTS and value is not None)
+    taken = layout_of(model, layout, further=further, run=run)
+    if taken == "padded":
+        return plain
+    row = lay_row(ids, mask, labels, shared=taken == "shared", ignore_index=ignore_index)
+    return plain if row is None else LaidPairs(inputs, row.labels, row)
+
+
+def layout_of(model: nn.Module, layout: str = "auto", *, further: Sequence[str] = (), run: Run | None = None) -> str:
+    """The layout in which a model computes pairs: "padded", "packed" or "shared".
+
+    Args:
+        model, layout, run: As in `lay_pairs`.
+        further: Names of inputs of the model's forward beside input_ids and attention_mask.
+
+    Raises:
+        ValueError: As in `lay_pairs`.
+    """
+    check_layout(layout)
+    if layout == "padded":
+        return layout
     try:
-        further = sorted(key for key, value in inputs.items() if key not in _MODEL_INPUTS and value is not None)
         if further:
             raise NotExact(f"its forward is given {', '.join(further)}")
         way_of(model, run)
@@ -126,9 +146,8 @@ def lay_pairs(
         if layout != "auto":
             raise ValueError(f"layout = {layout!r}: {_sentence(model, str(error))}") from None
         _say(model, str(error))
-        return plain
-    row = lay_row(ids, mask, labels, shared=layout != "packed", ignore_index=ignore_index)
-    return plain if row is None else LaidPairs(inputs, row.labels, row)
+        return "padded"
+    return "packed" if layout == "packed" else "shared"
 
 
 def hidden_of_pairs(

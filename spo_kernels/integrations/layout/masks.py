@@ -13,6 +13,8 @@ from spo_kernels.integrations.layout.rows import PairRow, Segment
 
 # a dense mask has N * N numbers
 MASK_BYTES = 64 << 20
+# of flex_attention's
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,7 @@ class Reach:
     chunk: int = 0  # 0: none
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Whether queries at these positions `[q]` see keys at those `[k]`: bool `[q, k]`."""
-        queries, keys = queries[:, None], keys[None]
+        """Whether queries at these positions see keys at those, broadcast against each other."""
         seen = keys <= queries
         if self.window:
             seen &= queries - keys < self.window
@@ -59,7 +60,7 @@ def reaches(config: Any) -> dict[str, Reach]:
     return {kind: known[kind] for kind in dict.fromkeys(kinds)}
 
 
-def in_the_models_form(config: Any, mask_of: Callable[[Reach], Tensor]) -> Tensor | dict[str, Tensor]:
+def in_the_models_form(config: Any, mask_of: Callable[[Reach], Any]) -> Any:
     """One mask `[1, 1, ...]` where all layers have the same reach, else one for each kind of layer."""
     by_kind = reaches(config)
     made = {reach: mask_of(reach) for reach in by_kind.values()}
@@ -68,15 +69,56 @@ def in_the_models_form(config: Any, mask_of: Callable[[Reach], Tensor]) -> Tenso
     return {kind: made[reach] for kind, reach in by_kind.items()}
 
 
+def visible(row: PairRow, reach: Reach) -> Callable[[Tensor, Tensor], Tensor]:
+    """Whether tokens of the row, by their places in it, attend to others, broadcast against each other."""
+    positions = row.position_ids[0]
+    lengths, trunks, prefixes = torch.tensor(row.segments, device=positions.device).T
+    segment = torch.arange(len(row.segments), device=positions.device).repeat_interleave(lengths)
+
+    def seen(queries: Tensor, keys: Tensor) -> Tensor:
+        own, other = segment[queries], segment[keys]
+        of_prefix = (other == trunks[own]) & (positions[keys] < prefixes[own])
+        return ((own == other) | of_prefix) & reach.sees(positions[queries], positions[keys])
+
+    return seen
+
+
 def dense_mask(row: PairRow, reach: Reach, dtype: torch.dtype) -> Tensor:
     """`[1, 1, N, N]`: 0 where a token attends to another, else the dtype's least number."""
-    device = row.position_ids.device
-    lengths, trunks, prefixes = torch.tensor(row.segments, device=device).T
-    segment = torch.arange(len(row.segments), device=device).repeat_interleave(lengths)
-    positions = row.position_ids[0]
-    own = segment[:, None] == segment
-    of_prefix = (segment == trunks[segment][:, None]) & (positions < prefixes[segment][:, None])
-    return additive((own | of_prefix) & reach.sees(positions, positions), dtype)[None, None]
+    places = torch.arange(row.position_ids.shape[1], device=row.position_ids.device)
+    return additive(visible(row, reach)(places[:, None], places), dtype)[None, None]
+
+
+def block_mask(row: PairRow, reach: Reach) -> Any:
+    """The same as `flex_attention` takes it: which blocks of queries and keys there is something to see in."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    seen, tokens, device = visible(row, reach), row.position_ids.shape[1], row.position_ids.device
+    columns = torch.arange(-(-tokens // _BLOCK) * _BLOCK, device=device)
+    last = tokens - 1
+    some, every = [], []
+    # a block of queries at a time: nothing grows with the square of the row
+    for queries in columns.split(_BLOCK):
+        part = seen(queries.clamp_max(last)[:, None], columns.clamp_max(last))
+        part &= (queries < tokens)[:, None] & (columns < tokens)
+        of_blocks = part.view(_BLOCK, -1, _BLOCK)
+        some.append(of_blocks.any(2).any(0))
+        every.append(of_blocks.all(2).all(0))
+    full = torch.stack(every)
+    partial, whole = _listed(torch.stack(some) & ~full), _listed(full)
+    return BlockMask.from_kv_blocks(
+        *partial,
+        *whole,
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=lambda _, __, query, key: seen(query, key),
+        seq_lengths=(tokens, tokens),
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row how many blocks are set, and their numbers before those of the others."""
+    numbers = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+    return blocks.sum(-1, dtype=torch.int32)[None, None], numbers[None, None]
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

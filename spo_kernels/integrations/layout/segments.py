@@ -8,10 +8,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spo_kernels.integrations.layout.masks import Reach, additive, is_table, read_table
 
 _PREFIX = "spo_segments|"
+# a mask has a row for each token: longer segments take several
+_BLOCK_BYTES = 16 << 20
 
 
 def attend_by_segments(config: Any) -> None:
@@ -34,11 +37,15 @@ def attend_by_segments(config: Any) -> None:
     text._attn_implementation = name
 
 
+def own_attention(config: Any) -> str | None:
+    """The name of the model's attention, whether it reads a `segment_table` or not."""
+    own = config.get_text_config()._attn_implementation
+    return None if own is None else str(own).removeprefix(_PREFIX)
+
+
 def attend_as_before(config: Any) -> None:
     """Undo `attend_by_segments`."""
-    text = config.get_text_config()
-    if text._attn_implementation is not None:
-        text._attn_implementation = text._attn_implementation.removeprefix(_PREFIX)
+    config.get_text_config()._attn_implementation = own_attention(config)
 
 
 def _attention(
@@ -62,24 +69,40 @@ def _attention(
     lengths = [segment.length for segment in segments]
     # split, not slices: their backward would write a whole row of zeros for each
     queries, keys, values = (each.split(lengths, dim=2) for each in (query, key, value))
+
+    def attended(number: int, part: range, q: Tensor, k: Tensor, v: Tensor, *trunk: Tensor) -> Tensor:
+        """Some tokens of a segment, with its q, k and v, and where it continues another, k and v of that."""
+        length, _, prefix = segments[number]
+        if len(part) < length:
+            q, k, v = q[:, :, part.start : part.stop], k[:, :, : part.stop], v[:, :, : part.stop]
+        if trunk:
+            k, v = (torch.cat([t[:, :, :prefix], e], 2) for t, e in zip(trunk, (k, v), strict=True))
+        mask = _mask(reach, part, prefix, query) if _is_masked(own, reach, length, prefix) else None
+        return cast(Tensor, call(module, q, k, v, mask, **options)[0])
+
+    # in the backward computed again, not kept: the prefix beside each response, and masks
+    random = bool(options.get("dropout"))
+    again = partial(checkpoint, attended, use_reentrant=False, preserve_rng_state=random)
     found = []
-    for number, segment in enumerate(segments):
-        k, v = keys[number], values[number]
-        if segment.prefix:
-            k, v = (
-                torch.cat([each[segment.trunk][:, :, : segment.prefix], each[number]], 2) for each in (keys, values)
-            )
-        mask = _mask(own, reach, segment.length, segment.prefix, query)
-        found.append(call(module, queries[number], k, v, mask, **options)[0])
+    for number, (length, trunk, prefix) in enumerate(segments):
+        mine = [queries[number], keys[number], values[number]]
+        mine += [keys[trunk], values[trunk]] if prefix else []
+        rows = length
+        if _is_masked(own, reach, length, prefix):
+            rows = max(1, _BLOCK_BYTES // ((prefix + length) * query.dtype.itemsize))
+        attend = again if torch.is_grad_enabled() and (prefix or rows < length) else attended
+        for start in range(0, length, rows):
+            found.append(attend(number, range(start, min(start + rows, length)), *mine))
     return torch.cat(found, 1), None
 
 
-def _mask(own: str, reach: Reach, length: int, prefix: int, query: Tensor) -> Tensor | None:
-    """`[1, 1, length, prefix + length]` additive; None where the kernel's own causal mask is that."""
-    if "flash" in own:
-        # aligned to the last key, windows too
-        return None
-    if own == "sdpa" and not prefix and length > 1 and reach.is_causal(length):
-        return None
-    positions = torch.arange(prefix + length, device=query.device)
-    return additive(reach.sees(positions[prefix:], positions), query.dtype)[None, None]
+def _is_masked(own: str, reach: Reach, length: int, prefix: int) -> bool:
+    """Whether a segment needs a mask: the kernel's own causal one is not what it may see."""
+    # flash attention's is aligned to the last key, windows too
+    return "flash" not in own and not (own == "sdpa" and not prefix and length > 1 and reach.is_causal(length))
+
+
+def _mask(reach: Reach, part: range, prefix: int, query: Tensor) -> Tensor:
+    """`[1, 1, len(part), prefix + part.stop]` additive."""
+    positions = torch.arange(prefix + part.stop, device=query.device)
+    return additive(reach.sees(positions[prefix + part.start :, None], positions), query.dtype)[None, None]

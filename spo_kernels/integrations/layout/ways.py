@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from spo_kernels.engine.checks import without_autocast
 from spo_kernels.head import inner_model
 from spo_kernels.integrations.hidden import Run, device_of, forward_without_logits
-from spo_kernels.integrations.layout.masks import MASK_BYTES, dense_mask, in_the_models_form, reaches, segment_table
+from spo_kernels.integrations.layout.masks import (
+    MASK_BYTES,
+    block_mask,
+    dense_mask,
+    in_the_models_form,
+    reaches,
+    segment_table,
+)
 from spo_kernels.integrations.layout.rows import PairRow, lay_row
-from spo_kernels.integrations.layout.segments import attend_as_before, attend_by_segments
+from spo_kernels.integrations.layout.segments import attend_as_before, attend_by_segments, own_attention
 
 # relative difference of a token's hidden states that counts as rounding
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -34,13 +41,19 @@ class NotExact(Exception):
 Masks = Callable[[Any, PairRow, torch.dtype], Any]
 
 
-def by_segments(config: Any, row: PairRow, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def by_segments(config: Any, row: PairRow, dtype: torch.dtype) -> Any:
     """Masks for a model whose attention transformers dispatches: no number for each pair of tokens."""
     attend_by_segments(config)
     return in_the_models_form(config, lambda reach: segment_table(row.segments, reach))
 
 
-def by_dense_masks(config: Any, row: PairRow, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def by_block_masks(config: Any, row: PairRow, dtype: torch.dtype) -> Any:
+    """Masks for a model whose attention is `flex_attention`: one kernel for all segments."""
+    attend_as_before(config)
+    return in_the_models_form(config, lambda reach: block_mask(row, reach))
+
+
+def by_dense_masks(config: Any, row: PairRow, dtype: torch.dtype) -> Any:
     """Masks for a model with an attention of its own.
 
     Raises:
@@ -124,7 +137,8 @@ def _compare(model: nn.Module, inner: Any, run: Run | None) -> Masks | str:
         attend_as_before(inner.config)
         plain, _ = forward_without_logits(model, run, input_ids=ids, attention_mask=mask)
         expected = plain.flatten(0, 1)[row.places - 1].double()
-        for way in (by_segments, by_dense_masks):
+        flex = own_attention(inner.config) == "flex_attention"
+        for way in (by_block_masks if flex else by_segments, by_dense_masks):
             try:
                 hidden, _ = forward_without_logits(model, run, **inputs_of(model, row, way))
                 hidden = hidden[0, row.index].double()
@@ -136,7 +150,8 @@ def _compare(model: nn.Module, inner: Any, run: Run | None) -> Masks | str:
                 return way
             why.append(f"hidden states differ by {apart:.2g} of their norm")
     attend_as_before(inner.config)
-    return f"compared with the plain layout: by segments, {why[0]}; with dense masks, {why[1]}"
+    first = "with block masks" if flex else "by segments"
+    return f"compared with the plain layout: {first}, {why[0]}; with dense masks, {why[1]}"
 
 
 def _small_batch(model: nn.Module, inner: Any) -> tuple[Tensor, Tensor, Tensor]:

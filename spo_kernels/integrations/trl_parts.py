@@ -1,0 +1,46 @@
+"""A batch of TRL's `DPOTrainer` in several forwards, each within a budget of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from spo_kernels.integrations.token_batches import TokenBudget
+
+
+def parts_of(inputs: Mapping[str, Tensor], budget: TokenBudget) -> list[dict[str, Tensor]]:
+    """The batch's pairs in as many batches as the budget makes of them.
+
+    Args:
+        inputs: Tensors `[2B, ...]`, chosen rows first, and `[B, ...]`; input_ids, attention_mask and completion_mask
+            `[2B, T]` among them.
+        budget: Of each forward.
+
+    Raises:
+        ValueError: A pair is longer than the budget.
+    """
+    real, completion = inputs["attention_mask"], inputs["completion_mask"]
+    pairs = len(real) // 2
+    chosen, rejected = (completion * real).sum(-1).chunk(2)
+    prompts = real[:pairs].sum(-1) - chosen
+    try:
+        groups = budget.forwards(torch.stack([prompts, chosen, rejected], 1).tolist())
+    except ValueError as error:
+        raise ValueError(f"tokens_per_batch = {budget.tokens}: {error}; raise it, or lower max_length") from None
+    return [_pairs(inputs, group, pairs) for group in groups] if len(groups) > 1 else [dict(inputs)]
+
+
+def _pairs(inputs: Mapping[str, Tensor], group: list[int], pairs: int) -> dict[str, Tensor]:
+    """Some pairs of a batch, without columns that are padding in all of them."""
+    width, both = inputs["attention_mask"].shape[1], [*group, *(pairs + i for i in group)]
+    columns = inputs["attention_mask"][both].any(0).nonzero().flatten().tolist()
+    kept = slice(columns[0], columns[-1] + 1)
+
+    def picked(value: Tensor) -> Tensor:
+        if len(value) == pairs:
+            return value[group]
+        return value[both][:, kept] if value.ndim == 2 and value.shape[1] == width else value[both]
+
+    return {name: picked(value) for name, value in inputs.items()}
