@@ -10,6 +10,7 @@ from spo_kernels import fused_spo_loss
 from spo_kernels.backends.strict import strict
 from spo_kernels.testing import random_batch
 
+GPU = torch.device("cuda")
 CUDA, CPU = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
 
@@ -75,15 +76,21 @@ def test_settings_on_a_gpu(name):
     CUDA.allow_fp16_accumulation = True
     before = settings()
     assert before[0] == "tf32"
-    with pytest.raises(ZeroDivisionError), strict(torch.device("cuda")):
-        assert CUDA.fp32_precision == "ieee" and not CUDA.allow_fp16_accumulation
+    with pytest.raises(ZeroDivisionError), strict(GPU, torch.float32):
+        assert CUDA.fp32_precision == "ieee" and CUDA.allow_fp16_accumulation
         raise ZeroDivisionError
     assert settings() == before
+    with strict(GPU, torch.float16):
+        assert CUDA.fp32_precision == "tf32" and not CUDA.allow_fp16_accumulation
+    assert settings() == before
+    for dtype in (torch.bfloat16, torch.float64):  # which no setting of torch's rounds
+        with strict(GPU, dtype):
+            assert settings() == before
 
 
 def test_one_that_followed_every_backend_goes_on_to():
     allow("every backend")
-    with strict(torch.device("cuda")):
+    with strict(GPU, torch.float32):
         pass
     torch.backends.fp32_precision = "ieee"
     assert CUDA.fp32_precision == "ieee"
@@ -96,13 +103,13 @@ def test_overlapping_threads():
     seen = []
 
     def other():
-        with strict(torch.device("cuda")):
+        with strict(GPU, torch.float32):
             entered.set()
             left.wait(60)
             seen.append(CUDA.fp32_precision)
 
     thread = threading.Thread(target=other)
-    with strict(torch.device("cuda")):
+    with strict(GPU, torch.float32):
         thread.start()
         assert entered.wait(60)
     left.set()

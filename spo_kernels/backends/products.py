@@ -131,7 +131,7 @@ class VendorProducts:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
-    with strict(out.device):
+    with strict(out.device, b.dtype):
         if b.dtype != out.dtype and accumulate:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         elif b.dtype != out.dtype:

@@ -18,42 +18,39 @@ import torch
 # find them changed or lose nothing but speed. Nothing is traced here: under torch.compile this runs inside an op,
 # and a graph's guards see the settings before and after it.
 _lock = threading.Lock()
-_under_way = {"cpu": 0, "cuda": 0}
-_changed: dict[str, list[tuple[Any, str, Any]]] = {"cpu": [], "cuda": []}
-
-
-def _settings(kind: str) -> list[tuple[Any, str, Any]]:
-    """Who has a setting, its name and the only value that is exact."""
-    if kind == "cpu":
-        mkldnn: Any = torch.backends.mkldnn  # its stub does not know `matmul`
-        return [(mkldnn.matmul, "fp32_precision", "ieee")]
-    matmul = torch.backends.cuda.matmul
-    return [(matmul, "fp32_precision", "ieee"), (matmul, "allow_fp16_accumulation", False)]
+_mkldnn: Any = torch.backends.mkldnn  # whose stub does not know `matmul`
+# by kind of device and dtype of the operands: who has the setting, its name and the only value that is exact
+_SETTINGS: dict[tuple[str, torch.dtype], tuple[Any, str, Any]] = {
+    ("cpu", torch.float32): (_mkldnn.matmul, "fp32_precision", "ieee"),
+    ("cuda", torch.float32): (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    ("cuda", torch.float16): (torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
+}
+_under_way = dict.fromkeys(_SETTINGS, 0)
+_changed: dict[tuple[str, torch.dtype], Any] = {}  # what was found
 
 
 @contextmanager
-def strict(device: torch.device) -> Iterator[None]:
-    """Inside, torch's products on the device round their results only."""
-    kind = device.type
-    if kind not in _under_way:
+def strict(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, torch's products of operands of that dtype on the device round their results only."""
+    key = (device.type, dtype)
+    if key not in _SETTINGS:
         yield
         return
+    owner, name, exact = _SETTINGS[key]
     with _lock:
-        if _under_way[kind] == 0:
-            for owner, name, exact in _settings(kind):
-                found = getattr(owner, name)
-                if found not in (exact, "none"):
-                    _changed[kind].append((owner, name, found))
-                    setattr(owner, name, exact)
-        _under_way[kind] += 1
+        if _under_way[key] == 0:
+            found = getattr(owner, name)
+            if found not in (exact, "none"):
+                _changed[key] = found
+                setattr(owner, name, exact)
+        _under_way[key] += 1
     try:
         yield
     finally:
         with _lock:
-            _under_way[kind] -= 1
-            if _under_way[kind] == 0:
-                while _changed[kind]:
-                    _put_back(*_changed[kind].pop())
+            _under_way[key] -= 1
+            if _under_way[key] == 0 and key in _changed:
+                _put_back(owner, name, _changed.pop(key))
 
 
 def _put_back(owner: Any, name: str, value: Any) -> None:
