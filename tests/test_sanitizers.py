@@ -36,7 +36,11 @@ def compiler(tmp_path):
 
 def test_products_keep_to_their_memory(compiler, tmp_path):
     folder = ROOT / "csrc" / "cpu"
-    sources = [*sorted(folder.glob("product*.cpp")), ROOT / "tests" / "native" / "products.cpp"]
+    sources = [
+        *sorted(folder.glob("product*.cpp")),
+        folder / "instruction_set.cpp",
+        ROOT / "tests" / "native" / "products.cpp",
+    ]
     objects = [tmp_path / f"{source.stem}-{number}.o" for number, source in enumerate(sources)]
     compiling = [
         subprocess.Popen([*compiler, f"-I{folder}", "-c", str(source), "-o", str(made)], stderr=subprocess.PIPE)

@@ -139,16 +139,17 @@ int main() {
                                     {spo::Scalar::kHalf, spo::Scalar::kHalf},
                                     {spo::Scalar::kBFloat16, spo::Scalar::kFloat}};
   int64_t products = 0;
-  for (const auto* product = spo::usable_products(); product->run != nullptr; ++product) {
-    std::printf("%s\n", product->name);
+  for (const auto& product : spo::all_products()) {
+    if (!spo::usable(product)) continue;
+    std::printf("%s\n", product.name);
     for (const auto& shape : shapes)
       for (const Layout layout : {Layout::kRows, Layout::kColumns, Layout::kPiece, Layout::kSpread})
         for (const auto& [left, right] : scalars)
           for (const bool listed : {false, true}) {
             const int threads = products % 2 == 0 ? 1 : 3;
-            check<float>(*product, shape, layout, left, right, listed, threads);
-            if (std::string_view(product->name) == "avx512_bf16" && shape.k <= spo::kRoundedDepth)
-              check<uint16_t>(*product, shape, layout, left, right, listed, threads);
+            check<float>(product, shape, layout, left, right, listed, threads);
+            if (std::string_view(product.name) == "avx512_bf16" && shape.k <= spo::kRoundedDepth)
+              check<uint16_t>(product, shape, layout, left, right, listed, threads);
             ++products;
           }
   }
