@@ -48,9 +48,6 @@ autodoc_mock_imports = ["accelerate", "datasets", "peft", "pyarrow", "safetensor
 # a stand-in for TRL's trainer has no parameters to look at
 trl_seam.check_dpo_trainer = lambda trainer: None
 
-# may stand in the list of pages before they are there
-LATER = ("distributed", "long-pairs")
-
 
 def setup(app: Any) -> None:
     """Links to Markdown outside of this folder are files to load; others outside of it are that by themselves."""
@@ -59,10 +56,7 @@ def setup(app: Any) -> None:
 
 
 def outside(app: Any, page: str, source: list[str]) -> None:
-    """Rewrite the links of a page, and the list of pages."""
-    for name in LATER:
-        if page == "index" and not (ROOT / "docs" / f"{name}.md").exists():
-            source[0] = source[0].replace(f"\n{name}\n", "\n")
+    """Rewrite the links of a page."""
     source[0] = re.sub(r"\[([^\]]+)\]\((\.\./[^)#]+\.md)\)", r"{download}`\1 <\2>`", source[0])
 
 

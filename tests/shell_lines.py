@@ -70,6 +70,11 @@ def script(words: list[str]) -> None:
     assert (ROOT / words[0]).is_file(), words[0]
 
 
+def launched(words: list[str]) -> None:
+    """A launcher's command around spo-train's."""
+    spo_train(words[words.index("spo_kernels.train") + 1 :])
+
+
 def other(words: list[str]) -> None:
     """A program of others."""
 
@@ -83,6 +88,9 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "make": make,
     "python": python,
     "bash": script,
+    "accelerate": launched,
+    "torchrun": launched,
+    "export": other,
     "tensorboard": other,
     "pre-commit": other,
 }

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spo_kernels import LMHead, sequence_logps
-from spo_kernels.integrations.hidden import device_of, hidden_states
+from spo_kernels.integrations.at_head import ResponseLogps
+from spo_kernels.integrations.hidden import device_of
 
 SIDES = ("chosen", "rejected")
 
@@ -72,7 +73,9 @@ def precompute_ref_logps(model: nn.Module, dataloader: Iterable[Mapping[str, Ten
     Args:
         model: The reference: a frozen copy, another model, or a PEFT model, whose adapters are switched off.
         dataloader: Batches of `PairCollator` in the order of the records, the same on every process: where
-            torch.distributed is initialised, the processes share the batches among them and all get the whole.
+            torch.distributed is initialised, the processes share the batches among them and all get the whole. Each
+            calls the model equally often, as a model in parts needs it: of a round that has no batch for a process, it
+            computes the last one too.
         options: Of `sequence_logps`: workspace_bytes, backend.
 
     Raises:
@@ -85,14 +88,15 @@ def precompute_ref_logps(model: nn.Module, dataloader: Iterable[Mapping[str, Ten
     found = []
     try:
         with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():  # type: ignore[operator]
-            for number, batch in enumerate(dataloader):
-                labels = batch["labels"].to(device)
-                logps = torch.zeros(len(labels), device=device)
-                if number % world == rank:
-                    inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}
-                    hidden = hidden_states(model, **inputs)
-                    logps = sequence_logps(hidden, LMHead.of(model), labels, shift=True, **options)
-                found.append(logps.float().view(2, -1).T)
+            batches = iter(dataloader)
+            while round_ := list(islice(batches, world)):
+                batch = round_[min(rank, len(round_) - 1)]
+                inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}
+                call = ResponseLogps(batch["labels"].to(device), layout="padded", options=options)
+                logps = call(model, model, inputs)["logps"].float()
+                for number, each in enumerate(round_):
+                    share = logps if number == rank else torch.zeros(len(each["labels"]), device=device)
+                    found.append(share.view(2, -1).T)
     finally:
         model.train(training)
     every = torch.cat(found) if found else torch.zeros(0, 2, device=device)

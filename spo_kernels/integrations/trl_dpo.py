@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from spo_kernels.integrations.at_head import PairLoss, ResponseLogps, add_at_hea
 from spo_kernels.integrations.layout import layout_of
 from spo_kernels.integrations.token_batches import TokenBudget
 from spo_kernels.integrations.trl_config import FusedDPOConfig, objective_of
-from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse
+from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse, refuse_fsdp
 from spo_kernels.integrations.trl_metrics import Forward, batch_metrics
 from spo_kernels.integrations.trl_parts import parts_of
 from spo_kernels.integrations.trl_seam import check_dpo_trainer
@@ -92,6 +93,17 @@ class FusedDPOTrainer(DPOTrainer):
         if self._columns:
             self.data_collator = WithColumns(self.data_collator, self._columns, self.train_dataset)
         add_at_head(self.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers has it; then what a launcher or the settings say about FSDP is checked, and its precision."""
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return
+        refuse_fsdp(self.args, plugin)
+        if plugin.mixed_precision_policy is not None:
+            # losses, log-probabilities and metrics leave it: in half precision a sum of -300 is off by up to 1
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

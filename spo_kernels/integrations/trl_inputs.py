@@ -46,13 +46,20 @@ def refuse(args: DPOConfig, objective: Objective, referenced: bool) -> None:
         )
     if args.sync_ref_model and not referenced:
         raise ValueError(f"sync_ref_model=True needs a reference, and {objective!r} has none")
-    plugin = args.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
+    if getattr(args, "spo_inner_steps", 0) and args.deepspeed_plugin is not None:
+        raise ValueError("spo_inner_steps changes the model's weights, which DeepSpeed shards; use DDP")
+
+
+def refuse_fsdp(args: DPOConfig, plugin: Any) -> None:
+    """Raise ValueError for what cannot be done under FSDP, with the reason."""
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FusedDPOTrainer runs with FSDP2, got fsdp_version {plugin.fsdp_version}")
+    if getattr(args, "spo_inner_steps", 0):
+        raise ValueError("spo_inner_steps changes the model's weights, which FSDP shards; use DDP")
+    if getattr(args, "tokens_per_batch", None):
         raise ValueError(
-            "FusedDPOTrainer does not run with DeepSpeed ZeRO-3, which takes the head's weight away; use 2"
+            "tokens_per_batch leaves processes with different numbers of forwards, which FSDP joins; use DDP"
         )
-    if getattr(args, "spo_inner_steps", 0) and (plugin is not None or args.fsdp):
-        raise ValueError("spo_inner_steps changes the model's weights, which FSDP and DeepSpeed shard; use DDP")
 
 
 def _check_tokens_per_batch(args: DPOConfig, objective: Objective) -> None:

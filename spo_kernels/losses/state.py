@@ -133,8 +133,10 @@ def _total(value: Tensor) -> Tensor:
 
 def _first(device: torch.device) -> int:
     """The first of the processes that have the same pairs as this one, by its rank among all."""
-    distributed = torch.distributed
+    distributed, groups = torch.distributed, _sharing.get()
+    if not groups:
+        return distributed.get_rank()
     rank = torch.tensor(distributed.get_rank(), device=device)
-    for group in _sharing.get():
+    for group in groups:
         distributed.all_reduce(rank, distributed.ReduceOp.MIN, group=group)
     return int(rank)

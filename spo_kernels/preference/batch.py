@@ -81,9 +81,11 @@ class PairBatch:
 
     def losses(self, pairs: PairLogps) -> Tensor:
         """The objective's, `[B]`; what it does across processes counts those once that have the same pairs."""
-        shard, of_sequences = self.policy.shard, self.layout.group
-        groups = [] if shard is None else [shard.group]
-        with same_pairs(*groups, *([] if of_sequences is None else [of_sequences])):
+        shard = self.policy.shard
+        groups = [g for g in (None if shard is None else shard.group, self.layout.group) if g is not None]
+        if not groups:  # torch.compile does not trace the context
+            return pair_losses(self.objective, pairs)
+        with same_pairs(*groups):
             return pair_losses(self.objective, pairs)
 
     def call(self) -> LogprobCall:

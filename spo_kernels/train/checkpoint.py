@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.files import remove, set_aside, whole
+from spo_kernels.train.sharded import collected, part_of
 
 FORMAT = 2
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "checkpoint.json"
@@ -113,24 +114,29 @@ def restore_rng(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, without duplicates of tied weights: trained parameters and all saved buffers."""
+def trained_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """What training changes, without duplicates of tied weights: trained parameters and all saved buffers.
+
+    Of a model in parts, all processes must call this; nothing is made for those that do not `keep` it.
+    """
+    return {name: tensor.contiguous() for name, tensor in collected(_trained(model), keep).items()}
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
     saved = model.state_dict().keys()
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    weights |= {name: b for name, b in model.named_buffers() if name in saved}
-    return {name: tensor.contiguous() for name, tensor in weights.items()}
+    return weights | {name: b for name, b in model.named_buffers() if name in saved}
 
 
 @torch.no_grad()
 def restore_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    own = trained_weights(model)
+    own = _trained(model)
     if own.keys() != weights.keys():
         raise TrainError(f"{path}: holds other weights than this model has: {sorted(own.keys() ^ weights.keys())[:3]}")
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, tensor in weights.items():
-        if tensors[name].shape != tensor.shape:
-            raise TrainError(f"{path}: {name} is {tuple(tensor.shape)}, the model's is {tuple(tensors[name].shape)}")
-        tensors[name].copy_(tensor)
+        if own[name].shape != tensor.shape:
+            raise TrainError(f"{path}: {name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
+        own[name].copy_(part_of(tensor, own[name]))
 
 
 def check_identity(

@@ -33,6 +33,7 @@ from spo_kernels.train.errors import TrainError
 from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.metrics import MetricsLog, Window, peak_memory_mib
 from spo_kernels.train.mismatched import MISMATCHED, MismatchedPairs
+from spo_kernels.train.sharded import load_optimizer_state, optimizer_state, whole
 from spo_kernels.train.signals import BEFORE_THE_FIRST_STEP, Stopped, StopSignals
 from spo_kernels.train.together import together
 from spo_kernels.train.token_logps import TokenLogps
@@ -167,24 +168,22 @@ class Trainer:
         if self.evaluation is None:
             return True
         accelerator, window = self.accelerator, Window()
-        # Not the wrapped module: processes may have different numbers of batches.
         policy = accelerator.unwrap_model(self.policy)
         policy.eval()
         everything = self.evaluation.by_length(range(len(self.evaluation.examples)))
-        rank, world = accelerator.process_index, accelerator.num_processes
-        batches = self.forwards.of(self.evaluation.examples, everything, rank, world)
-        # A process without a record of its own evaluates one for the names of the metrics.
-        for batch in batches or [everything[:1]]:
-            if self.stop.received:
-                break
-            arguments = self._batch(self.evaluation, batch, training=False)
+        world = range(accelerator.num_processes)
+        shares = [self.forwards.of(self.evaluation.examples, everything, rank, len(world)) for rank in world]
+        mine, most = shares[accelerator.process_index], max(len(share) for share in shares)
+        # A model in parts needs all processes in each forward; what is evaluated twice counts once.
+        for batch in [*mine, *[None] * (most - len(mine))]:
+            if self.stop.agreed(accelerator):
+                return False
+            arguments = self._batch(self.evaluation, batch or everything[:1], training=False)
             with accelerator.autocast():
                 _, sums, pair_logps = policy(**arguments)
-            window.add(sums if batches else {name: torch.zeros_like(value) for name, value in sums.items()})
-            if batches:
+            window.add(sums if batch else {name: torch.zeros_like(value) for name, value in sums.items()})
+            if batch:
                 self._add_pairs(window, self.evaluation, batch, pair_logps)
-        if self.stop.agreed(accelerator):
-            return False
         window.count(self.evaluation.units(everything, per_token=self.config.stage == "sft"), 0)
         means = window.means(accelerator) | window.diagnostics()
         with together(accelerator):
@@ -221,7 +220,7 @@ class Trainer:
             "peak_memory_mib": peak_memory_mib(self.accelerator.device),
         }
         if grad_norm is not None:
-            record["grad_norm"] = float(grad_norm)
+            record["grad_norm"] = float(whole(grad_norm))
         self.window = Window()
         with together(self.accelerator):
             self._check_finite(means["loss"])
@@ -242,25 +241,27 @@ class Trainer:
         policy = self.accelerator.unwrap_model(self.policy)
         objective = policy.objective.state_dict() if has_state(policy.objective) else {}
         each = gather_object([{"rng": capture_rng(), "window": window, "objective": objective}])
+        weights = trained_weights(policy.model, keep=self._is_main)
+        optimizer = optimizer_state(self.optimizer, keep=self._is_main)
         with together(self.accelerator):
             if means:
                 self._check_finite(means["loss"])
             if self._is_main:
                 state = {
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizer": optimizer,
                     "scheduler": self.scheduler.state_dict(),
                     "evaluation due": evaluation_due,
                     "processes": each,
                 }
                 keep = self.config.keep_checkpoints
-                save_checkpoint(self.output, self.step, trained_weights(policy.model), state, self.identity, keep)
+                save_checkpoint(self.output, self.step, weights, state, self.identity, keep)
 
     def _restore(self, checkpoint: Checkpoint) -> bool:
         """Whether the evaluation of the checkpoint's step is still to be done."""
         policy = self.accelerator.unwrap_model(self.policy)
         restore_weights(policy.model, checkpoint.weights(), checkpoint.path)
         with reading(checkpoint) as state:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             # A finished run's rate was the last of a shorter schedule; any other's is the same bits again.
             for group, rate, factor in zip(

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
+from torch import Tensor
 
 from spo_kernels.train.checkpoint import WEIGHTS, Checkpoint, newest_checkpoint, trained_weights
 from spo_kernels.train.config import TrainConfig
@@ -80,11 +81,11 @@ def warn_of_space(model: Any, output: Path, warn: Callable[[str], None]) -> None
         warn(f"{output}: {free / 1e6:.0f} MB are free, and the trained model alone takes {needed / 1e6:.0f} MB")
 
 
-def save_model(model: Any, tokenizer: Any, output: Path) -> None:
-    """All files of the trained model or, with a StorageError, none."""
+def save_model(model: Any, tokenizer: Any, output: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """All files of the trained model or, with a StorageError, none; `weights` are those of a model in parts."""
     try:
         with whole_files(output, "final") as temporary:
-            _write_model(model, tokenizer, temporary)
+            _write_model(model, tokenizer, temporary, weights)
     except StorageError:
         raise
     # Whatever a quantised model's own code or the tokenizer raise: training must not be lost for it.
@@ -92,14 +93,14 @@ def save_model(model: Any, tokenizer: Any, output: Path) -> None:
         raise StorageError(f"{output}: the trained model can't be saved ({type(error).__name__}: {error})") from error
 
 
-def _write_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def _write_model(model: Any, tokenizer: Any, folder: Path, weights: dict[str, Tensor] | None) -> None:
     model.config.use_cache = True
     with saved_configuration(model):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 
-def rescue(model: Any, tokenizer: Any, output: Path, step: int) -> str:
+def rescue(model: Any, tokenizer: Any, output: Path, step: int, weights: dict[str, Tensor] | None = None) -> str:
     """Keep the training of a run whose output folder can't be written any more; where, as a sentence."""
     kept = output / f"checkpoint-{step}"
     if (kept / WEIGHTS).exists():
@@ -110,10 +111,10 @@ def rescue(model: Any, tokenizer: Any, output: Path, step: int) -> str:
             folder = place / f"rescued-{output.name}-{os.getpid()}"
             with suppress(Exception):
                 with whole(folder, folder=True) as temporary:
-                    write(model, tokenizer, temporary)
+                    write(model, tokenizer, temporary, weights)
                 return f"step {step} is kept in {folder} ({what})"
     return f"nothing after the newest checkpoint could be kept, not even in {tempfile.gettempdir()}"
 
 
-def _write_weights(model: Any, tokenizer: Any, folder: Path) -> None:
-    save_file(trained_weights(model), folder / WEIGHTS)
+def _write_weights(model: Any, tokenizer: Any, folder: Path, weights: dict[str, Tensor] | None) -> None:
+    save_file(trained_weights(model) if weights is None else weights, folder / WEIGHTS)

@@ -48,9 +48,11 @@ from spo_kernels.train.model import (
 from spo_kernels.train.objective import build_objective, input_columns, mismatched_inputs
 from spo_kernels.train.output import CACHE_FOLDER, SETTINGS, claimed, rescue, save_model, warn_of_space
 from spo_kernels.train.policy import Policy, SFTPolicy
+from spo_kernels.train.processes import SHARDED, make_accelerator
 from spo_kernels.train.reference import data_hash, model_hash, reference_logps
+from spo_kernels.train.sharded import model_weights, shard
 from spo_kernels.train.signals import StopSignals
-from spo_kernels.train.together import together
+from spo_kernels.train.together import lost_processes_said, together
 from spo_kernels.train.token_logps import TokenLogps, TokenPlaces
 
 
@@ -58,7 +60,7 @@ def run(config: TrainConfig, stop: StopSignals | None = None) -> None:
     """Train as `config` says; raises TrainError for what the user can put right, Stopped after a signal."""
     objective = build_objective(config)
     _check_backend(config)
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config)
     if config.quiet or not accelerator.is_main_process:
         disable_progress_bar()
         datasets.disable_progress_bars()
@@ -66,19 +68,26 @@ def run(config: TrainConfig, stop: StopSignals | None = None) -> None:
     def warn(message: str) -> None:
         accelerator.print(f"spo-train: {message}", file=sys.stderr)
 
-    with claimed(config, accelerator, warn) as (output, checkpoint):
+    goes_on = "the same command with --resume goes on from the newest checkpoint"
+    with lost_processes_said(goes_on), claimed(config, accelerator, warn) as (output, checkpoint):
         trainer, tokenizer = _prepare(config, objective, accelerator, warn, output, checkpoint)
         trainer.stop = stop or trainer.stop
         model = accelerator.unwrap_model(trainer.policy).model
         try:
             trainer.run(checkpoint)
+            weights = model_weights(model, keep=accelerator.is_main_process)
             with together(accelerator):
                 if accelerator.is_main_process:
-                    save_model(model, tokenizer, output)
+                    save_model(model, tokenizer, output, weights)
         except StorageError as error:
+            weights = model_weights(model, keep=accelerator.is_main_process)
             with together(accelerator):
                 if accelerator.is_main_process:
-                    raise TrainError(f"{error}; {rescue(model, tokenizer, output, trainer.step)}") from error
+                    raise TrainError(f"{error}; {rescue(model, tokenizer, output, trainer.step, weights)}") from error
+    # What DDP holds of the processes' group goes first: freed after it, it would wait for a thread of the group, with
+    # Python's lock, which that thread may need.
+    del trainer, model
+    accelerator.free_memory()
     accelerator.end_training()
 
 
@@ -130,18 +139,14 @@ def _prepare(
         kernels["accumulate"] = accelerator.num_processes == 1 and accelerator.mixed_precision == "no"
         policy = Policy(model, objective, reference, config.ld_alpha, config.backward, config.layout, **kernels)
     forwards = _forwards(config, [model, *([reference] if isinstance(reference, nn.Module) else [])], *examples)
+    if accelerator.distributed_type == SHARDED:
+        if isinstance(reference, nn.Module):
+            shard(reference, accelerator.state.fsdp_plugin)
+        shard(policy, accelerator.state.fsdp_plugin, methods=("log_ratios",) if objective else ())
     trainer = _trainer(config, accelerator, policy, splits, output, identity, forwards, build_inner(config, objective))
     trainer.warn = warn
     set_seed(config.seed, device_specific=True)
     return trainer, tokenizer
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else None)
-    kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise TrainError(f"accelerate's {kind} shards the model or its head, which is not supported; use plain DDP")
-    return accelerator
 
 
 def _check_backend(config: TrainConfig) -> None:
@@ -180,6 +185,7 @@ def _identity(
         SOFTWARE: (
             f"spo_kernels {spo_kernels.__version__}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}, {torch.get_num_threads()} threads"
+            f"{', FSDP2' if accelerator.distributed_type == SHARDED else ''}"
         ),
         "mixed precision": accelerator.mixed_precision,
         "data content": [data_hash(part) for part in examples],
@@ -324,7 +330,10 @@ def _trainer(
     max_steps = _planned_steps(identity, len(splits[0].examples))
     schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     scheduler = get_scheduler(schedule, optimizer, config.warmup_steps, max_steps)
-    prepared, optimizer = accelerator.prepare(policy, optimizer)
+    if accelerator.distributed_type == SHARDED:
+        prepared, optimizer = policy, accelerator.prepare_optimizer(optimizer)
+    else:
+        prepared, optimizer = accelerator.prepare(policy, optimizer)
     return Trainer(
         config=config,
         accelerator=accelerator,

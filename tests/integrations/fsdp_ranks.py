@@ -18,11 +18,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from spo_kernels import LMHead, fused_spo_loss
-from spo_kernels.integrations.transformers import FusedPreferenceModel, PairCollator, hidden_states
+from spo_kernels.integrations.transformers import (
+    FusedPreferenceModel,
+    PairCollator,
+    hidden_states,
+    precompute_ref_logps,
+)
 from spo_kernels.losses import DPO
 from tests.integrations.test_transformers import PAIRS, REFERENCE, build, lora
 
-WATCHDOG = 100
+WATCHDOG = 240
 PROCESSES, STEPS = 2, 10
 RECORDS = [PAIRS[i % 3] for i in (0, 1, 2, 1)]
 
@@ -178,6 +183,18 @@ def mixed_precision(mine: slice) -> dict[str, Any]:
     }
 
 
+def precomputed(shard: bool) -> torch.Tensor:
+    """Three batches: in the second round there is none for process 1."""
+    model = build("llama")
+    if shard:
+        mesh = init_device_mesh("cpu", (PROCESSES,))
+        fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return precompute_ref_logps(
+        model, [PairCollator(0)(RECORDS[rows]) for rows in (slice(0, 2), slice(2, 3), slice(3, 4))]
+    )
+
+
 def refused(mine: slice) -> dict[str, str]:
     batch = batch_of(mine)
     ddp = DistributedDataParallel(FusedPreferenceModel(build("llama")))
@@ -200,7 +217,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES)
     mine = slice(2 * rank, 2 * rank + 2)
     found: dict[str, Any] = {name: run(name, mine) for name in CASES}
-    found |= {"mixed precision": mixed_precision(mine), "refused": refused(mine)}
+    found |= {"mixed precision": mixed_precision(mine), "refused": refused(mine), "precomputed": precomputed(True)}
     if rank == 0:
         torch.save(found, folder / "found")
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.integrations.fsdp_ranks import CASES, ONLINE, PROCESSES, WATCHDOG, batch_of, train
+from tests.integrations.fsdp_ranks import CASES, ONLINE, PROCESSES, WATCHDOG, batch_of, precomputed, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +57,10 @@ def test_mixed_precision_leaves_the_references_sums_alone(found: dict[str, Any])
     assert torch.equal(case["given"], case["expected"])
     assert bool(case["gradient"].isfinite().all()) and bool(case["gradient"].any())
     assert "TypeError: ref_logps must be float32 or float64, got torch.bfloat16" in case["by place"]
+
+
+def test_precomputed_reference_of_a_sharded_model(found: dict[str, Any]) -> None:
+    torch.testing.assert_close(found["precomputed"], precomputed(shard=False), rtol=1e-6, atol=1e-6)
 
 
 def test_what_would_go_wrong_in_silence_is_refused(found: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 or newer is not installed")
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig, PromptTuningConfig
 from torch.distributed.utils import _apply_to_tensors
 from trl import DPOConfig, DPOTrainer, TrlParser
@@ -279,6 +281,25 @@ def test_refused_at_construction(tmp_path, case):
     ref = settings.get("ref", "other")
     with pytest.raises((ValueError, TypeError), match=message):
         trainer(tmp_path, ref_model=ref, **{key: value for key, value in settings.items() if key != "ref"})
+
+
+@pytest.mark.parametrize(
+    "version, settings, message",
+    [
+        (1, {}, "runs with FSDP2, got fsdp_version 1"),
+        (
+            2,
+            {"objective": SPO(penalty="hinge", value="input"), "spo_inner_steps": 1, "spo_inner_lr": 0.1},
+            "FSDP shards",
+        ),
+    ],
+)
+def test_refused_under_fsdp(tmp_path, monkeypatch, version, settings, message):
+    """Whoever asked for it: a launcher's settings are in accelerate's state alone."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version)
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **settings)
 
 
 def test_a_copy_of_a_trained_model_says_that_it_would_run_the_other(tmp_path):

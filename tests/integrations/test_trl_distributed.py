@@ -1,4 +1,4 @@
-"""Two processes: TRL's fused head under DDP and FSDP2, patched and not; `FusedDPOTrainer` and TRL's under DDP."""
+"""Two processes: TRL's fused head under DDP and FSDP2, patched and not; both trainers under DDP, ours under FSDP2."""
 
 import os
 import socket
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 or newer is not installed")
 
@@ -17,7 +18,7 @@ from .same_run import assert_same
 from .tiny import dataset
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 150
+SECONDS = 270
 
 
 def launch(module, folder):
@@ -56,7 +57,8 @@ def found(tmp_path_factory):
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     dataset("pairs").save_to_disk(folder / "pairs")
-    return launch("tests.integrations.fused_dpo_ranks", folder)
+    found = launch("tests.integrations.fused_dpo_ranks", folder)
+    return {**found, "saved": AutoModelForCausalLM.from_pretrained(folder / "saved").state_dict()}
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
@@ -91,6 +93,26 @@ def test_a_budget_of_tokens_equals_trl(trained):
         assert_same(SimpleNamespace(**{**split, "losses": trls["losses"]}), SimpleNamespace(**trls))
     counts = [len(split["losses"]) for split in trained["split"]]
     assert len(set(counts)) == 2 and min(counts) > len(trained[f"{SPLIT} DPO"][0]["losses"]), counts
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_fused_trainer_under_fsdp2(trained, name):
+    for ours, trls in zip(trained[f"{name} FSDP2"], trained[f"{name} DPO"], strict=True):
+        assert_same(SimpleNamespace(**ours), SimpleNamespace(**trls))
+
+
+def test_losses_of_mixed_precision_are_not_rounded(trained):
+    """As accelerate would have what leaves the model."""
+    (loss,) = trained["bf16"]
+    assert loss != torch.tensor(loss).bfloat16().item()
+
+
+def test_resumed_under_fsdp2(trained):
+    """Same bits, statistics of the objective too; saved as `from_pretrained` loads it."""
+    whole, resumed, saved = trained["whole"], trained["resumed"], trained["saved"]
+    assert whole["losses"][2:] == resumed["losses"]
+    assert all(torch.equal(weight, resumed["end"][key]) for key, weight in whole["end"].items())
+    assert all(torch.equal(weight, saved[key]) for key, weight in whole["end"].items())
 
 
 @pytest.mark.parametrize("name", ["split", *OURS, *(f"{name} FusedDPO" for name in RUNS)])

@@ -120,7 +120,7 @@ class Run:
     """A short training by TRL: loss of each forward, logged metrics, weights at the start and the end.
 
     `library` has the trainer and its configuration, TRL if None. `adapter` is "new" (TRL puts it on the model) or
-    "trained" (it is there already, and TRL keeps a copy as the reference).
+    "trained" (it is there already, and TRL keeps a copy as the reference). `resume` is a checkpoint's folder.
     """
 
     def __init__(
@@ -133,6 +133,7 @@ class Run:
         adapter: str | None = None,
         library: Any = None,
         data: datasets.Dataset | None = None,
+        resume: str | None = None,
         **settings: Any,
     ) -> None:
         import trl
@@ -142,17 +143,14 @@ class Run:
         arguments = getattr(library, f"{trainer}Config")(
             output_dir=str(folder),
             report_to=[],
-            use_cpu=True,
-            bf16=False,
             disable_tqdm=True,
-            save_strategy="no",
             logging_steps=1,
             max_steps=steps,
             per_device_train_batch_size=4,
             learning_rate=5e-4,
             lr_scheduler_type="constant",
             adam_epsilon=1e-6,
-            **{**defaults, **settings},
+            **{"use_cpu": True, "bf16": False, "save_strategy": "no", **defaults, **settings},
         )
         given: dict[str, Any] = {"reward_funcs": reward} if columns == "prompts" else {}
         model = make_model(kind)
@@ -180,6 +178,6 @@ class Run:
 
         made.compute_loss = compute_loss
         self.trainer = made
-        made.train()
+        made.train(resume_from_checkpoint=resume)
         self.logs: list[dict[str, float]] = made.state.log_history[:-1]
         self.end = made.model.state_dict()

@@ -62,9 +62,11 @@ def test_one_sentence_ends_both(tmp_path: Path, model_dir: Path) -> None:
         [*common, "--dataset", bad, "--output-dir", "data"],
         [*common, "--dataset", good, "--output-dir", "used"],
         [*common, "--dataset", good, "--output-dir", "disk"],
+        # nothing fails: they leave their group, and end
+        [*common, "--dataset", good, "--output-dir", "good", "--save-steps", 0],
     ]
     (main, said), (other, silent) = two_processes(tmp_path, runs)
-    assert main == other == ["2", "2", "2"], said + silent
+    assert main == other == ["2", "2", "2", "0"], said + silent
     lines = [line for line in said.splitlines() if line.startswith("spo-train: error: ")]
     assert f"{bad}:2: no column 'chosen'" in lines[0]
     assert "--output-dir used is not empty" in lines[1]
