@@ -44,6 +44,8 @@ def given(page: str) -> dict[str, Any]:
         "records": PAIRS,
         "ref_logps": REFERENCE,
         "step": 3,
+        "steps": 2,
+        "optimizer": torch.optim.SGD(model.parameters(), 1e-3),
         "pairs": tiny.dataset("pairs"),
         "tokenizer": build_tokenizer() if page == "training" else tiny.make_tokenizer(),
         "inputs": inputs,
