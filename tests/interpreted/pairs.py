@@ -84,7 +84,7 @@ def test_pair_loss_is_the_losses_definition(backend, layout, objective, reductio
         backend=backend,
     )
     loss, summary = PairKernel.of(batch).loss(ours, batch)
-    metrics = Outcome(loss, summary).metrics(batch.lengths, pair_logps=True)
+    metrics = Outcome(loss, summary).metrics(batch.layout, batch.lengths, pair_logps=True)
     (1.5 * loss).backward()
     close(loss.detach(), expected.detach(), 1e-6)
     close(metrics["loss"], losses.detach().mean(), 1e-6)
