@@ -77,10 +77,14 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize(("trained", "inputs", "options"), OPERATORS.values(), ids=OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(monkeypatch, backend, dtype, trained, inputs, options):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in OPERATORS), *((name, torch.bfloat16) for name in ("trained", "everything"))],
+    ids=str,
+)
+def test_opcheck(monkeypatch, backend, name, dtype):
     """On the raw operators, with the very arguments that the public function sends."""
+    trained, inputs, options = OPERATORS[name]
     batch = random_batch((3, 5), 29, 12, dtype=dtype, **inputs)
     upstream = random_upstream(batch, options.get("outputs", ()))
     through_operators(monkeypatch)
@@ -95,8 +99,11 @@ def test_opcheck(monkeypatch, backend, dtype, trained, inputs, options):
         torch.library.opcheck(func, tuple(args), kwargs)
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
+@pytest.mark.parametrize(
+    ("compiler", "trained"),
+    [*((name, ("hidden", "weight", "bias")) for name in COMPILERS), ("aot_eager", ("hidden",))],
+    ids=[*(f"{name}-trained" for name in COMPILERS), "aot_eager-frozen"],
+)
 def test_compile_fullgraph(backend, compiler, trained):
     torch._dynamo.reset()
     options = dict(outputs=OUTPUTS, logit_scale=0.5, logit_softcap=4.0, shift=True, backend=backend)

@@ -96,7 +96,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @given(case=cases(FLOATS))
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_outputs_and_every_gradient(backend, case):
     batch = case.batch()
     upstream = random_upstream(batch, case.options["outputs"], size=case.upstream, seed=case.seed)
@@ -111,7 +111,7 @@ def test_outputs_and_every_gradient(backend, case):
 
 
 @given(case=cases([torch.float64]))
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_outputs_and_every_gradient_in_float64(case):
     batch = case.batch()
     upstream = random_upstream(batch, case.options["outputs"], size=case.upstream, seed=case.seed)
@@ -129,7 +129,7 @@ TRAINED = st.sampled_from([("hidden",), ("weight",), ("hidden", "weight"), ("hid
 
 
 @given(case=cases(FLOATS, outputs=("correct",)), trained=TRAINED)
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_partly_trained(backend, case, trained):
     """The frozen head finishes its gradient in the forward: a path of its own."""
     batch = dataclasses.replace(case, bias=True).batch()
@@ -164,7 +164,7 @@ def ragged_pairs(draw):
     ignored=st.sampled_from([0.0, 0.5]),
     objective=st.sampled_from([DPO(beta=0.5), SPO(DPO(beta=0.1)), SPO(DPO(beta=1.0), penalty="hinge")]),
 )
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_packed_equals_padded(backend, pairs, shift, dtype, ignored, objective):
     """The same sequences end to end, or one a row with ignored padding: one loss, one gradient."""
     lengths, vocab, hidden_size, seed = pairs
