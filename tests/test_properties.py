@@ -128,6 +128,15 @@ def test_outputs_and_every_gradient_in_float64(case):
 TRAINED = st.sampled_from([("hidden",), ("weight",), ("hidden", "weight"), ("hidden", "bias")])
 
 
+def test_what_the_dtype_cannot_hold_is_an_infinity():
+    """70,000 is -inf or inf in float16 by rounding; 60,000, or the other sign, is an error."""
+    large = torch.tensor([-70_000.0], dtype=torch.float64)
+    assert worst_error(torch.tensor([-torch.inf], dtype=torch.float16), large) == 0
+    assert worst_error(torch.tensor([-torch.inf]), large) == torch.inf
+    assert worst_error(torch.tensor([torch.inf], dtype=torch.float16), large) == torch.inf
+    assert worst_error(torch.tensor([-torch.inf], dtype=torch.float16), large + 10_000) == torch.inf
+
+
 @given(case=cases(FLOATS, outputs=("correct",)), trained=TRAINED)
 @settings(max_examples=80)
 def test_partly_trained(backend, case, trained):
