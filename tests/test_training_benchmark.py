@@ -2,12 +2,11 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from one_thread import one_thread  # noqa: F401 (a fixture of every test here)
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -20,14 +19,6 @@ from benchmarks.training.settings import TUNINGS, Job, Shape
 
 TINY = Shape(vocabulary=400, hidden=16, intermediate=16, layers=1, heads=2)
 NOWHERE = Path("/nonexistent")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -95,6 +95,37 @@ class PairBatch:
         return LogprobCall.of(self.policy, self.tokens, self.layout.shift, self.execution, outputs)
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """Which tokens take part in the policy's products."""
+
+    computed: Tensor  # labels' shape, bool
+    lengths: Tensor  # [2B] how many of each sequence
+    all: bool  # those whose label counts, all of them
+
+    @classmethod
+    def of(cls, layout: LabelLayout, counted: Tensor, lengths: Tensor, weights: Tensor | None) -> _Taken:
+        """All that count, or those of them whose weight is not 0."""
+        if weights is None:
+            return cls(counted, lengths, True)
+        computed = counted & (weights != 0)
+        return cls(computed, layout.count(computed), False)
+
+    def on_host(self, layout: LabelLayout, theirs: Tensor) -> tuple[list[int] | None, int | None]:
+        """The lengths, and how many `theirs` (labels' shape) are if they are others, in one wait for the device.
+
+        Nothing where the host may not ask.
+        """
+        if is_traced(layout.labels) or capturing(layout.labels):
+            return None, None
+        host = layout.known_counts() if self.all else None
+        unknown = [] if host is not None else [self.lengths]
+        unknown += [] if theirs is self.computed else [theirs.sum()[None]]
+        found = torch.cat(unknown).tolist() if unknown else []
+        host = found[: layout.sequences] if host is None else host
+        return host, None if theirs is self.computed else found[-1]
+
+
 def resolve_batch(
     objective: Objective,
     layout: LabelLayout,
@@ -139,28 +170,19 @@ def resolve_batch(
     ref_weights = _constant("ref_token_weights", reference.token_weights, labels)
     # an objective that asks for sums over tokens asks for all of them; else those of weight 0 enter no product
     every = bool(names) or shares is not None
-    computed = counted if every or weights is None else counted & (weights != 0)
-    taken = lengths if computed is counted else layout.count(computed)
-    theirs = computed  # those that the reference weighs
-    if ref_model is not None and ref_weights is not None and not every:
-        theirs = counted & (ref_weights != 0)
-    host, count, ref_count = None, None, None
-    if not is_traced(labels) and not capturing(labels):
-        host = layout.known_counts() if computed is counted else None
-        unknown = [] if host is not None else [taken]
-        unknown += [] if theirs is computed else [theirs.sum()[None]]
-        found = torch.cat(unknown).tolist() if unknown else []
-        host = found[: layout.sequences] if host is None else host
-        count, ref_count = sum(host), None if theirs is computed else found[-1]
+    taken = _Taken.of(layout, counted, lengths, None if every else weights)
+    theirs = taken.computed if every or ref_model is None or ref_weights is None else counted & (ref_weights != 0)
+    host, ref_count = taken.on_host(layout, theirs)
+    count = None if host is None else sum(host)
     vocab = min(m.vocab for m in (model, ref_model) if m is not None)
-    tokens = Tokens.find(layout, computed, vocab, count)
+    tokens = Tokens.find(layout, taken.computed, vocab, count)
 
     sums, logp, pilots = reference.logps, None, None
     ref_weights = weights if ref_weights is None else ref_weights
     if sums is not None and of_tokens:
         logp = sums.detach().to(model.wide).masked_fill(~counted, 0.0)
     elif ref_model is not None:
-        ref_tokens = tokens if theirs is computed else Tokens.find(layout, theirs, vocab, ref_count)
+        ref_tokens = tokens if theirs is taken.computed else Tokens.find(layout, theirs, vocab, ref_count)
         ref_execution = Execution.resolve(workspace_bytes, backend, ref_model)
         with torch.no_grad():
             logp, _ = LogprobCall.of(ref_model, ref_tokens, layout.shift, ref_execution).run()
@@ -181,7 +203,7 @@ def resolve_batch(
         layout=layout,
         policy=model,
         tokens=tokens,
-        lengths=taken,
+        lengths=taken.lengths,
         host_lengths=host,
         token_weights=weights,
         inputs=PairInputs(sums, layout.joined(lengths), named.get("spo_value"), named),
