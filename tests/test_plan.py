@@ -217,3 +217,10 @@ def test_the_command_refuses(capsys, given, message):
         main(["plan", "--vocab", "97", "--hidden", "8", *given.split()])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["5,a", "5,6,7", "5,-6", ""])
+def test_lengths_that_are_no_pairs_are_named(capsys, given):
+    with pytest.raises(SystemExit):
+        main(["plan", f"--lengths={given}", "--vocab", "10", "--hidden", "4"])
+    assert f"must be an even number of lengths such as 500,80, got {given!r}" in capsys.readouterr().err

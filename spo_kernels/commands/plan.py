@@ -87,7 +87,7 @@ def _positive(text: str) -> int:
 
 
 def _lengths(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
+    values = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
     if len(values) % 2 or min(values) < 0:
-        raise argparse.ArgumentTypeError(f"must be an even number of lengths, none negative, got {text}")
+        raise argparse.ArgumentTypeError(f"must be an even number of lengths such as 500,80, got {text!r}")
     return values
