@@ -210,6 +210,31 @@ def test_choice_by_environment(monkeypatch, dtype):
         NativeProducts(NATIVE)
 
 
+class AMD:
+    """The extension on a processor of AMD's with one product, which this machine's own computes."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def made_by_amd(self):
+        return True
+
+    def product_names(self):
+        return [self.name]
+
+    def product(self, name, *arguments):
+        assert name == self.name
+        return NATIVE.product(NATIVE.product_names()[0], *arguments)
+
+
+@pytest.mark.parametrize("name, own", [("avx512", "avx512"), ("avx2", None)])
+def test_float32_is_the_vendors_without_avx512(monkeypatch, name, own):
+    monkeypatch.setenv("SPO_CPU_PRODUCT", "auto")
+    products = NativeProducts(AMD(name))
+    assert products.own_product(torch.float32) == own
+    assert products.own_product(torch.bfloat16) == name
+
+
 @pytest.mark.parametrize(
     "choice, columns, listed, dtype, own",
     [
@@ -224,20 +249,14 @@ def test_small_products_are_the_vendors(monkeypatch, choice, columns, listed, dt
     monkeypatch.setenv("SPO_CPU_PRODUCT", choice)
     asked = []
 
-    class Counted:
-        def made_by_amd(self):
-            return True
-
+    class Counted(AMD):
         def product(self, *arguments):
             asked.append(arguments)
-            return NATIVE.product(*arguments)
-
-        def __getattr__(self, name):
-            return getattr(NATIVE, name)
+            return super().product(*arguments)
 
     a, b = torch.randn(64, 64), torch.randn(64, columns).to(dtype)
     out = torch.empty(64, columns)
-    NativeProducts(Counted()).matmul(a, b, out, a_rows=torch.arange(64) if listed else None)
+    NativeProducts(Counted("avx512")).matmul(a, b, out, a_rows=torch.arange(64) if listed else None)
     torch.testing.assert_close(out, a @ b.float())
     assert bool(asked) == own
 

@@ -17,8 +17,9 @@ SMALL_PRODUCT = 1 << 20
 class NativeProducts(VendorProducts):
     """The extension's own products on a CPU, for any strides and half precision in, float32 out.
 
-    Used where they are the faster ones. float32: on AMD, where the vendor library runs at about half the
-    machine's rate; not measured elsewhere. Half precision: wherever the vendor would need an upcast.
+    Used where they are the faster ones. float32: on AMD with AVX-512, which the vendor library leaves unused there. With
+    AVX2 alone the vendor is the faster (Zen 3, one thread: 91 GFLOP/s against 77 to 85, a whole call 0.83 to 0.99 of the
+    time); not measured elsewhere. Half precision: wherever the vendor would need an upcast.
     """
 
     row_bytes = 4096  # the panels of `a`: 512 floats or 2048 bfloat16 a row
@@ -28,7 +29,7 @@ class NativeProducts(VendorProducts):
         names = set(native.product_names())
         choice = environment.cpu_product()
         full = next((name for name in ("avx512", "avx2") if name in names), None)
-        own_float = choice == "native" or (choice == "auto" and native.made_by_amd())
+        own_float = choice == "native" or (choice == "auto" and full == "avx512" and native.made_by_amd())
         own_half = None if choice == "vendor" else full
         self._small = SMALL_PRODUCT if choice == "auto" else 0
         has_bf16 = choice != "vendor" and "avx512_bf16" in names
