@@ -17,9 +17,9 @@ SMALL_PRODUCT = 1 << 20
 class NativeProducts(VendorProducts):
     """The extension's own products on a CPU, for any strides and half precision in, float32 out.
 
-    Used where they are the faster ones. float32: on AMD with AVX-512, which the vendor library leaves unused there. With
-    AVX2 alone the vendor is the faster (Zen 3, one thread: 91 GFLOP/s against 77 to 85, a whole call 0.83 to 0.99 of the
-    time); not measured elsewhere. Half precision: wherever the vendor would need an upcast.
+    Used where they are the faster ones. float32: on AMD with AVX-512, which the vendor library leaves unused there.
+    With AVX2 alone the vendor is the faster (Zen 3, one thread: 91 GFLOP/s against 77 to 85, a whole call 0.83 to 0.99
+    of the time); not measured elsewhere. Half precision: wherever the vendor would need an upcast.
     """
 
     row_bytes = 4096  # the panels of `a`: 512 floats or 2048 bfloat16 a row
