@@ -95,5 +95,5 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def label(provider: str, layout: str) -> str:
-    short = {"trl": "TRL DPOTrainer", "trl_patched": "TRL, patch_trl()"}
+    short = {"trl": "TRL DPOTrainer", "trl_patched": "TRL, patch_trl()", "trl_cce": "TRL, CCE's head"}
     return short.get(provider) or name_of(provider, layout)
