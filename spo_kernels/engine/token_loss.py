@@ -50,7 +50,7 @@ def early_token_loss(
         return None
     backend, head = load_backend(execution.backend), model.slices()
     rows = TokenRows.of(tokens, shift, head.first)
-    if rows.mask is not None or rows.count == 0:
+    if rows.count == 0:
         return None
     space = KeptSpace.of(model.hidden, head, backend, execution.workspace_bytes)
     plan = plan_groups(space, rows.count, 1, lambda most: list(_ranges(rows.count, most)), space.least_rows)
@@ -95,12 +95,12 @@ class _Making:
         for group in self.groups:
             tokens = self.tokens if len(self.groups) == 1 else self.tokens.part(group.start, group.stop)
 
-            def coefficients(stats: TokenStats, group: range = group) -> Tensor:
-                logp = stats.logp
+            def coefficients(stats: TokenStats, group: range = group, tokens: TokenRows = tokens) -> Tensor:
+                logp = tokens.masked(stats.logp)
                 found, slopes = self._differentiate(logp, group)
                 logps.append(logp)
-                losses.append(found)
-                return slopes
+                losses.append(tokens.masked(found))
+                return tokens.masked(slopes)
 
             tiles.run(tokens, coefficients, total, grad_hidden, accumulate=group.start > 0)
         head_out.copy_(total)
