@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from spo_kernels.backends.contract import Scalar
 from spo_kernels.backends.products import HALF_DTYPES
 from spo_kernels.engine import checks
 
@@ -240,15 +241,26 @@ class EmulatedKernels:
 
     def __init__(self, native):
         self._native = native
+        # as Triton would compile them: by dtypes, what is not given, and which numbers 16 divides
+        self.specialised = set()
 
     def __getattr__(self, name):
         def call(*arguments, **options):
             _gpu.launches.append(name)
-            for key, value in {**options, "x": (*arguments, None)[0]}.items():
-                if key in ("products", "out", "x") and value is not None:
-                    address, stride, scalar = value
-                    if address % ALIGNMENT or stride * (4 if scalar == 0 else 2) % ALIGNMENT:
-                        _gpu.misaligned.add(f"{_file()}: {key} of {name}")
+            matrices = {key: options[key] for key in ("products", "out") if key in options}
+            if name == "scale_rows":
+                matrices["x"] = arguments[0]
+            for key, (address, stride, scalar) in matrices.items():
+                if address % ALIGNMENT or stride * (4 if scalar == Scalar.FLOAT32 else 2) % ALIGNMENT:
+                    _gpu.misaligned.add(f"{_file()}: {key} of {name}")
+            self.specialised.add((name, *map(_seen, [*matrices.values(), *options.items()])))
             return getattr(self._native, name)(*arguments, **options)
 
         return call
+
+
+def _seen(value):
+    """What of an argument decides which kernel runs."""
+    if isinstance(value, tuple):
+        return tuple(map(_seen, value))
+    return value % 16 == 0 if type(value) is int and value else value

@@ -61,6 +61,7 @@ def early_token_loss(
         name="linear_token_loss",
         again="take the loss of linear_logprob",
         head=head,
+        backend=backend,
         wide=model.wide,
         tokens=rows,
         scale=1.0,
@@ -68,6 +69,15 @@ def early_token_loss(
     )
     loss, _, logp = work.run(model)
     return loss, rows.spread(logp, tokens.labels.shape)
+
+
+def _index(places: Tensor, shape: torch.Size) -> Index:
+    """Flat places as an index; torch.unravel_index would bring the shape from the host."""
+    found: list[Tensor] = []
+    for size in reversed(shape):
+        found.append(places % size)
+        places = places // size
+    return tuple(reversed(found))
 
 
 def _ranges(tokens: int, most: int) -> Sequence[range]:
@@ -116,7 +126,7 @@ class _Making:
         places = torch.arange(*part, device=logp.device) if places is None else places[slice(*part)]
         with torch.enable_grad():
             leaf = logp.detach().requires_grad_()
-            losses = token_losses(self.token_loss, leaf, torch.unravel_index(places, self.shape))
+            losses = token_losses(self.token_loss, leaf, _index(places, self.shape))
             if not losses.requires_grad:
                 return losses, torch.zeros_like(leaf)
             _check_leaves(losses, leaf)

@@ -64,5 +64,9 @@ def forecast(objective: Objective, lengths: list[int], head: Head, workspace_byt
     if plan.shape is not None:
         taken = plan.shape.bytes
     else:
-        taken = hidden.nbytes + plan_tiles(tokens, hidden, policy.slices(), backend, workspace_bytes).bytes
+        passes = (
+            plan_tiles(tokens, hidden, policy.slices(), backend, workspace_bytes, exponentials=forward)
+            for forward in (True, False)
+        )
+        taken = hidden.nbytes + max(shape.bytes for shape in passes)
     return Forecast(plan, why, space.budget(problem.accumulators), taken, 2 * (hidden.nbytes + weight.nbytes))

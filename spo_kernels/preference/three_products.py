@@ -179,6 +179,7 @@ def run_way(batch: PairBatch, plan: PathPlan, way: Way) -> Outcome:
         name="fused_spo_loss",
         again="pass path='two_pass'",
         head=work.head,
+        backend=work.backend,
         wide=batch.policy.wide,
         tokens=work.tokens,
         scale=batch.scale,
