@@ -7,7 +7,7 @@ TEST_PROCESSES ?= 2
 DOCS_VENV ?= .venv-docs
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: test test-trl demo lint docs bench mutation clean
+.PHONY: test test-trl versions demo lint docs bench mutation clean
 
 test: lint
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -q
@@ -32,6 +32,10 @@ mutation: $(VENV)/ready
 # FusedDPOTrainer beside TRL's: every loss, adapter, reference and accumulation, not only a covering choice of them
 test-trl: $(VENV)/ready
 	SPO_TEST_TRL=everything $(BIN)/python -m pytest -n $(TEST_PROCESSES) -q tests/integrations tests/losses/test_trl.py
+
+# what depends on versions, against other ones of torch, Triton and transformers: gigabytes for each, half an hour
+versions:
+	$(PYTHON) tests/versions.py --processes $(TEST_PROCESSES)
 
 bench: $(VENV)/ready
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt cut-cross-entropy liger-kernel triton trl

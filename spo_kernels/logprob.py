@@ -124,7 +124,8 @@ def linear_token_loss(
         token_loss: Called with log-probabilities `[n]` of some tokens, float32 (float64 for float64 inputs), and with
             the places of their labels, an index of tensors `[n]` for whatever has labels' shape; returns their losses
             `[n]`, by plain differentiable operations. It is called once a group, so no token's loss may look at
-            another's log-probability; what it uses beside them must need no gradient.
+            another's log-probability; what it uses beside them must need no gradient. While a CUDA graph is recorded
+            it is asked about ignored labels too, as 0; what it says of them counts nothing.
         workspace_bytes: As in `fused_spo_loss`. Where it holds too few tokens, and with a frozen head, float16, or
             under torch.compile, the expression above is what is computed: 4 products, or 2.
 

@@ -1,6 +1,5 @@
 """What a sparse backward may leave out."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,7 +40,7 @@ class Sparsity:
         if self.mode not in MODES:
             raise ValueError(f"sparsity mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
         number = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
-        if not number or not math.isfinite(self.tolerance) or not 0.0 < self.tolerance < 1.0:
+        if not number or not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"sparsity tolerance must be a number between 0 and 1, got {self.tolerance!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
             raise ValueError(f"sparsity seed must be an integer in [0, 2**63), got {self.seed!r}")

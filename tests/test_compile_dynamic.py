@@ -9,6 +9,8 @@ from spo_kernels import LMHead, fused_spo_loss, linear_logprob
 
 WIDTH, VOCAB = 12, 29
 COMPILERS = ["eager", "aot_eager"]
+# what its AOT backends do with numbers: begin anew once, and take one that a graph computes for a constant
+TORCH_2_11 = torch.__version__.startswith("2.11.")
 # more than the eight recompilations after which torch gives up
 TEMPERATURES = [0.5 + 0.125 * i for i in range(14)]
 
@@ -45,7 +47,7 @@ def test_linear_logprob_with_symbolic_sizes(backend: str, compiler: str) -> None
         hidden, weight, labels = make(rows, tokens)
         found = gradients(compiled(hidden, weight, labels, backend=backend), hidden, weight)
         assert_same(found, gradients(linear_logprob(hidden, weight, labels, backend=backend), hidden, weight))
-    assert counter.frame_count == 1
+    assert counter.frame_count == 1 + (TORCH_2_11 and compiler == "aot_eager")
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -76,6 +78,8 @@ def given(hidden: Tensor, head: LMHead, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("built", ["inside", "outside"])
 def test_a_changing_scale_costs_two_graphs(built: str, compiler: str, dynamic: bool | None) -> None:
     """One for the first value, and one for a symbolic one."""
+    if TORCH_2_11 and built == "inside" and compiler == "aot_eager":
+        pytest.skip("torch 2.11 compiles anew for each scale that is computed inside")
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(inside if built == "inside" else given, backend=counter, fullgraph=True, dynamic=dynamic)
     hidden, weight, labels = make(3, 5)

@@ -31,7 +31,7 @@ OPTIONS = {
 
 @pytest.fixture
 def waits(monkeypatch):
-    return pretend_a_gpu(monkeypatch)
+    return pretend_a_gpu(monkeypatch).waits
 
 
 def inputs(packed):

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["tiles", "pairs", "primitive", "sparsity", "autotuning"])
+@pytest.mark.parametrize("name", ["tiles", "pairs", "primitive", "sparsity", "on_a_gpu", "autotuning"])
 def test_kernels_in_the_interpreter(name):
     # the parent's own options and its place in a distributed run are not the child's
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

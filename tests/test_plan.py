@@ -11,6 +11,7 @@ from spo_kernels.__main__ import main
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine import kept_space
 from spo_kernels.engine.kept_space import KeptSpace, default_bytes
+from spo_kernels.engine.workspace import plan_tiles
 from spo_kernels.losses import DPO, SPO
 from spo_kernels.preference.forecast import Head, forecast
 from spo_kernels.preference.plan import PairProblem, choose_path, plan_path
@@ -23,7 +24,7 @@ SPACE = KeptSpace(
     given=True,
     direct=True,
     vocab=32768,
-    widest=32768,
+    widest=lambda rows: 32768,
     wanted_rows=1024,
     least_rows=768,
     row_bytes=32768 * 4,
@@ -163,6 +164,22 @@ def test_a_gpu_tile_is_a_block_wide_where_an_operand_is_written():
     assert forecast(DPO(), [1024] * 2, LLAMA, 40 * GIB).plan.shape.columns == 8192
     full = dataclasses.replace(LLAMA, dtype=torch.float32)
     assert forecast(DPO(), [1024] * 2, full, 40 * GIB).plan.shape.columns == LLAMA.vocab
+
+
+def test_few_tokens_have_wider_tiles_on_a_gpu():
+    """Kept exponentials of a row that is read twice until there are 2^22 cells, other tiles until there are 2^25,
+    or 512 MiB with the gradient of their columns."""
+    kept = {tokens: forecast(DPO(), [tokens] * 2, LLAMA).plan.shape.columns for tokens in (32, 128, 512)}
+    assert kept == {32: 65536, 128: 16384, 512: 8192}
+    head = LLAMA.policy(64).slices()
+
+    def tiles(tokens, **options):
+        hidden = LLAMA.policy(tokens).hidden
+        return plan_tiles(tokens, hidden, head, LLAMA.backend(), None, **options)
+
+    for tokens, reading, writing in ((256, 29568, 16384), (1024, 22656, 8192), (8192, 8192, 8192)):
+        assert tiles(tokens, exponentials=False).columns == reading
+        assert tiles(tokens, exponentials=True).columns == writing
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def _put_back():
     torch.set_float32_matmul_precision("highest")
     CUDA.fp32_precision = CPU.fp32_precision = "none"
     CUDA.allow_fp16_accumulation = False
+    CUDA.allow_bf16_reduced_precision_reduction = True
 
 
 def settings():
@@ -76,21 +77,29 @@ def test_settings_on_a_gpu(name):
     CUDA.allow_fp16_accumulation = True
     before = settings()
     assert before[0] == "tf32"
-    with pytest.raises(ZeroDivisionError), strict(GPU, torch.float32):
+    with pytest.raises(ZeroDivisionError), strict(GPU, torch.float32, torch.float32):
         assert CUDA.fp32_precision == "ieee" and CUDA.allow_fp16_accumulation
         raise ZeroDivisionError
     assert settings() == before
-    with strict(GPU, torch.float16):
+    with strict(GPU, torch.float16, torch.float32):
         assert CUDA.fp32_precision == "tf32" and not CUDA.allow_fp16_accumulation
     assert settings() == before
-    for dtype in (torch.bfloat16, torch.float64):  # which no setting of torch's rounds
-        with strict(GPU, dtype):
+    for dtypes in ((torch.bfloat16, torch.float32), (torch.float64,) * 2):  # which no setting of torch's rounds
+        with strict(GPU, *dtypes):
             assert settings() == before
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_partial_sums_of_a_bfloat16_result(allowed):
+    CUDA.allow_bf16_reduced_precision_reduction = allowed
+    with strict(GPU, torch.bfloat16, torch.bfloat16):
+        assert not CUDA.allow_bf16_reduced_precision_reduction
+    assert CUDA.allow_bf16_reduced_precision_reduction == allowed
 
 
 def test_one_that_followed_every_backend_goes_on_to():
     allow("every backend")
-    with strict(GPU, torch.float32):
+    with strict(GPU, torch.float32, torch.float32):
         pass
     torch.backends.fp32_precision = "ieee"
     assert CUDA.fp32_precision == "ieee"
@@ -103,13 +112,13 @@ def test_overlapping_threads():
     seen = []
 
     def other():
-        with strict(GPU, torch.float32):
+        with strict(GPU, torch.float32, torch.float32):
             entered.set()
             left.wait(60)
             seen.append(CUDA.fp32_precision)
 
     thread = threading.Thread(target=other)
-    with strict(GPU, torch.float32):
+    with strict(GPU, torch.float32, torch.float32):
         thread.start()
         assert entered.wait(60)
     left.set()

@@ -37,8 +37,14 @@ TARGETS = {
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
 FLOAT, HALF = "*fp32", "*bf16"
-# what the launcher passes for a row's width and stride: a multiple of 16, or any number
-ALIGNED, RAGGED = [["tt.divisibility", 16]], []
+# what the launcher says of an address, a row's width or a stride that is a multiple of 16
+ALIGNED = [["tt.divisibility", 16]]
+
+# what of a tile may be no multiple of 16: everything of a view of another matrix; of an odd vocabulary's last slice its
+# columns, while its rows are apart as others are
+VIEW = ("tile_ptr", "out_ptr", "x_ptr", "columns", "tile_stride", "out_stride", "block_lse_stride", "x_stride")
+LAST_SLICE = ("columns",)
+MIXED = ("tile_ptr", "tile_stride")  # a tile that is a view, written to one that is none
 
 # 16 bytes at a time in PTX, on gfx942 and on gfx1100
 WIDE_ACCESSES = (".v4.", "dwordx4", "global_load_b128", "buffer_load_b128")
@@ -56,7 +62,7 @@ class Case:
     types: dict[str, str]
     constants: dict[str, Any]
     launch: Launch
-    aligned: bool = True
+    ragged: tuple[str, ...] = ()
     candidate: bool = False  # the autotuner's, not the table's
 
 
@@ -81,7 +87,11 @@ def _stats_cases(architecture: str) -> Iterator[Case]:
         yield Case("tile_stats all outputs", _tile_stats_kernel, types, plain, launch, candidate=launch != table)
     masses = pointers | sizes | moments | {"block_lse_ptr": FLOAT}
     yield Case("tile_stats masses", _tile_stats_kernel, masses, plain, config.with_masses(architecture))
-    yield Case("tile_stats ragged", _tile_stats_kernel, pointers | sizes, plain, table, aligned=False)
+    for ragged in (VIEW, LAST_SLICE):
+        yield Case("tile_stats ragged", _tile_stats_kernel, pointers | sizes, plain, table, ragged=ragged)
+        launch = config.whole_row(4096, architecture, True)
+        types, row = pointers | sizes | {"rescale_ptr": FLOAT, "out_ptr": HALF}, plain | {"WHOLE_ROW": True}
+        yield Case("tile_stats ragged row", _tile_stats_kernel, types, row, launch, ragged=ragged)
     for out in (HALF, FLOAT):
         writes = {"rescale_ptr": FLOAT, "out_ptr": out}
         for label, added in ((f" to {out[1:]}", writes), (f" all outputs to {out[1:]}", moments | writes)):
@@ -108,7 +118,8 @@ def _grad_cases(architecture: str) -> Iterator[Case]:
     for launch in _unique([table, *config.CANDIDATES["tile_grad"]]):
         types = base | full
         yield Case("tile_grad all outputs", _tile_grad_kernel, types, plain, launch, candidate=launch != table)
-    yield Case("tile_grad ragged", _tile_grad_kernel, base | only, plain, table, aligned=False)
+    for ragged in (VIEW, LAST_SLICE, MIXED):
+        yield Case("tile_grad ragged", _tile_grad_kernel, base | only, plain, table, ragged=ragged)
 
 
 def _small_cases(architecture: str) -> Iterator[Case]:
@@ -116,6 +127,8 @@ def _small_cases(architecture: str) -> Iterator[Case]:
     table = config.launch_for("scale_rows", architecture)
     yield Case("scale_rows", _scale_rows_kernel, types, {}, table)
     yield Case("scale_rows half", _scale_rows_kernel, types | {"x_ptr": HALF}, {}, table)
+    for ragged in (VIEW, LAST_SLICE):
+        yield Case("scale_rows ragged", _scale_rows_kernel, types | {"x_ptr": HALF}, {}, table, ragged=ragged)
     names = ("logp_ptr", "summary_ptr", "coefficients_ptr")
     base = dict.fromkeys(names, FLOAT) | {"labels_ptr": "*i64"}
     base |= dict.fromkeys(("pairs", "tokens", "width", "ignore_index"), "i32")
@@ -147,7 +160,7 @@ def compile_case(case: Case, architecture: str) -> Any:
     attributes = {}
     for index, name in enumerate(case.kernel.arg_names):
         signature[name] = "constexpr" if name in constants else case.types[name]
-        if name not in constants and (signature[name].startswith("*") or (case.aligned and signature[name] == "i32")):
+        if name not in constants and name not in case.ragged and signature[name][0] in "*i":
             attributes[(index,)] = ALIGNED
     source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.launch.num_warps, "num_stages": 1}

@@ -101,8 +101,8 @@ class VendorProducts:
         return False
 
     def can_round(self, inputs: Tensor, terms: int) -> bool:
-        """See `Products`; CUDA's libraries may round partial sums on the way, too."""
-        return False
+        """See `Products`; CUDA's library can be told not to round partial sums on the way."""
+        return inputs.is_cuda and inputs.dtype == torch.bfloat16 and torch.version.hip is None
 
     def matmul(
         self,
@@ -131,7 +131,7 @@ class VendorProducts:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
-    with strict(out.device, b.dtype):
+    with strict(out.device, b.dtype, out.dtype):
         if b.dtype != out.dtype and accumulate:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         elif b.dtype != out.dtype:

@@ -1,7 +1,7 @@
 """Products of float32, or of half precision into float32, whatever the process allows torch to round on the way.
 
-TF32 costs 0.02 to 0.028 nat per 512 tokens; sums in float16 are worse, and have no float32 result. Reductions in
-reduced precision are those of a half-precision result, which these products do not have.
+TF32 costs 0.02 to 0.028 nat per 512 tokens; sums in float16 are worse, and have no float32 result. A bfloat16 result is
+rounded once: its partial sums are not, which torch allows by default.
 """
 
 from __future__ import annotations
@@ -19,20 +19,26 @@ import torch
 # and a graph's guards see the settings before and after it.
 _lock = threading.Lock()
 _mkldnn: Any = torch.backends.mkldnn  # whose stub does not know `matmul`
-# by kind of device and dtype of the operands: who has the setting, its name and the only value that is exact
-_SETTINGS: dict[tuple[str, torch.dtype], tuple[Any, str, Any]] = {
-    ("cpu", torch.float32): (_mkldnn.matmul, "fp32_precision", "ieee"),
-    ("cuda", torch.float32): (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
-    ("cuda", torch.float16): (torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
+_Product = tuple[str, torch.dtype, torch.dtype]
+# by kind of device, dtype of operands and result: who has the setting, its name and the only value that is exact
+_SETTINGS: dict[_Product, tuple[Any, str, Any]] = {
+    ("cpu", torch.float32, torch.float32): (_mkldnn.matmul, "fp32_precision", "ieee"),
+    ("cuda", torch.float32, torch.float32): (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    ("cuda", torch.float16, torch.float32): (torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
+    ("cuda", torch.bfloat16, torch.bfloat16): (
+        torch.backends.cuda.matmul,
+        "allow_bf16_reduced_precision_reduction",
+        False,
+    ),
 }
 _under_way = dict.fromkeys(_SETTINGS, 0)
-_changed: dict[tuple[str, torch.dtype], Any] = {}  # what was found
+_changed: dict[_Product, Any] = {}  # what was found
 
 
 @contextmanager
-def strict(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, torch's products of operands of that dtype on the device round their results only."""
-    key = (device.type, dtype)
+def strict(device: torch.device, operands: torch.dtype, result: torch.dtype) -> Iterator[None]:
+    """Inside, torch's products of such operands with such a result on the device round their results only."""
+    key = (device.type, operands, result)
     if key not in _SETTINGS:
         yield
         return

@@ -17,7 +17,7 @@ from spo_kernels.backends.products import headroom
 from spo_kernels.backends.torch_backend import TorchBackend, logit_slope, to_logits
 from spo_kernels.engine.exact import Plane
 from spo_kernels.engine.gradients import HeadGradient, SliceGradient
-from spo_kernels.engine.workspace import plan_tiles, spans
+from spo_kernels.engine.workspace import plan_tiles, row_stride, spans, tile_of
 
 # rows of a tile handled at a time, so that temporaries stay small
 _PIECES = 16
@@ -38,12 +38,13 @@ class Models:
         shapes = [
             plan_tiles(
                 n, side.hidden, side.head, side.backend, self.workspace_bytes,
-                models=2, temporaries=TorchBackend.temporaries,
+                exponentials=False, models=2, temporaries=TorchBackend.temporaries,
             )
             for side in sides
         ]  # fmt: skip
         rows, columns = (min(getattr(shape, name) for shape in shapes) for name in ("rows", "columns"))
-        buffers = [side.hidden.new_empty(min(n, rows) * columns, dtype=side.wide) for side in sides]
+        cells = min(n, rows) * row_stride(columns, sides[0].hidden.device.type)
+        buffers = [side.hidden.new_empty(cells, dtype=side.wide) for side in sides]
         for span in spans(self.policy.head.vocab, columns):
             weights = [side.head.rows(span, side.backend.products.operand_dtype(side.hidden)) for side in sides]
             biases = [side.head.bias_rows(span, side.wide) for side in sides]
@@ -51,7 +52,7 @@ class Models:
                 found, taken = [], []
                 for side, weight, buffer in zip(sides, weights, buffers, strict=True):
                     taken.append(side.tokens.take(side.hidden, part.start, part.stop, weight.dtype))
-                    tile = buffer[: (part.stop - part.start) * weight.shape[0]].view(-1, weight.shape[0])
+                    tile = tile_of(buffer, part.stop - part.start, weight.shape[0])
                     side.backend.products.matmul(taken[-1], weight.t(), out=tile)
                     found.append(tile)
                 yield _Tile(self, part, span, taken[0], weights[0], found[0], found[1], biases[0], biases[1])
@@ -119,7 +120,7 @@ def backward(
         unit = headroom([grad], transform.scale)
         grad = grad if unit is None else grad / unit
     hidden_sum = None if hidden_out is None else policy.hidden.new_zeros((n, policy.head.width), dtype=policy.wide)
-    weight_sum = SliceGradient(head_out, products, policy.wide)
+    weight_sum, narrow = SliceGradient(head_out, products, policy.wide), None
     if n == 0:
         head_out.zero_()
     for tile in models.tiles():
@@ -128,11 +129,18 @@ def backward(
             p = ref_logits.sub_(ref_lse[at, None]).exp_()
             q = logits.sub_(lse[at, None]).exp_()
             tile.products[piece] = q.sub_(p).mul_(slope).mul_(grad[at, None])
+        operand = tile.products
+        if operand.is_cuda and products.tile_dtype(policy.hidden) != operand.dtype:
+            # both products would cast it
+            if narrow is None:
+                cells = operand.shape[0] * operand.stride(0)
+                narrow = operand.new_empty(cells, dtype=products.tile_dtype(policy.hidden))
+            operand = tile_of(narrow, *operand.shape).copy_(operand)
         if hidden_sum is not None:
-            products.matmul(tile.products, tile.weight, out=hidden_sum[tile.rows], accumulate=True)
+            products.matmul(operand, tile.weight, out=hidden_sum[tile.rows], accumulate=True)
         if tile.rows.start == 0:
             weight_sum.begin(tile.columns, tile.weight)
-        weight_sum.add(tile.products, tile.states)
+        weight_sum.add(operand, tile.states)
         if tile.rows.stop == n:
             weight_sum.finish(unit)
     if hidden_out is not None and hidden_sum is not None:

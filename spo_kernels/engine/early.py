@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo_kernels.backends.contract import Backend
 from spo_kernels.engine.checks import without_autocast
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
@@ -33,6 +34,7 @@ class EarlyWork:
     name: str  # of the public function
     again: str  # what to do in order to go backward twice
     head: HeadSlices
+    backend: Backend
     wide: torch.dtype
     tokens: TokenRows
     scale: float  # by which the sum of the losses is multiplied
@@ -67,14 +69,14 @@ class EarlyGradients(torch.autograd.Function):
             head_out.weight,
             head_out.bias,
         )
-        ctx.weight_dtype, ctx.work = weight.dtype, (work.name, work.again)
+        ctx.weight_dtype, ctx.work = weight.dtype, (work.name, work.again, work.wide, work.backend)
         ctx.mark_non_differentiable(losses, logps)
         return losses.sum() * work.scale, losses, logps
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients, multiplied in place."""
-        name, again = ctx.work
+        name, again, wide, backend = ctx.work
         if torch.is_grad_enabled():
             raise RuntimeError(f"{name} does not support double backward (create_graph=True was passed)")
         if ctx.gradients is None:
@@ -85,9 +87,12 @@ class EarlyGradients(torch.autograd.Function):
         hidden, weight, bias = ctx.gradients
         # held here they would be copied, not taken over, by the parameter's .grad
         ctx.gradients = None
-        # looking costs a CPU nothing, and a loss's own backward sends 1
+        # a loss's own backward sends 1: a CPU looks, a GPU's kernel passes by the rows whose factor it is
         if not upstream.is_cpu or upstream.item() != 1.0:
-            for grad in (hidden, weight, bias):
+            for grad in (hidden, weight):
                 if grad is not None:
-                    grad.mul_(upstream)
+                    rows = grad.view(grad.shape[:-1].numel(), grad.shape[-1])
+                    backend.scale_rows(rows, upstream.to(wide).expand(len(rows)).contiguous())
+            if bias is not None:
+                bias.mul_(upstream)
         return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), None

@@ -18,7 +18,7 @@ from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.sparse_blocks import BlockChooser
 from spo_kernels.engine.tokens import TokenRows
-from spo_kernels.engine.workspace import TileShape, spans
+from spo_kernels.engine.workspace import TileShape, row_stride, spans, tile_of
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Plane:
 class TileBuffers:
     """One tile of products and, where the next product takes narrower operands, one of those; used over and over."""
 
-    def __init__(self, hidden: Tensor, cells: int, products: Products | None) -> None:
-        """Without `products`, tiles enter no other product."""
+    def __init__(self, hidden: Tensor, rows: int, columns: int, products: Products | None) -> None:
+        """For tiles of at most that size. Without `products`, they enter no other product."""
+        cells = rows * row_stride(columns, hidden.device.type)
         self.wide = hidden.new_empty(cells, dtype=accumulator_dtype(hidden.dtype))
         self.narrow: Tensor | None = None
         if products is not None and products.tile_dtype(hidden) != self.wide.dtype:
@@ -48,9 +49,8 @@ class TileBuffers:
 
     def tile(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
         """The products' tile, and what a tile pass is to write instead of it."""
-        cells = rows * columns
-        out = None if self.narrow is None else self.narrow[:cells].view(rows, columns)
-        return self.wide[:cells].view(rows, columns), out
+        out = None if self.narrow is None else tile_of(self.narrow, rows, columns)
+        return tile_of(self.wide, rows, columns), out
 
 
 def forward(
@@ -72,8 +72,8 @@ def forward(
     """
     hidden, tokens, backend = plane.hidden, plane.tokens, plane.backend
     n = tokens.count
-    cells = min(n, shape.rows) * shape.columns
-    buffers = TileBuffers(hidden, cells, None if logp_grad is None else backend.products)
+    products = None if logp_grad is None else backend.products
+    buffers = TileBuffers(hidden, min(n, shape.rows), shape.columns, products)
     stats = TokenStats.start(n, buffers.wide, moments)
     for row in spans(n, shape.rows):
         states = tokens.take(hidden, row.start, row.stop, backend.products.operand_dtype(hidden))
@@ -211,7 +211,7 @@ def backward(
     """
     hidden, head, tokens, products = plane.hidden, plane.head, plane.tokens, plane.backend.products
     n, narrow = tokens.count, products.operand_dtype(hidden)
-    buffers = TileBuffers(hidden, min(n, shape.rows) * shape.columns, products)
+    buffers = TileBuffers(hidden, min(n, shape.rows), shape.columns, products)
     unit = None
     if buffers.narrow is not None and buffers.narrow.dtype == torch.float16:
         unit = headroom(list(grads.upstream().values()), head.transform.scale)
@@ -219,12 +219,17 @@ def backward(
     allocate = hidden.new_empty if slices is None else hidden.new_zeros
     hidden_sum = None if hidden_out is None else allocate((n, hidden.shape[1]), dtype=plane.wide)
     weight_sum = SliceGradient(head_out, products, plane.wide)
+    at_hand: slice | Tensor | None = None  # whose states were gathered last
+    states, listed = hidden[:0], None
     for piece in every_slice(n, head.vocab, shape) if slices is None else slices:
         columns, first = piece.columns, piece.columns.start == 0
         weight, bias = head.rows(columns, narrow), head.bias_rows(columns, plane.wide)
         weight_sum.begin(columns, weight, piece.single_tile)
         for part, factors in piece.parts:
-            states, listed = tokens.operand(hidden, part, products)
+            # one tile of rows has the same for every slice
+            if not (isinstance(part, slice) and part == at_hand):
+                del states  # before others are gathered
+                at_hand, (states, listed) = part, tokens.operand(hidden, part, products)
             labels = relative(tokens.labels[part], columns)
             found, out = buffers.tile(len(labels), columns.stop - columns.start)
             products.matmul(states, weight.t(), out=found, a_rows=listed)

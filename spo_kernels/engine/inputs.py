@@ -16,7 +16,7 @@ from spo_kernels.engine.collectives import check_same
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.head import LMHead, as_head
-from spo_kernels.sparsity import EXACT, Sparsity, as_sparsity
+from spo_kernels.sparsity import Sparsity, as_sparsity
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -247,7 +247,7 @@ class Execution:
 
     workspace_bytes: int | None
     backend: str
-    sparsity: Sparsity = EXACT
+    sparsity: Sparsity
 
     @classmethod
     def resolve(

@@ -22,7 +22,7 @@ from spo_kernels.engine.kept_space import KeptShape
 from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.memory import in_huge_pages
 from spo_kernels.engine.tokens import TokenRows
-from spo_kernels.engine.workspace import spans
+from spo_kernels.engine.workspace import row_stride, spans, tile_of
 
 # statistics of a tile's tokens to the coefficients that scale the gradients of their log-probabilities
 Coefficients = Callable[[TokenStats], Tensor]
@@ -49,9 +49,10 @@ class KeptTiles:
         # of the last run's tokens
         self.logit_sums = LogitSums(head, hidden.new_empty(0, dtype=self._wide), rows) if mean_logits else None
         kept = backend.products.tile_dtype(hidden)
-        self._kept = in_huge_pages(hidden.new_empty(rows * head.vocab, dtype=kept))
+        cells, part = (rows * row_stride(n, hidden.device.type) for n in (head.vocab, columns))
+        self._kept = in_huge_pages(hidden.new_empty(cells, dtype=kept))
         # a slice of products before it is rounded
-        self._products = None if kept == self._wide else hidden.new_empty(rows * columns, dtype=self._wide)
+        self._products = None if kept == self._wide else hidden.new_empty(part, dtype=self._wide)
 
     def run(
         self,
@@ -68,20 +69,26 @@ class KeptTiles:
         """
         n, products, head = tokens.count, self._backend.products, self._head
         states = tokens.take(self._hidden, 0, n, products.operand_dtype(self._hidden))
-        kept = self._kept[: n * head.vocab].view(n, head.vocab)
+        kept = tile_of(self._kept, n, head.vocab)
         stats, maxima = self._keep(tokens, states, kept)
         head.join_(stats)
         upstream = coefficients(stats)
         share = (upstream / stats.sum).neg_()
         at_label = upstream * label_slope(stats, head.transform)
         total = None if hidden_out is None else states.new_empty(states.shape, dtype=self._wide)
-        weight_sum, whole = SliceGradient(head_out, products, self._wide), head.whole and len(self._slices) == 1
-        for columns, maximum in zip(self._slices, maxima, strict=True):
-            part = kept if len(self._slices) == 1 else kept[:, columns]
-            self._backend.scale_rows(part, share if whole else share * (maximum - stats.max).exp())
-            if whole:  # every label lies in it, on an entry that is 0
-                part[torch.arange(n, device=part.device), tokens.labels] = at_label.to(part.dtype)
-            else:
+        weight_sum, single = SliceGradient(head_out, products, self._wide), len(self._slices) == 1
+        factors = [share] if head.whole and single else share * (torch.stack(maxima) - stats.max).exp()
+        # a CPU still has a slice in its cache; a GPU has less to launch where all slices are made ready together
+        together = head.whole and (single or not kept.is_cpu)
+        if together:
+            for columns, factor in zip(self._slices, factors, strict=True):
+                self._backend.scale_rows(kept[:, columns], factor)
+            # every label lies in the tile, on an entry that is 0
+            kept[torch.arange(n, device=kept.device), tokens.labels] = at_label.to(kept.dtype)
+        for columns, factor in zip(self._slices, factors, strict=True):
+            part = kept if single else kept[:, columns]
+            if not together:
+                self._backend.scale_rows(part, factor)
                 add_at_labels_(part, tokens.labels - columns.start, at_label)
             if total is not None:
                 weight = head.rows(columns, states.dtype)
@@ -104,7 +111,7 @@ class KeptTiles:
         for columns in self._slices:
             part = found = kept[:, columns] if len(self._slices) > 1 else kept
             if self._products is not None:
-                found = self._products[: part.numel()].view(part.shape)
+                found = tile_of(self._products, *part.shape)
             self._backend.products.matmul(states, head.rows(columns, states.dtype).t(), out=found)
             labels = relative(tokens.labels, columns)
             tile = Tile(found, labels, head.transform, head.bias_rows(columns, self._wide), part)

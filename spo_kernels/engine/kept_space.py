@@ -17,7 +17,7 @@ from torch import Tensor
 from spo_kernels.backends.contract import MASS_BLOCK, Backend
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.engine.head_slices import HeadSlices
-from spo_kernels.engine.workspace import block_columns, whole_blocks
+from spo_kernels.engine.workspace import block_columns, row_stride, whole_blocks
 
 # CPU: slices of 2048 tokens' logits, of the weight and of its gradient stay in the cache that a product left them in
 _COLUMNS = {"cpu": 1024}
@@ -65,7 +65,7 @@ class KeptSpace:
     given: bool  # by the call; else each further accumulator comes on top
     direct: bool  # the weight's gradient has the accumulator's dtype, so sums can be kept in it
     vocab: int
-    widest: int  # most columns in work together
+    widest: Callable[[int], int]  # most columns in work together, by rows
     wanted_rows: int
     least_rows: int
     row_bytes: int  # of a token: its tile over the whole vocabulary, its hidden state and gradient
@@ -90,23 +90,27 @@ class KeptSpace:
         wide, products, device = accumulator_dtype(hidden.dtype), backend.products, hidden.device
         narrow, kept = products.operand_dtype(hidden).itemsize, products.tile_dtype(hidden)
         vocab, width, trained, stored = head.widest, head.width, head.trained_width, head.weight_bytes
-        given = workspace_bytes is not None
+        given, stride = workspace_bytes is not None, row_stride(vocab, device.type)
         if workspace_bytes is None:
             sizes = vocab * width * stored, vocab * trained * stored
             workspace_bytes = default_bytes(*sizes, memory_of(device) if memory is None else memory)
-        widest = block_columns(device.type, vocab, writes_operand=kept != wide, given=True)
+        cell = backend.cell_bytes(hidden, temporaries) - kept.itemsize
+        columns = partial(block_columns, device.type, vocab, exponentials=True) if kept != wide else lambda rows: vocab
         return cls(
             allowed=workspace_bytes,
             given=given,
             direct=stored == wide.itemsize,
             vocab=vocab,
-            widest=whole_blocks(min(widest, _COLUMNS.get(device.type, vocab)), vocab),
+            widest=lambda rows: whole_blocks(min(columns(rows), _COLUMNS.get(device.type, vocab)), vocab),
             wanted_rows=_WANTED_ROWS.get(device.type, _WANTED_ROWS["cuda"]),
             least_rows=_LEAST_ROWS.get(device.type, _LEAST_ROWS["cuda"]),
-            row_bytes=vocab * kept.itemsize + width * (wide.itemsize + narrow) + products.row_bytes,
+            row_bytes=stride * kept.itemsize
+            + (stride - vocab) * cell
+            + width * (wide.itemsize + narrow)
+            + products.row_bytes,
             column_bytes=width * head.copied_bytes(narrow),
             cast_bytes=trained * wide.itemsize,
-            cell_bytes=backend.cell_bytes(hidden, temporaries) - kept.itemsize,
+            cell_bytes=cell,
             accumulator_bytes=vocab * trained * wide.itemsize,
             rounds=partial(products.can_round, hidden),
         )
@@ -126,14 +130,15 @@ class KeptSpace:
         casts = not (self.direct or sum_apart or self.rounds(rows))
         column = self.column_bytes + rows * self.cell_bytes + (self.cast_bytes if casts else 0)
         left = self.budget(accumulators) - fixed
-        columns = whole_blocks(min(self.widest, max(left, 0) // column) if column else self.widest, self.vocab)
+        widest = self.widest(rows)
+        columns = whole_blocks(min(widest, max(left, 0) // column) if column else widest, self.vocab)
         if left < 0 or columns < self._narrowest:
             return None
         return KeptShape(rows, columns, fixed + columns * column, sum_apart)
 
     @property
     def _narrowest(self) -> int:
-        return min(self.widest, MASS_BLOCK)
+        return min(self.widest(self.wanted_rows), MASS_BLOCK)
 
 
 # tokens in groups of at most so many, each of which keeps its rows together; a group is one or more indivisible parts

@@ -137,7 +137,15 @@ def linear_logprob_fwd(
     if need_logp_grad:
         logp_grad = like_hidden(hidden, rows, logp_grad.dtype)
     beside = LogitSums.temporaries(plane.head, plane.backend) if mean else None
-    shape = plan_tiles(rows.count, plane.hidden, plane.head, plane.backend, workspace_bytes, temporaries=beside)
+    shape = plan_tiles(
+        rows.count,
+        plane.hidden,
+        plane.head,
+        plane.backend,
+        workspace_bytes,
+        exponentials=need_logp_grad,
+        temporaries=beside,
+    )
     wanted = Sparsity(sparsity, tolerance, seed)
     codes = labels.new_empty(_codes_shape(labels, weight, wanted), dtype=torch.uint8)
     code_counts = torch.zeros(codes.shape[:1], dtype=torch.int64)
@@ -233,7 +241,7 @@ def linear_logprob_bwd(
     if finished and hidden_out is not None and grads.logp is not None:
         _scale_rows(logp_grad.view(-1, hidden.shape[-1]), grads.logp, rows, out=hidden_out)
     if need_weight or need_bias or (need_hidden and not finished):
-        shape = plan_tiles(rows.count, plane.hidden, plane.head, plane.backend, workspace_bytes)
+        shape = plan_tiles(rows.count, plane.hidden, plane.head, plane.backend, workspace_bytes, exponentials=False)
         slices = None
         if sparse:
             width = block_width(labels.numel(), weight.shape[0], labels.device.type)

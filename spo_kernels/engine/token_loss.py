@@ -50,7 +50,7 @@ def early_token_loss(
         return None
     backend, head = load_backend(execution.backend), model.slices()
     rows = TokenRows.of(tokens, shift, head.first)
-    if rows.mask is not None or rows.count == 0:
+    if rows.count == 0:
         return None
     space = KeptSpace.of(model.hidden, head, backend, execution.workspace_bytes)
     plan = plan_groups(space, rows.count, 1, lambda most: list(_ranges(rows.count, most)), space.least_rows)
@@ -61,6 +61,7 @@ def early_token_loss(
         name="linear_token_loss",
         again="take the loss of linear_logprob",
         head=head,
+        backend=backend,
         wide=model.wide,
         tokens=rows,
         scale=1.0,
@@ -68,6 +69,15 @@ def early_token_loss(
     )
     loss, _, logp = work.run(model)
     return loss, rows.spread(logp, tokens.labels.shape)
+
+
+def _index(places: Tensor, shape: torch.Size) -> Index:
+    """Flat places as an index; torch.unravel_index would bring the shape from the host."""
+    found: list[Tensor] = []
+    for size in reversed(shape):
+        found.append(places % size)
+        places = places // size
+    return tuple(reversed(found))
 
 
 def _ranges(tokens: int, most: int) -> Sequence[range]:
@@ -95,12 +105,12 @@ class _Making:
         for group in self.groups:
             tokens = self.tokens if len(self.groups) == 1 else self.tokens.part(group.start, group.stop)
 
-            def coefficients(stats: TokenStats, group: range = group) -> Tensor:
-                logp = stats.logp
+            def coefficients(stats: TokenStats, group: range = group, tokens: TokenRows = tokens) -> Tensor:
+                logp = tokens.masked(stats.logp)
                 found, slopes = self._differentiate(logp, group)
                 logps.append(logp)
-                losses.append(found)
-                return slopes
+                losses.append(tokens.masked(found))
+                return tokens.masked(slopes)
 
             tiles.run(tokens, coefficients, total, grad_hidden, accumulate=group.start > 0)
         head_out.copy_(total)
@@ -116,7 +126,7 @@ class _Making:
         places = torch.arange(*part, device=logp.device) if places is None else places[slice(*part)]
         with torch.enable_grad():
             leaf = logp.detach().requires_grad_()
-            losses = token_losses(self.token_loss, leaf, torch.unravel_index(places, self.shape))
+            losses = token_losses(self.token_loss, leaf, _index(places, self.shape))
             if not losses.requires_grad:
                 return losses, torch.zeros_like(leaf)
             _check_leaves(losses, leaf)

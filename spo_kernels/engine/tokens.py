@@ -112,16 +112,21 @@ class LabelLayout:
         ends = torch.nn.functional.pad(counted.cumsum(0), (1, 0))
         return ends[self.cu_seqlens.long()].diff()
 
-    def known_counts(self) -> list[int] | None:
-        """The same, where it does not depend on labels and the host has the bounds: nothing is waited for."""
-        if self.ignore_index is not None or (self.cu_seqlens is not None and self.bounds is None):
-            return None
+    def widths(self) -> list[int] | None:
+        """All labels of each sequence, whether they count or not; None where the host does not have the bounds."""
         if self.bounds is not None:
-            lengths = [stop - start for start, stop in pairwise(self.bounds)]
-        else:
-            *rows, width = self.labels.shape or (1,)
-            lengths = [width] * prod(rows)
-        return [max(length - 1, 0) for length in lengths] if self.shift else lengths
+            return [stop - start for start, stop in pairwise(self.bounds)]
+        if self.cu_seqlens is not None:
+            return None
+        *rows, width = self.labels.shape or (1,)
+        return [width] * prod(rows)
+
+    def known_counts(self) -> list[int] | None:
+        """`count`, where it does not depend on labels and the host has the bounds: nothing is waited for."""
+        lengths = None if self.ignore_index is not None else self.widths()
+        if lengths is None or not self.shift:
+            return lengths
+        return [max(length - 1, 0) for length in lengths]
 
     def sum(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sums of `values` (or of `values * weights`), shaped like labels, over each sequence: `[S]`."""
@@ -164,8 +169,8 @@ def sum_segments(values: Tensor, lengths: Tensor, weights: Tensor | None = None)
 class Tokens(NamedTuple):
     """The labels that count, as ops take them: tensors whose shapes do not depend on how many there are.
 
-    Where `listed` (0-d bool, on the CPU) is False, a CUDA graph is being recorded: then every label is processed, and
-    `counted` masks those that do not count.
+    Where `listed` (0-d bool, on the CPU) is False, a CUDA graph is being recorded and how many count is not known:
+    then every label is processed, and `counted` masks those that do not count.
     """
 
     labels: Tensor  # as given, classes in [0, V) where they count
@@ -199,10 +204,10 @@ def find_tokens(
     flat = counted.flatten()
     every = count == flat.numel()
     check_label_range(labels, vocab, None if every else ignore_index)
-    if capturing(counted):
-        return torch.zeros_like(flat, dtype=torch.int64), _host(flat.numel()), _host(False)
     if every:
         return torch.arange(flat.numel(), device=flat.device), _host(flat.numel()), _host(True)
+    if count is None and capturing(counted):
+        return torch.zeros_like(flat, dtype=torch.int64), _host(flat.numel()), _host(False)
     if count is None or not counted.is_cuda:
         found = flat.nonzero()[:, 0]
         count = found.numel()
@@ -282,7 +287,7 @@ class TokenRows:
     def part(self, start: int, stop: int) -> TokenRows:
         """The tokens start..stop, listed."""
         rows = torch.arange(start, stop, device=self.labels.device) if self.rows is None else self.rows[start:stop]
-        return TokenRows(rows, self.labels[start:stop])
+        return TokenRows(rows, self.labels[start:stop], None if self.mask is None else self.mask[start:stop])
 
     def take(self, hidden: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Hidden states of tokens start..stop in the dtype of the products."""
@@ -312,19 +317,23 @@ class TokenRows:
         """Per-label values of the tokens, `[n]`."""
         flat = values.reshape(-1)
         if self.mask is not None:
-            return flat.masked_fill(~self.mask, 0.0)
+            return self.masked(flat)
         # an expanded gradient, as sum() sends it, has stride 0
         return flat.contiguous() if self.places is None else flat[self.places]
 
     def spread(self, values: Tensor, shape: torch.Size) -> Tensor:
         """Per-token values back at their labels' places, zero elsewhere."""
         if self.mask is not None:
-            return values.masked_fill(~self.mask, 0).view(shape)
+            return self.masked(values).view(shape)
         if self.places is None:
             return values.view(shape)
         out = values.new_zeros(shape)
         out.view(-1)[self.places] = values
         return out
+
+    def masked(self, values: Tensor) -> Tensor:
+        """Per-token values `[n]`, 0 where a token does not count."""
+        return values if self.mask is None else values.masked_fill(~self.mask, 0)
 
     def _masked(self, values: Tensor, start: int, stop: int) -> Tensor:
         return values if self.mask is None else values.masked_fill(~self.mask[start:stop, None], 0.0)

@@ -22,6 +22,13 @@ _MAX_ROWS = {"cpu": 2048, "cuda": 4096}
 # On a GPU wider tiles make a product no faster, and 8192 columns are a block of the Triton kernels: where they write
 # an operand, they read a wider row twice (10 bytes a cell, not 6).
 _BLOCK_COLUMNS = {"cuda": 8192}
+# A GPU's tile of few tokens may be wider, until it has so many cells: each slice of the vocabulary costs its launches.
+# Fewer where exponentials of rows are written, which are read twice then: at H = 4096 a product of 2^22 cells takes
+# 50 us, as long as the launches.
+_CELLS = {"cuda": 1 << 25}
+_EXPONENTIAL_CELLS = {"cuda": 1 << 22}
+# elements between rows of a tile: a multiple of these on a GPU, whose products and kernels take 16 bytes at a time
+_APART = {"cuda": 64, "cpu": 1}
 # Columns that a sparse backward keeps or leaves out together. CPU: the mass blocks themselves. GPU: a launch's
 # latency is that of about 1024 columns of a few hundred tokens.
 _BLOCK_WIDTH = {"cpu": MASS_BLOCK, "cuda": 8 * MASS_BLOCK}
@@ -35,9 +42,23 @@ def spans(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
-def block_columns(device: str, vocab: int, *, writes_operand: bool, given: bool) -> int:
-    """Most columns of a tile: a GPU's block where an operand is written, or where the call gives no bytes."""
-    return min(vocab, _BLOCK_COLUMNS.get(device, vocab)) if writes_operand or not given else vocab
+def block_columns(device: str, vocab: int, rows: int, *, exponentials: bool) -> int:
+    """Most columns of a tile where larger ones make nothing faster; `exponentials` where such are written."""
+    cells = (_EXPONENTIAL_CELLS if exponentials else _CELLS).get(device, 0)
+    return min(vocab, max(_BLOCK_COLUMNS.get(device, vocab), cells // max(rows, 1)))
+
+
+def row_stride(columns: int, device: str) -> int:
+    """Elements from a row of a tile to the next."""
+    apart = _APART.get(device, _APART["cuda"])
+    return -(-columns // apart) * apart
+
+
+def tile_of(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """A tile at the beginning of a flat buffer."""
+    stride = row_stride(columns, buffer.device.type)
+    tile = buffer[: rows * stride].view(rows, stride)
+    return tile if stride == columns else tile[:, :columns]
 
 
 def tile_budget(workspace_bytes: int | None, device: str) -> int:
@@ -65,11 +86,13 @@ def plan_tiles(
     backend: Backend,
     workspace_bytes: int | None,
     *,
+    exponentials: bool,
     models: int = 1,
     temporaries: float | None = None,
 ) -> TileShape:
     """The largest tile whose temporaries fit the budget, of which each of `models` heads in work has its share.
 
+    `exponentials`: whether the pass over a tile writes those of whole rows, as `exact.forward` does for a gradient.
     Per cell: see `Backend.cell_bytes`. Per row: the gathered token, its accumulated sum and what the product packs.
     Per column: the weight row where it is copied, and its accumulated gradient or a label's weight row.
 
@@ -80,9 +103,9 @@ def plan_tiles(
     wide = accumulator_dtype(hidden.dtype).itemsize
     narrow = backend.products.operand_dtype(hidden).itemsize
     cell = backend.cell_bytes(hidden, temporaries)
-    row = width * (wide + narrow) + backend.products.row_bytes
-    column = width * (wide + head.copied_bytes(narrow))
     device = hidden.device.type
+    row = width * (wide + narrow) + backend.products.row_bytes + (row_stride(vocab, device) - vocab) * cell
+    column = width * (wide + head.copied_bytes(narrow))
     budget = tile_budget(workspace_bytes, device) // models
     if cell + row + column > budget:
         raise ValueError(
@@ -93,7 +116,8 @@ def plan_tiles(
     while rows > 1 and (budget - rows * row) // (rows * cell + column) < min(vocab, _MIN_COLUMNS):
         rows = (rows + 1) // 2
     writes = backend.products.tile_dtype(hidden) != accumulator_dtype(hidden.dtype)
-    widest = block_columns(device, vocab, writes_operand=writes, given=workspace_bytes is not None)
+    capped = writes or workspace_bytes is None
+    widest = block_columns(device, vocab, rows, exponentials=exponentials) if capped else vocab
     columns = whole_blocks(max(1, min(widest, (budget - rows * row) // (rows * cell + column))), vocab)
     return TileShape(rows, columns, models * (rows * row + columns * (rows * cell + column)))
 

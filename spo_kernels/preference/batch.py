@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class PairBatch:
     policy: ModelInputs
     tokens: Tokens  # that take part in the policy's products
     lengths: Tensor  # [2B] how many of them each sequence has here
-    host_lengths: list[int] | None  # the same, where the host may know them
+    host_lengths: list[int] | None  # the same, where the host knows them; see `_HostCounts`
     token_weights: Tensor | None  # labels' shape
     inputs: PairInputs  # what the objective sees beside the policy's log-probabilities
     kl: Tensor | None  # labels' shape, for an objective that asks for it
@@ -111,19 +112,28 @@ class _Taken:
         computed = counted & (weights != 0)
         return cls(computed, layout.count(computed), False)
 
-    def on_host(self, layout: LabelLayout, theirs: Tensor) -> tuple[list[int] | None, int | None]:
-        """The lengths, and how many `theirs` (labels' shape) are if they are others, in one wait for the device.
-
-        Nothing where the host may not ask.
-        """
-        if is_traced(layout.labels) or capturing(layout.labels):
-            return None, None
+    def on_host(self, layout: LabelLayout, theirs: Tensor) -> _HostCounts:
+        """What the host may know, in one wait for the device; `theirs` (labels' shape) are the reference's tokens."""
+        if is_traced(layout.labels):
+            return _HostCounts(None, None, None)
         host = layout.known_counts() if self.all else None
+        if capturing(layout.labels):
+            known = None if host is None else sum(host)
+            return _HostCounts(layout.widths() if host is None else host, known, None)
         unknown = [] if host is not None else [self.lengths]
         unknown += [] if theirs is self.computed else [theirs.sum()[None]]
         found = torch.cat(unknown).tolist() if unknown else []
         host = found[: layout.sequences] if host is None else host
-        return host, None if theirs is self.computed else found[-1]
+        return _HostCounts(host, sum(host), None if theirs is self.computed else found[-1])
+
+
+class _HostCounts(NamedTuple):
+    """None where it is not known."""
+
+    # of each sequence; while a CUDA graph is recorded all its labels are processed, where those that count are unknown
+    lengths: list[int] | None
+    tokens: int | None  # that take part in the policy's products
+    theirs: int | None  # that take part in the reference's, where they are others
 
 
 def resolve_batch(
@@ -172,17 +182,16 @@ def resolve_batch(
     every = bool(names) or shares is not None
     taken = _Taken.of(layout, counted, lengths, None if every else weights)
     theirs = taken.computed if every or ref_model is None or ref_weights is None else counted & (ref_weights != 0)
-    host, ref_count = taken.on_host(layout, theirs)
-    count = None if host is None else sum(host)
+    host = taken.on_host(layout, theirs)
     vocab = min(m.vocab for m in (model, ref_model) if m is not None)
-    tokens = Tokens.find(layout, taken.computed, vocab, count)
+    tokens = Tokens.find(layout, taken.computed, vocab, host.tokens)
 
     sums, logp, pilots = reference.logps, None, None
     ref_weights = weights if ref_weights is None else ref_weights
     if sums is not None and of_tokens:
         logp = sums.detach().to(model.wide).masked_fill(~counted, 0.0)
     elif ref_model is not None:
-        ref_tokens = tokens if theirs is taken.computed else Tokens.find(layout, theirs, vocab, ref_count)
+        ref_tokens = tokens if theirs is taken.computed else Tokens.find(layout, theirs, vocab, host.theirs)
         ref_execution = Execution.resolve(workspace_bytes, backend, ref_model)
         with torch.no_grad():
             logp, _ = LogprobCall.of(ref_model, ref_tokens, layout.shift, ref_execution).run()
@@ -190,7 +199,7 @@ def resolve_batch(
         sums = layout.sum(logp, ref_weights)
     if logp is not None and shares is not None:
         # an objective that draws tokens has all of them computed
-        subsets = PairTokens.of(layout, counted, count).pilot_subsets(*shares)
+        subsets = PairTokens.of(layout, counted, host.tokens).pilot_subsets(*shares)
         if model.shard is not None:
             subsets = model.shard.of_first(subsets)
         pilots = Pilots(subsets, layout.sum(logp, subsets).to(model.wide))
@@ -204,7 +213,7 @@ def resolve_batch(
         policy=model,
         tokens=tokens,
         lengths=taken.lengths,
-        host_lengths=host,
+        host_lengths=host.lengths,
         token_weights=weights,
         inputs=PairInputs(sums, layout.joined(lengths), named.get("spo_value"), named),
         kl=kl,

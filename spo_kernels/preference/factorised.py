@@ -8,6 +8,7 @@ from torch import Tensor
 from spo_kernels.backends.contract import TokenStats
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.kept import KeptTiles
+from spo_kernels.engine.tokens import TokenRows
 from spo_kernels.engine.workspace import spans
 from spo_kernels.losses.pairs import coupling_of
 from spo_kernels.preference.batch import PairBatch
@@ -79,13 +80,15 @@ def _unscaled(
         start, stop = first + part.start, first + part.stop
         weights = 1.0 if work.weights is None else work.weights[start:stop]
 
-        def coefficients(stats: TokenStats, weights: Tensor | float = weights) -> Tensor:
-            # weights may be wider than the gradients
-            return (torch.full_like(stats.max, sign) * weights).to(stats.max.dtype)
+        tokens = work.tokens.part(start, stop)
 
-        stats = tiles.run(work.tokens.part(start, stop), coefficients, out, grad_hidden, accumulate=not fresh)
-        total += (stats.logp * weights).sum(dtype=torch.float64)
-        work.count_metrics(tiles, stats, chosen=stats.max.numel() if sequence < work.pairs else 0)
+        def coefficients(stats: TokenStats, weights: Tensor | float = weights, tokens: TokenRows = tokens) -> Tensor:
+            # weights may be wider than the gradients
+            return tokens.masked((torch.full_like(stats.max, sign) * weights).to(stats.max.dtype))
+
+        stats = tiles.run(tokens, coefficients, out, grad_hidden, accumulate=not fresh)
+        total += (tokens.masked(stats.logp) * weights).sum(dtype=torch.float64)
+        work.count_metrics(tiles, stats, tokens, chosen=stats.max.numel() if sequence < work.pairs else 0)
         fresh = False
     return total
 

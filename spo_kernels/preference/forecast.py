@@ -27,6 +27,15 @@ class Head:
     device: torch.device
     memory: int | None = None  # bytes of a GPU that is not here
 
+    def policy(self, tokens: int) -> ModelInputs:
+        """With hidden states of so many tokens, which have no values."""
+        with FakeTensorMode():
+            hidden, weight = (
+                torch.empty(rows, self.hidden_size, dtype=self.dtype, device=self.device)
+                for rows in (tokens, self.vocab)
+            )
+        return ModelInputs(hidden, weight, None, 1.0, None)
+
     def backend(self) -> Backend:
         """What would compute it; all that GPUs have take the same bytes."""
         if self.memory is not None:
@@ -52,11 +61,8 @@ def forecast(objective: Objective, lengths: list[int], head: Head, workspace_byt
         ValueError: `workspace_bytes` is too small.
     """
     tokens, backend = sum(lengths), head.backend()
-    with FakeTensorMode():
-        hidden, weight = (
-            torch.empty(rows, head.hidden_size, dtype=head.dtype, device=head.device) for rows in (tokens, head.vocab)
-        )
-    policy = ModelInputs(hidden, weight, None, 1.0, None)
+    policy = head.policy(tokens)
+    hidden, weight = policy.hidden, policy.weight
     space = KeptSpace.of(hidden, policy.slices(), backend, workspace_bytes, memory=head.memory)
     problem = pair_problem(objective, lengths, space, whole_pairs=token_subsets_of(objective) is not None)
     why = why_two_passes(policy, objective)
@@ -64,5 +70,9 @@ def forecast(objective: Objective, lengths: list[int], head: Head, workspace_byt
     if plan.shape is not None:
         taken = plan.shape.bytes
     else:
-        taken = hidden.nbytes + plan_tiles(tokens, hidden, policy.slices(), backend, workspace_bytes).bytes
+        passes = (
+            plan_tiles(tokens, hidden, policy.slices(), backend, workspace_bytes, exponentials=forward)
+            for forward in (True, False)
+        )
+        taken = hidden.nbytes + max(shape.bytes for shape in passes)
     return Forecast(plan, why, space.budget(problem.accumulators), taken, 2 * (hidden.nbytes + weight.nbytes))

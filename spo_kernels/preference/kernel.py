@@ -15,6 +15,7 @@ from torch import Tensor
 from spo_kernels.backends.pair_form import PairForm
 from spo_kernels.backends.registry import has_pair_loss, load_backend
 from spo_kernels.engine.checks import is_traced
+from spo_kernels.engine.tokens import TokenRows
 from spo_kernels.losses import DPO, SPO, Objective
 from spo_kernels.preference.batch import PairBatch
 
@@ -133,9 +134,9 @@ class PairKernel:
         return loss, summary
 
     def differentiate(
-        self, logp: Tensor, labels: Tensor, lengths: Tensor | int, pairs: range, batch: PairBatch
+        self, logp: Tensor, tokens: TokenRows, lengths: Tensor | int, pairs: range, batch: PairBatch
     ) -> tuple[Tensor, Tensor]:
-        """The summary and the per-token derivatives of consecutive pairs, whose tokens all count.
+        """The summary and the per-token derivatives of consecutive pairs, whose tokens these are.
 
         `lengths` of the sequences, or the one that all have.
         """
@@ -144,7 +145,9 @@ class PairKernel:
             part = slice(pairs.start, pairs.stop)
             reference = None if reference is None else reference.view(2, -1)[:, part].flatten()
             value = None if value is None else value[part]
-        bounds = None
+        bounds, labels = None, tokens.labels
+        if tokens.mask is not None:
+            labels = labels.masked_fill(~tokens.mask, _NO_CLASS)
         if isinstance(lengths, int):
             logp, labels = logp.view(-1, lengths), labels.view(-1, lengths)
         else:

@@ -33,7 +33,7 @@ def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | Non
             return slopes
 
         stats = tiles.run(tokens, coefficients, total, grad_hidden, accumulate=number > 0)
-        work.count_metrics(tiles, stats, chosen=sum(work.counts[pairs.start : pairs.stop]))
+        work.count_metrics(tiles, stats, tokens, chosen=sum(work.counts[pairs.start : pairs.stop]))
     head_out.copy_(total)
     if len(found) == 1:
         return found[0][0], found[0][1].flatten()
@@ -46,4 +46,5 @@ def _select(work: PairWork, pairs: range) -> TokenRows:
         return work.tokens
     halves = [work.tokens.part(part.start, part.stop) for part in work.parts(pairs)]
     rows, labels = (torch.cat([getattr(half, name) for half in halves]) for name in ("rows", "labels"))
-    return TokenRows(rows, labels)
+    masks = [half.mask for half in halves if half.mask is not None]
+    return TokenRows(rows, labels, torch.cat(masks) if masks else None)

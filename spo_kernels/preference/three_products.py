@@ -98,11 +98,11 @@ class PairWork:
 
     def differentiate_tokens(self, stats: TokenStats, tokens: TokenRows, pairs: range) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and sums of consecutive pairs, and the whole loss's derivatives by their tokens, chosen first."""
-        logp, weights, equal = stats.logp, self.of_pairs(self.weights, pairs), self.equal_length(pairs)
+        logp, weights, equal = tokens.masked(stats.logp), self.of_pairs(self.weights, pairs), self.equal_length(pairs)
         lengths, layout = self.lengths(pairs), self.batch.layout
         if self.kernel is not None:
             common = lengths if equal is None else equal
-            summary, slopes = self.kernel.differentiate(logp, tokens.labels, common, pairs, self.batch)
+            summary, slopes = self.kernel.differentiate(logp, tokens, common, pairs, self.batch)
             self.summaries.append(summary)
             return summary[0], summary[5:].flatten(), slopes
 
@@ -117,7 +117,7 @@ class PairWork:
             return layout.joined(sums_here(values.double(), weights)).to(values.dtype)
 
         sums, names = sums_of(logp, weights), self.batch.token_outputs
-        found = {name: sums_of(getattr(stats, name)) for name in names}
+        found = {name: sums_of(tokens.masked(getattr(stats, name))) for name in names}
         if self.batch.pilots is not None:
             reference = self.batch.pilots.reference.view(2, -1)[:, pairs.start : pairs.stop].flatten()
             found["pilot"] = sums_of(logp, self.of_pairs(self.subsets, pairs)) - reference
@@ -127,7 +127,7 @@ class PairWork:
         else:
             slopes = slopes[:, None].expand(-1, equal).reshape(-1)
         # weights may be wider than the gradients
-        return losses, sums, slopes if weights is None else (slopes * weights).to(slopes.dtype)
+        return losses, sums, tokens.masked(slopes if weights is None else (slopes * weights).to(slopes.dtype))
 
     def of_pairs(self, values: Tensor | None, pairs: range) -> Tensor | None:
         """Per-token values of consecutive pairs, chosen first."""
@@ -140,10 +140,13 @@ class PairWork:
         return [slice(self.bounds[first + pairs.start], self.bounds[first + pairs.stop]) for first in (0, self.pairs)]
 
     def lengths(self, pairs: range) -> Tensor:
-        """Tokens of each sequence of consecutive pairs, chosen first."""
+        """Tokens of each sequence of consecutive pairs, chosen first; with those that are masked."""
+        lengths, bounds = self.batch.lengths, self.batch.layout.cu_seqlens
+        if self.tokens.mask is not None and bounds is not None:
+            lengths = bounds.diff().long()
         if len(pairs) == self.pairs:
-            return self.batch.lengths
-        both = self.batch.lengths.view(2, -1)
+            return lengths
+        both = lengths.view(2, -1)
         return both[:, pairs.start : pairs.stop].flatten()
 
     def equal_length(self, pairs: range) -> int | None:
@@ -151,15 +154,15 @@ class PairWork:
         counts = [self.counts[first + pair] for first in (0, self.pairs) for pair in pairs]
         return counts[0] if counts and counts[0] and min(counts) == max(counts) else None
 
-    def count_metrics(self, tiles: KeptTiles, stats: TokenStats, chosen: int) -> None:
+    def count_metrics(self, tiles: KeptTiles, stats: TokenStats, tokens: TokenRows, chosen: int) -> None:
         """Add a tile's tokens to the token metrics; the first `chosen` of them belong to chosen responses."""
         before, n = self.token_sums, stats.max.numel()
         if before is None or tiles.logit_sums is None:
             return
-        logits = tiles.logit_sums.means(n)
+        logits, correct = tokens.masked(tiles.logit_sums.means(n)), tokens.masked(stats.label_logit == stats.max)
         self.token_sums = TokenSums(
-            entropy=before.entropy + stats.entropy.sum(),
-            correct_chosen=before.correct_chosen + (stats.label_logit == stats.max)[:chosen].sum().float(),
+            entropy=before.entropy + tokens.masked(stats.entropy).sum(),
+            correct_chosen=before.correct_chosen + correct[:chosen].sum().float(),
             chosen_logits=before.chosen_logits + logits[:chosen].sum(),
             rejected_logits=before.rejected_logits + logits[chosen:].sum(),
         )
@@ -176,6 +179,7 @@ def run_way(batch: PairBatch, plan: PathPlan, way: Way) -> Outcome:
         name="fused_spo_loss",
         again="pass path='two_pass'",
         head=work.head,
+        backend=work.backend,
         wide=batch.policy.wide,
         tokens=work.tokens,
         scale=batch.scale,
