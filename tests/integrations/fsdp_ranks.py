@@ -249,13 +249,16 @@ def of_streamed(mine: slice, folder: Path) -> dict[str, Any]:
     }
 
 
-def precomputed(shard: bool) -> torch.Tensor:
+def precomputed(split: str | None) -> torch.Tensor:
     """Three batches: in the second round there is none for process 1."""
     model = build("llama")
-    if shard:
-        mesh = init_device_mesh("cpu", (PROCESSES,))
-        fully_shard(model.lm_head, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    if split is not None:
+        mesh, ignored = init_device_mesh("cpu", (PROCESSES,)), None
+        if split == "streamed":
+            ignored = shard_head(model, mesh)
+        else:
+            fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params=ignored)
     return precompute_ref_logps(
         model, [PairCollator(0)(RECORDS[rows]) for rows in (slice(0, 2), slice(2, 3), slice(3, 4))]
     )
@@ -305,7 +308,11 @@ if __name__ == "__main__":
     mine = slice(2 * rank, 2 * rank + 2)
     found: dict[str, Any] = {name: run(name, mine) for name in CASES}
     found["of streamed"] = of_streamed(mine, folder / "checkpoint")
-    found |= {"mixed precision": mixed_precision(mine), "refused": refused(mine), "precomputed": precomputed(True)}
+    found |= {
+        "mixed precision": mixed_precision(mine),
+        "refused": refused(mine),
+        "precomputed": [precomputed(split) for split in ("gathered", "streamed")],
+    }
     if rank == 0:
         torch.save(found, folder / "found")
     dist.destroy_process_group()

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.sharded import Size, counted
-from tests.sharded.inputs import Inputs, alone, parts, random_inputs, worst
-from tests.sharded.modes import Run, logprob, of_sequences, of_tokens, pair_loss
+from tests.sharded.inputs import Inputs, alone, parts, random_inputs, token_part, worst
+from tests.sharded.modes import Run, alone_of, logprob, of_sequences, of_tokens, pair_loss, rows_of, tokens_of
 from tests.sharded.replicas import of_pairs, step
 
 # of a process: pairs that it has, and the share of their tokens that do not count
@@ -45,13 +45,25 @@ def streamed(inputs: Inputs, run: Run, shares: tuple[float, ...]) -> dict[str, f
     rows, group = parts(len(inputs.weight), shares)[dist.get_rank()], dist.group.WORLD
     ours = run(inputs, inputs.head(rows, shard_group=group), inputs.ref_head(rows, shard_group=group))
     expected = mean_of(run(inputs, inputs.head(), inputs.ref_head()))
-    return worst(ours, {name: value[rows] if name in ("weight", "bias") else value for name, value in expected.items()})
+    return worst(ours, rows_of(expected, rows))
 
 
 def drawn(
     seed: int, run: Run, shares: tuple[float, ...], batches: tuple[Batch, ...], **options: Any
 ) -> dict[str, float]:
     return streamed(own_inputs(seed, batches, **options), run, shares)
+
+
+def and_sequences(run: Run) -> dict[str, float]:
+    """Errors where the processes that lend each other rows have some tokens of each sequence."""
+    world, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
+    inputs = random_inputs(27, bias=True)
+    rows, (part, places) = parts(len(inputs.weight), SHARES[world])[rank], token_part(inputs, rank, SHARES[world])
+    head = inputs.head(rows, shard_group=group, sequence_group=group)
+    ours = run(part, head, inputs.ref_head(rows, shard_group=group))
+    # the one loss's gradient is the sum
+    ours |= {name: world * ours[name] for name in ("weight", "bias")}
+    return worst(ours, rows_of(tokens_of(alone_of(inputs, run), inputs, part, places), rows))
 
 
 def beside_one(objective: Callable[[], Any], counts: tuple[int, ...]) -> dict[str, float]:
@@ -105,6 +117,7 @@ def cases(objectives: dict[str, Any], backend: str, world: int) -> dict[str, Cas
         found[name] = partial(drawn, 24, run, shares, batches, **options)
     first = (1,) + (0,) * (world - 1)
     found["rows of one process"] = partial(drawn, 25, pair_loss("dpo", **pairs), first, batches)
+    found["and sequences"] = partial(and_sequences, pair_loss("dpo", **pairs))
     found["nothing"] = partial(drawn, 26, pair_loss("dpo", **pairs), shares, ((2, 1.1),) * world)
     return found
 
