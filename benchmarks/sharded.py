@@ -1,9 +1,10 @@
 """What a process holds and sends where several share a language-model head: `python -m benchmarks.sharded`.
 
     gather       every process brings the whole head together, and its gradient goes back in parts
+    streamed     every process sees the others' rows pass by in slices, and a slice's gradient goes back at once
     vocabulary   every process multiplies with its own rows; statistics and hidden's gradient are exchanged
 
-One DPO loss with a trained head, forward and backward, with as many tokens a process in either mode (in the second all
+One DPO loss with a trained head, forward and backward, with as many tokens a process in each mode (in the last all
 have the same ones). Bytes are counted, on gloo: held is the process's rows and the most that was alive of what the loss
 created; sent is every collective's operand times what a ring sends of it. Beside each count stands what the formula
 gives; the last table is the formula alone, for eight GPUs.
@@ -32,15 +33,17 @@ from spo_kernels.testing import TensorMeter
 
 from .machine import describe_machine, machine_line
 
-MODES = ("gather", "vocabulary")
+MODES = ("gather", "streamed", "vocabulary")
 WIDE = 4  # bytes of what is summed
-# of the operand of a collective, as a process is given it, what a ring of r processes sends
+# of the operand of a collective, as a process is given it, what a ring of r processes sends, on average
 _RING = {
     "allreduce_": lambda r: 2 * (r - 1) / r,
     "all_reduce": lambda r: 2 * (r - 1) / r,
     "allgather_": lambda r: r - 1,
     "all_gather_into_tensor": lambda r: r - 1,
     "reduce_scatter_tensor": lambda r: (r - 1) / r,
+    "broadcast_": lambda r: (r - 1) / r,
+    "reduce_": lambda r: (r - 1) / r,
 }
 _SILENT = {"wait_tensor", "_wrap_tensor_autograd"}
 _OPERAND = {"allgather_": 1}
@@ -62,24 +65,32 @@ class Size:
         return self.vocab * self.hidden * self.bytes
 
     def held(self, mode: str) -> float:
-        """Bytes of the process's rows and their gradient, hidden's gradient and its sum; the whole head's twice."""
+        """Bytes of the process's rows and their gradient, hidden's gradient and its sum, and the workspace.
+
+        Beside them the whole head twice; or two slices, each at most what the workspace has for their two gradients.
+        """
         rows = 2 * self.head / self.processes + self.tokens * self.hidden * (WIDE + self.bytes) + self.workspace
-        return rows + (2 * self.head if mode == "gather" else 0)
+        slices = self.workspace * self.bytes / WIDE
+        return rows + {"gather": 2 * self.head, "streamed": min(slices, 2 * self.head), "vocabulary": 0}[mode]
 
     def sent(self, mode: str) -> float:
-        """Bytes: the head once out and its gradient once back; or three numbers a token, and hidden's gradient."""
+        """Bytes: the head once out and its gradient once back; the head twice out and its gradient, as it is summed,
+        once back; or three numbers a token, and hidden's gradient.
+        """
         r = self.processes
         if mode == "gather":
             return 2 * self.head * (r - 1) / r
+        if mode == "streamed":
+            return (2 * self.head + self.vocab * self.hidden * WIDE) * (r - 1) / r
         return (r - 1) * 3 * WIDE * self.tokens + 2 * (r - 1) / r * self.tokens * self.hidden * WIDE
 
 
 class Traffic(TensorMeter):
-    """Also counts, in `sent`, the bytes that a process of a group of `processes` sends."""
+    """Also counts, in `sent`, the bytes that a process of a group of `processes` sends; `slice` is the most at once."""
 
     def __init__(self, processes: int) -> None:
         super().__init__()
-        self.sent, self._processes = 0.0, processes
+        self.sent, self.slice, self._processes = 0.0, 0, processes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,12 +100,14 @@ class Traffic(TensorMeter):
         name = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and name not in _SILENT:
             operands = [leaf for leaf in tree_leaves(args[_OPERAND.get(name, 0)]) if isinstance(leaf, Tensor)]
-            self.sent += _RING[name](self._processes) * sum(tensor.nbytes for tensor in operands)
+            size = sum(tensor.nbytes for tensor in operands)
+            self.sent += _RING[name](self._processes) * size
+            self.slice = max(self.slice, size)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def counted(mode: str, size: Size) -> dict[str, float]:
-    """Held and sent bytes of one loss in this process."""
+    """Held and sent bytes of one loss in this process, and the most sent at once."""
     generator = torch.Generator().manual_seed(0)
     dtype = {4: torch.float32, 2: torch.bfloat16}[size.bytes]
     whole = torch.randn(size.vocab, size.hidden, generator=generator).mul_(size.hidden**-0.25).to(dtype)
@@ -105,12 +118,16 @@ def counted(mode: str, size: Size) -> dict[str, float]:
     labels = torch.randint(size.vocab, hidden.shape[:2], generator=generator)
     hidden.requires_grad_()
     with Traffic(size.processes) as meter:
-        head = LMHead(gathered(weight)) if mode == "gather" else LMHead(weight.to_local(), vocab_group=mesh.get_group())
+        if mode == "gather":
+            head = LMHead(gathered(weight))
+        else:
+            group = {"streamed": "shard_group", "vocabulary": "vocab_group"}[mode]
+            head = LMHead(weight.to_local(), **{group: mesh.get_group()})
         loss, _ = fused_spo_loss(
             hidden, head, labels, loss="dpo", ref_logps=torch.zeros(2), path="two_pass", workspace_bytes=size.workspace
         )
         loss.backward()
-    return {"held": weight.to_local().nbytes + meter.peak, "sent": meter.sent}
+    return {"held": weight.to_local().nbytes + meter.peak, "sent": meter.sent, "slice": meter.slice}
 
 
 def work(rank: int, folder: str, mode: str, size: Size) -> None:

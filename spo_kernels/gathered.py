@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
@@ -70,3 +70,26 @@ class _Divided(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient / ctx.by, None
+
+
+class ShardedHead(nn.Linear):
+    """A linear layer of which every process of a mesh has some rows, as DTensors: see `shard_head`."""
+
+    param_dtype: torch.dtype | None = None
+
+    def rows(self) -> tuple[Tensor, Tensor | None, ProcessGroup]:
+        """This process's rows of weight and bias, and the group that has the others."""
+        weight: Any = self.weight
+        bias: Any = self.bias
+        own = None if bias is None else self._cast(bias.to_local())
+        return self._cast(weight.to_local()), own, weight.device_mesh.get_group()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear`, from weights that all processes gather together; of no position, nothing is gathered."""
+        if input.numel() == 0:
+            return input.new_empty((*input.shape[:-1], self.out_features))
+        bias = None if self.bias is None else self._cast(gathered(self.bias))
+        return nn.functional.linear(input, self._cast(gathered(self.weight)), bias)
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value if self.param_dtype is None else value.to(self.param_dtype)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spo_kernels.gathered import gathered, kept_rows
+from spo_kernels.gathered import ShardedHead, gathered, kept_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,13 +45,17 @@ class LMHead:
             `bias` and the adapters' b, of any sizes, and all have the same hidden states, labels and options. They get
             the same results and the whole gradient of hidden; gradients of weight and bias are of their own rows. See
             docs/sharded-heads.md.
+        shard_group: A process group that shares the rows in the same way, but whose processes have tokens of their own,
+            any number of them or none, as under FSDP. Rows of the others come in slices, one after the other, and no
+            process ever holds all of them. Gradients of weight and bias are the mean over processes, of the process's
+            own rows. See `shard_head`.
         sequence_group: A process group that shares the tokens of each sequence (context parallelism): each process has
             some of them, in any order, with labels that were shifted before, and as many sequences as the others.
             Sums over a sequence, lengths and metrics are those of all; gradients are of the process's own tokens.
 
     Raises:
-        TypeError, ValueError: A number is none, or not finite; a group is none. Tensors, and whether they can
-            accumulate, are checked where the head is used.
+        TypeError, ValueError: A number is none, or not finite; a group is none, or there are two for the rows. Tensors,
+            and whether they can accumulate, are checked where the head is used.
     """
 
     weight: Tensor
@@ -61,6 +65,7 @@ class LMHead:
     lora: tuple[LoRA, ...] = field(default=(), kw_only=True)
     accumulate: bool = field(default=False, kw_only=True)
     vocab_group: ProcessGroup | None = field(default=None, kw_only=True)
+    shard_group: ProcessGroup | None = field(default=None, kw_only=True)
     sequence_group: ProcessGroup | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -71,10 +76,17 @@ class LMHead:
         cap = self.logit_softcap
         if cap is not None and not (_is_finite(cap) and cap >= _LEAST_SOFTCAP):
             raise ValueError(f"logit_softcap must be a number of at least {_LEAST_SOFTCAP:g} or None, got {cap!r}")
-        for name in ("vocab_group", "sequence_group"):
+        if self.vocab_group is not None and self.shard_group is not None:
+            raise ValueError("vocab_group and shard_group both say who has the rows: give one of them")
+        for name in ("vocab_group", "shard_group", "sequence_group"):
             group = getattr(self, name)
             if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
                 raise TypeError(f"{name} must be a process group that this process is in, got {type(group).__name__}")
+
+    @property
+    def split_by(self) -> str | None:
+        """The name of the group that has the other rows, where there is one."""
+        return next((name for name in ("vocab_group", "shard_group") if getattr(self, name) is not None), None)
 
     @property
     def transforms(self) -> bool:
@@ -102,6 +114,7 @@ class LMHead:
         But a split of its rows over a dimension of the mesh that is named `tensor_parallel`, as transformers' tp_plan
         and accelerate name it, stays: its processes are the head's `vocab_group`. Over a mesh without names it is
         gathered, which is right too and takes the memory of the whole; init_device_mesh takes mesh_dim_names.
+        What `shard_head` has put there stays split too: its mesh's processes are the head's `shard_group`.
 
         Raises:
             TypeError: The model has no configuration, or no linear head.
@@ -116,13 +129,18 @@ class LMHead:
             raise TypeError(f"{kind} has no output embeddings, so there is no head to fuse with a loss")
         head = _active_copy(head)
         plain = head.base_layer if hasattr(head, "base_layer") else head
-        _check_module(kind, plain)
+        check_linear(kind, plain)
+        scale, softcap = logit_transform(inner.config)
+        if isinstance(plain, ShardedHead):
+            if plain is not head:
+                raise ValueError(f"{kind}: the head carries an adapter, and shard_head has split it: leave one of them")
+            rows, bias, group = plain.rows()
+            return cls(rows, bias, logit_scale=scale, logit_softcap=softcap, shard_group=group)
         weight, group = kept_rows(plain.weight, tensor_parallel)
         bias, _ = kept_rows(plain.bias, tensor_parallel)
         lora: tuple[LoRA, ...] = ()
         if plain is not head:
             lora, bias = _active_lora(kind, head, bias, tensor_parallel)
-        scale, softcap = logit_transform(inner.config)
         return cls(weight, bias, logit_scale=scale, logit_softcap=softcap, lora=lora, vocab_group=group)
 
 
@@ -219,7 +237,8 @@ def _number(config: Any, name: str, default: float) -> float:
     return float(value) if isinstance(value, int | float) else default
 
 
-def _check_module(kind: str, head: nn.Module) -> None:
+def check_linear(kind: str, head: nn.Module) -> None:
+    """Raise TypeError or ValueError unless the head of such a model is a linear layer with floating weights."""
     weight = getattr(head, "weight", None)
     if not isinstance(head, nn.Linear) or weight is None:
         raise TypeError(f"{kind}: the head is a {type(head).__name__}; a plain nn.Linear is needed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.engine.checks import is_traced
+from spo_kernels.engine.head_slices import Shard
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.ops import (
     ForwardResult,
@@ -19,8 +20,8 @@ from spo_kernels.engine.ops import (
     linear_logprob_fwd,
     linear_logprob_fwd_op,
 )
+from spo_kernels.engine.row_stream import RowStream
 from spo_kernels.engine.tokens import Tokens
-from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.sparsity import EXACT, Sparsity
 
 OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2", "dropped_mass", "kept_share", "mean_logit")
@@ -39,7 +40,7 @@ class LogprobOptions:
     mean: bool  # the mean logit is wanted
     differentiable: tuple[str, ...]  # optional outputs that carry a gradient
     accumulate: bool = False  # into the weight's .grad, where it exists
-    shard: VocabShard | None = None  # the weight is a part of a head
+    shard: Shard | None = None  # the weight is a part of a head
 
     def common(self) -> tuple[Any, ...]:
         """`ops.OPTIONS`."""
@@ -87,7 +88,10 @@ class LogprobCall:
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         """logp, and all optional outputs (empty where they were not asked for), shaped like labels."""
-        logp, *extras = LinearLogprobFunction.apply(*self.model.tensors(), *self.tokens, self.options)
+        model, shard = self.model, self.options.shard
+        if isinstance(shard, RowStream):
+            shard.check_call(replace(self.options, shard=None), (model.hidden, model.weight, model.bias))
+        logp, *extras = LinearLogprobFunction.apply(*model.tensors(), *self.tokens, self.options)
         return logp, dict(zip(OUTPUTS, extras, strict=True))
 
 

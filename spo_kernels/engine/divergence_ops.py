@@ -11,10 +11,10 @@ from torch import Tensor
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.engine import divergence
 from spo_kernels.engine.checks import is_traced, without_autocast
+from spo_kernels.engine.head_slices import Shard
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.ops import MODEL, OPTIONS, TOKENS, gradients_fake, gradients_of, like_hidden, plane_of
 from spo_kernels.engine.tokens import UNGRAPHED, TokenRows, Tokens
-from spo_kernels.engine.vocab_shard import VocabShard
 
 _BOTH = f"{MODEL}, {MODEL.replace('Tensor ', 'Tensor ref_').replace('Tensor? ', 'Tensor? ref_')}, {TOKENS}, {OPTIONS}"
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
@@ -26,7 +26,7 @@ _library.define(
 )
 
 
-def _models(*arguments: Any, shard: VocabShard | None) -> tuple[divergence.Models, TokenRows, Tensor]:
+def _models(*arguments: Any, shard: Shard | None) -> tuple[divergence.Models, TokenRows, Tensor]:
     """The ops' common arguments as the walk takes them; the tokens, and labels."""
     found, (shift, workspace_bytes, backend) = Tokens(*arguments[10:15]), arguments[15:]
     policy, reference = (
@@ -37,7 +37,7 @@ def _models(*arguments: Any, shard: VocabShard | None) -> tuple[divergence.Model
 
 
 @torch.no_grad()
-def linear_kl_fwd(*arguments: Any, shard: VocabShard | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def linear_kl_fwd(*arguments: Any, shard: Shard | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Divergences and both models' log-sum-exps, labels' shape; see the schema and `linear_kl`.
 
     `shard`, which the op does not have, is of both heads.
@@ -50,7 +50,7 @@ def linear_kl_fwd(*arguments: Any, shard: VocabShard | None = None) -> tuple[Ten
 
 
 @torch.no_grad()
-def linear_kl_bwd(*arguments: Any, shard: VocabShard | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def linear_kl_bwd(*arguments: Any, shard: Shard | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where they are not needed."""
     *common, ref_lse, lse, grad, need_hidden, need_weight, need_bias = arguments
     models, tokens, labels = _models(*common, shard=shard)

@@ -20,6 +20,8 @@ def why_not_early(model: ModelInputs) -> str | None:
     """Why gradients cannot be made early, or None where they can."""
     if model.adds_to_grad:
         return "a head with accumulate=True adds to weight.grad in the backward"
+    if model.streams:
+        return "rows of a head with a shard_group pass by in slices"
     if model.hidden.dtype == torch.float16:
         # a scaled loss is what brings them into it, and it comes after the forward
         return "unscaled gradients may lie below float16's range"

@@ -6,14 +6,14 @@ Tokens here are those that count: `rows[i]` is the row of `hidden` that predicts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from spo_kernels.backends.contract import Backend, LogitTransform, Tile, TokenGrads, TokenStats
 from spo_kernels.backends.products import Products, accumulator_dtype, headroom
-from spo_kernels.engine.gradients import HeadGradient, SliceGradient
+from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.sparse_blocks import BlockChooser
@@ -75,29 +75,33 @@ def forward(
     cells = min(n, shape.rows) * shape.columns
     buffers = TileBuffers(hidden, cells, None if logp_grad is None else backend.products)
     stats = TokenStats.start(n, buffers.wide, moments)
-    for row in spans(n, shape.rows):
-        states = tokens.take(hidden, row.start, row.stop, backend.products.operand_dtype(hidden))
-        part, labels = stats.rows(row.start, row.stop), tokens.labels[row]
+    gradient = None if logp_grad is None else _LogpGrad(plane, shape, logp_grad)
+    for classes, head in plane.head.pieces(shape.columns):
+        here = replace(plane, head=head)
+        if gradient is not None:
+            gradient.meet(classes, head)
+        for row in spans(n, shape.rows):
+            states = tokens.take(hidden, row.start, row.stop, backend.products.operand_dtype(hidden))
+            part, labels = stats.rows(row.start, row.stop), relative(tokens.labels[row], classes)
 
-        def see(tile: Tile, row: slice = row) -> None:
-            if logit_sums is not None:
-                logit_sums.add(row, tile)
+            def see(tile: Tile, row: slice = row) -> None:
+                if logit_sums is not None:
+                    logit_sums.add(row, tile)
 
-        if logit_sums is not None:
-            logit_sums.begin(row, states)
-        total = None
-        if logp_grad is None:
-            _statistics(plane, states, labels, part, buffers, shape, chooser, see)
-        else:
-            total = _weighted_rows(plane, states, labels, part, buffers, shape, see)
-        shrink = plane.head.join_(part)
-        if total is not None and logp_grad is not None:
-            if shrink is not None:
-                backend.scale_rows(total, shrink)
-            _finish_logp_grad_(total, plane.head, labels, part, shape)
-            tokens.put(logp_grad, row.start, row.stop, plane.head.sum_(total))
-        if chooser is not None:
-            chooser.choose(row.start, row.stop, part, labels)
+            if logit_sums is not None and classes.start == 0:
+                logit_sums.begin(row, states)
+            if gradient is None:
+                _statistics(here, states, labels, part, buffers, shape, chooser, see)
+            else:
+                total, begun = gradient.total(row), classes.start > 0
+                _weighted_rows(here, states, labels, part, total, buffers, shape, see, begun=begun)
+            if classes.stop < plane.head.stop:
+                continue
+            shrink = plane.head.join_(part)
+            if gradient is not None:
+                gradient.finish(row, part, shrink)
+            if chooser is not None:
+                chooser.choose(row.start, row.stop, part, labels)
     return stats
 
 
@@ -127,13 +131,15 @@ def _weighted_rows(
     states: Tensor,
     labels: Tensor,
     stats: TokenStats,
+    total: Tensor,
     buffers: TileBuffers,
     shape: TileShape,
     see: Callable[[Tile], None],
-) -> Tensor:
-    """The same, and the sum `A` of `forward` for a row of tiles."""
+    *,
+    begun: bool,
+) -> None:
+    """The same, and the sum `A` of `forward` for a row of tiles: added to `total` where that has `begun`."""
     head, backend = plane.head, plane.backend
-    total = states.new_empty(states.shape, dtype=plane.wide)
     rescale = states.new_empty(len(labels), dtype=plane.wide)
     for column in spans(head.vocab, shape.columns):
         weight = head.rows(column, states.dtype)
@@ -142,18 +148,58 @@ def _weighted_rows(
         tile = Tile(products, relative(labels, column), head.transform, head.bias_rows(column, plane.wide), out)
         see(tile)
         backend.tile_stats(tile, stats, rescale=rescale)
-        if column.start > 0:
+        if begun:
             backend.scale_rows(total, rescale)
-        backend.products.matmul(tile.written, weight, out=total, accumulate=column.start > 0)
-    return total
+        backend.products.matmul(tile.written, weight, out=total, accumulate=begun)
+        begun = True
 
 
-def _finish_logp_grad_(total: Tensor, head: HeadSlices, labels: Tensor, stats: TokenStats, shape: TileShape) -> None:
-    """Turn `A` into `u`, see `forward`; label rows are gathered in pieces no larger than a weight slice."""
-    total.div_(stats.sum[:, None]).neg_()
-    coefficient = label_slope(stats, head.transform)
-    for piece in spans(total.shape[0], shape.columns):
-        total[piece].addcmul_(coefficient[piece, None], head.label_rows(labels[piece], total.dtype))
+class _LogpGrad:
+    """`logp_grad` while it is made, see `forward`: from `A` of a row of tiles at a time.
+
+    Where the head is streamed, a slice meets all tokens before the next comes: `A` of all of them is kept, and the rows
+    `W_label` wait in `logp_grad` itself.
+    """
+
+    def __init__(self, plane: Plane, shape: TileShape, out: Tensor) -> None:
+        self._plane, self._out, self._step, self._streams = plane, out, shape.columns, plane.head.streams
+        n, width = plane.tokens.count, plane.hidden.shape[1]
+        kept = n if self._streams else min(n, shape.rows)
+        self._sums = plane.hidden.new_empty((kept, width), dtype=plane.wide)
+        if self._streams:
+            self._of_pieces = plane.head.tokens_of_pieces(plane.tokens.labels, shape.columns)
+
+    def meet(self, classes: slice, head: HeadSlices) -> None:
+        """The next of the head's pieces, with its classes."""
+        if not self._streams:
+            return
+        tokens = self._plane.tokens
+        for some in next(self._of_pieces).split(self._step):
+            rows = head.label_rows(relative(tokens.labels[some], classes), self._out.dtype)
+            self._out[some if tokens.rows is None else tokens.rows[some]] = rows
+
+    def total(self, row: slice) -> Tensor:
+        """Where `A` of a row of tiles is summed."""
+        return self._sums[row] if self._streams else self._sums[: row.stop - row.start]
+
+    def finish(self, row: slice, stats: TokenStats, shrink: Tensor | None) -> None:
+        """Turn `A` into `u`; label rows are gathered in pieces no larger than a weight slice.
+
+        `shrink` is what `A` of this process's rows is multiplied by, where others have more.
+        """
+        plane, total, tokens = self._plane, self.total(row), self._plane.tokens
+        if shrink is not None:
+            plane.backend.scale_rows(total, shrink)
+        total.div_(stats.sum[:, None]).neg_()
+        coefficient = label_slope(stats, plane.head.transform)
+        for piece in spans(len(total), self._step):
+            start, stop = row.start + piece.start, row.start + piece.stop
+            if self._streams:
+                rows = tokens.take(self._out, start, stop, plane.wide)
+            else:
+                rows = plane.head.label_rows(tokens.labels[start:stop], plane.wide)
+            total[piece].addcmul_(coefficient[piece, None], rows)
+        tokens.put(self._out, row.start, row.stop, plane.head.sum_(total))
 
 
 def relative(labels: Tensor, columns: slice) -> Tensor:
@@ -189,7 +235,7 @@ class VocabularySlice:
 
 
 def every_slice(tokens: int, vocab: int, shape: TileShape) -> Iterator[VocabularySlice]:
-    """All tokens with all columns."""
+    """All tokens with all columns of so many."""
     rows: list[Part] = [(part, None) for part in spans(tokens, shape.rows)]
     for columns in spans(vocab, shape.columns):
         yield VocabularySlice(columns, rows)
@@ -207,7 +253,7 @@ def backward(
 
     A slice of the weight's gradient is finished before the next begins, so no `[V, H]` accumulator exists;
     hidden's gradient is accumulated over slices in the accumulator dtype. `slices` (default: `every_slice`) covers
-    the vocabulary in order with tiles no larger than `shape`.
+    the vocabulary in order with tiles no larger than `shape`; those of a head that is streamed are its pieces.
     """
     hidden, head, tokens, products = plane.hidden, plane.head, plane.tokens, plane.backend.products
     n, narrow = tokens.count, products.operand_dtype(hidden)
@@ -218,10 +264,15 @@ def backward(
         grads = grads if unit is None else grads.scale_upstream(1.0 / unit)
     allocate = hidden.new_empty if slices is None else hidden.new_zeros
     hidden_sum = None if hidden_out is None else allocate((n, hidden.shape[1]), dtype=plane.wide)
-    weight_sum = SliceGradient(head_out, products, plane.wide)
-    for piece in every_slice(n, head.vocab, shape) if slices is None else slices:
-        columns, first = piece.columns, piece.columns.start == 0
-        weight, bias = head.rows(columns, narrow), head.bias_rows(columns, plane.wide)
+    weight_sum = head.collect(head_out, products, plane.wide, shape.columns)
+    walk = (
+        (classes.start, rows, piece)
+        for classes, rows in head.pieces(shape.columns)
+        for piece in (every_slice(n, rows.vocab, shape) if slices is None else slices)
+    )
+    for start, rows, piece in walk:
+        weight, bias = rows.rows(piece.columns, narrow), rows.bias_rows(piece.columns, plane.wide)
+        columns = slice(start + piece.columns.start, start + piece.columns.stop)
         weight_sum.begin(columns, weight, piece.single_tile)
         for part, factors in piece.parts:
             states, listed = tokens.operand(hidden, part, products)
@@ -235,10 +286,11 @@ def backward(
             if hidden_sum is None:
                 continue
             if isinstance(part, slice):
-                products.matmul(tile.written, weight, out=hidden_sum[part], accumulate=not first)
+                products.matmul(tile.written, weight, out=hidden_sum[part], accumulate=columns.start > 0)
             else:
                 products.matmul(tile.written, weight, out=hidden_sum, accumulate=True, out_rows=part)
         weight_sum.finish(unit)
+    weight_sum.close()
     if hidden_out is not None and hidden_sum is not None:
         hidden_sum = head.sum_(hidden_sum)
         tokens.put(hidden_out, 0, n, hidden_sum if unit is None else hidden_sum.mul_(unit))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,14 +32,24 @@ class HeadGradient:
         weight = None if self.weight is None else in_huge_pages(torch.empty_like(self.weight, dtype=wide))
         return HeadGradient(weight, None if self.bias is None else torch.empty_like(self.bias))
 
+    def room(self, rows: int, wide: torch.dtype) -> HeadGradient:
+        """One of so many rows, in the accumulator's dtype, not written yet."""
+        weight = None if self.weight is None else self.weight.new_empty((rows, self.weight.shape[1]), dtype=wide)
+        return HeadGradient(weight, None if self.bias is None else self.bias.new_empty(rows))
+
+    def rows(self, part: slice) -> HeadGradient:
+        """That of some rows, in place."""
+        weight, bias = (None if value is None else value[part] for value in (self.weight, self.bias))
+        return replace(self, weight=weight, bias=bias)
+
     def zero_(self) -> None:
         """Set to zero."""
         for value in (self.weight, self.bias):
             if value is not None:
                 value.zero_()
 
-    def scale_(self, factor: Tensor) -> None:
-        """Multiply by a 0-d tensor."""
+    def scale_(self, factor: Tensor | float) -> None:
+        """Multiply by a number, or a 0-d tensor."""
         for value in (self.weight, self.bias):
             if value is not None:
                 value.mul_(factor)
@@ -118,3 +128,6 @@ class SliceGradient:
             self._gradient.weight[self._part] += self._sum
         else:
             self._gradient.weight[self._part] = self._sum
+
+    def close(self) -> None:
+        """All slices are finished."""

@@ -6,14 +6,19 @@ go) is known here and in `gradients.py` alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from spo_kernels.backends.contract import LogitTransform, TokenStats
-from spo_kernels.engine.gradients import HeadGradient
+from spo_kernels.backends.products import Products
+from spo_kernels.engine.gradients import HeadGradient, SliceGradient
+from spo_kernels.engine.row_stream import RowStream, StreamedGradient
 from spo_kernels.engine.vocab_shard import VocabShard
+
+Shard = VocabShard | RowStream
 
 _SUMMED_ROWS = 4096
 
@@ -24,15 +29,15 @@ class HeadSlices:
 
     With a base, rows are `[base, weight]`, and put together a slice at a time: `weight` is what an adapter's last step
     multiplies the last entries of the hidden states with. Gradients are of `weight` alone.
-    With a shard, other processes have the rest: labels are counted from this process's first class, and lie outside
-    [0, V) where they are another's.
+    With a shard, other processes have the rest. Of a `VocabShard` labels are counted from this process's first class,
+    and lie outside [0, V) where they are another's; of a `RowStream` the others' rows come in `pieces`.
     """
 
     weight: Tensor  # [V, H], or [V, r] beside a base
     bias: Tensor | None  # [V]
     transform: LogitTransform
     base: Tensor | None = None  # [V, H - r], a constant
-    shard: VocabShard | None = None
+    shard: Shard | None = None
 
     @classmethod
     def of(
@@ -41,7 +46,7 @@ class HeadSlices:
         bias: Tensor | None,
         transform: Tensor,
         base: Tensor | None,
-        shard: VocabShard | None = None,
+        shard: Shard | None = None,
     ) -> HeadSlices:
         """From the tensors that an op takes; see `ModelInputs.tensors`."""
         scale, softcap = transform.tolist()
@@ -49,8 +54,25 @@ class HeadSlices:
 
     @property
     def vocab(self) -> int:
-        """V, how many rows this process has to multiply with."""
+        """V, how many rows this process has."""
         return self.weight.shape[0]
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows come from other processes, slice by slice."""
+        return isinstance(self.shard, RowStream)
+
+    def pieces(self, step: int) -> Iterator[tuple[slice, HeadSlices]]:
+        """The rows to multiply with, as many as are here at once, and their classes as labels count them.
+
+        All of them; or, where they are streamed, at most `step` at a time, good until the one after the next.
+        """
+        if not isinstance(self.shard, RowStream):
+            yield slice(0, self.vocab), self
+            return
+        own = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        for classes, (weight, *bias) in self.shard.bring(step, *own):
+            yield classes, HeadSlices(weight, bias[0] if bias else None, self.transform)
 
     @property
     def whole(self) -> bool:
@@ -76,6 +98,16 @@ class HeadSlices:
     def widest(self) -> int:
         """The largest V of all processes: what they plan with, so that all have the same tiles of tokens."""
         return self.vocab if self.shard is None else max(self.shard.rows)
+
+    @property
+    def stop(self) -> int:
+        """The class after the last one that this process multiplies with, as labels count them."""
+        return self.classes if self.streams else self.vocab
+
+    def tokens_of_pieces(self, labels: Tensor, step: int) -> Iterator[Tensor]:
+        """Of a head that is streamed: the tokens whose labels' rows come with each of `pieces(step)`."""
+        assert isinstance(self.shard, RowStream)
+        return iter(self.shard.tokens_of_slices(labels, step))
 
     def join_(self, stats: TokenStats) -> Tensor | None:
         """Statistics of these rows become those of all; see `VocabShard.join_`. None where these are all."""
@@ -128,7 +160,13 @@ class HeadSlices:
         """The sum of all rows of the weight, `[H]`."""
         parts = [self.weight] if self.base is None else [self.base, self.weight]
         # slices: a sum in another dtype copies what it sums on a CPU
-        return torch.cat([torch.stack([r.to(dtype).sum(0) for r in p.split(_SUMMED_ROWS)]).sum(0) for p in parts])
+        found = torch.cat([torch.stack([r.to(dtype).sum(0) for r in p.split(_SUMMED_ROWS)]).sum(0) for p in parts])
+        return found if self.shard is None else self.shard.over_rows(found)
+
+    def summed_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The same of the bias, 0-d."""
+        found = None if self.bias is None else self.bias.sum(dtype=dtype)
+        return found if found is None or self.shard is None else self.shard.over_rows(found)
 
     def of_classes(self, classes: Tensor, dtype: torch.dtype) -> HeadSlices:
         """A head that has these rows alone, cast."""
@@ -142,3 +180,9 @@ class HeadSlices:
         """
         found = HeadGradient.empty(self.weight, wide, weight=weight and onto is None, bias=bias)
         return found if onto is None else replace(found, weight=onto, adds=True)
+
+    def collect(self, gradient: HeadGradient, products: Products, wide: torch.dtype, step: int) -> SliceGradient:
+        """What takes its slices, those of `pieces(step)` where they are streamed."""
+        if isinstance(self.shard, RowStream):
+            return StreamedGradient(gradient, products, wide, self.shard, step)
+        return SliceGradient(gradient, products, wide)

@@ -13,7 +13,8 @@ from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.backends.registry import choose_backend
 from spo_kernels.engine.checks import FLOAT_DTYPES, capturing, check_tensor, check_workspace_bytes, is_traced
 from spo_kernels.engine.collectives import check_same
-from spo_kernels.engine.head_slices import HeadSlices
+from spo_kernels.engine.head_slices import HeadSlices, Shard
+from spo_kernels.engine.row_stream import RowStream
 from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.head import LMHead, as_head
 from spo_kernels.sparsity import EXACT, Sparsity, as_sparsity
@@ -36,7 +37,7 @@ class ModelInputs:
     logit_softcap: float | None
     base: Tensor | None = None  # [V, H - r]
     accumulate: bool = False  # into the weight's .grad, where it exists
-    shard: VocabShard | None = None  # weight, bias and base are a part of the head's rows
+    shard: Shard | None = None  # weight, bias and base are a part of the head's rows
 
     @classmethod
     def resolve(cls, hidden: Tensor, head: Tensor | LMHead, labels: Tensor, prefix: str = "") -> ModelInputs:
@@ -75,10 +76,12 @@ class ModelInputs:
         accumulate = head.accumulate and head.weight.requires_grad and not head.lora
         if accumulate:
             _check_accumulates(weight_name, head.weight, cast=weight is not head.weight)
-        shard = None
+        _check_sharded(f"{prefix}head", head, labels)
+        shard: Shard | None = None
         if head.vocab_group is not None:
-            _check_sharded(f"{prefix}head", head, labels)
             shard = VocabShard.agree(weight_name, head.vocab_group, head.weight, labels)
+        elif head.shard_group is not None:
+            shard = RowStream.agree(weight_name, head.shard_group, head.weight, head.bias)
         return cls(hidden, weight, bias, head.logit_scale, head.logit_softcap, base, accumulate, shard)
 
     @classmethod
@@ -95,8 +98,8 @@ class ModelInputs:
             has = None
             if policy_head.transforms:
                 has = f"logit_scale = {policy_head.logit_scale} and logit_softcap = {policy_head.logit_softcap}"
-            elif policy_head.vocab_group is not None:
-                has = "a vocab_group"
+            elif policy_head.split_by is not None:
+                has = f"a {policy_head.split_by}"
             if has is not None:
                 raise ValueError(
                     f"ref_head is a plain weight, but head has {has}: say what the reference has, with "
@@ -109,7 +112,13 @@ class ModelInputs:
         vocab, ref_vocab = self.vocab, reference.vocab
         if ref_vocab != vocab:
             raise ValueError(f"ref_head must have head's vocabulary, V = {vocab} rows, got {ref_vocab}")
-        if (self.shard or reference.shard) and not (self.shard and self.shard.same_as(reference.shard)):
+        if self.streams or reference.streams:
+            raise ValueError(
+                "a KL divergence looks at the same rows of two heads at a time, and those of a head with a shard_group "
+                "pass by in slices: gather it"
+            )
+        ours, theirs = self.shard, reference.shard
+        if (ours or theirs) and not (isinstance(ours, VocabShard) and ours.same_as(theirs)):
             raise ValueError("ref_head must be split like head: the same rows on the same processes (vocab_group)")
         if self.wide != reference.wide:
             raise TypeError(
@@ -145,6 +154,11 @@ class ModelInputs:
         return self.weight.shape[0] if self.shard is None else self.shard.vocab
 
     @property
+    def streams(self) -> bool:
+        """Whether rows of the head come from other processes, slice by slice."""
+        return isinstance(self.shard, RowStream)
+
+    @property
     def trains_head(self) -> bool:
         """Whether a gradient of the weight or the bias is wanted."""
         bias = self.bias is not None and self.bias.requires_grad
@@ -171,7 +185,7 @@ def _check_shapes(name: str, hidden: Tensor, weight_name: str, head: LMHead, bia
             f"got {list(weight.shape)}"
         )
     # of several processes, all are to say that one has no rows
-    if weight.shape[1] == 0 or (weight.shape[0] == 0 and head.vocab_group is None):
+    if weight.shape[1] == 0 or (weight.shape[0] == 0 and head.split_by is None):
         raise ValueError(f"{weight_name} must not be empty, got shape {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{bias_name} must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}")
@@ -196,12 +210,18 @@ def _check_adapters(name: str, head: LMHead, labels: Tensor) -> None:
 
 
 def _check_sharded(name: str, head: LMHead, labels: Tensor) -> None:
-    """Raise where a head's rows cannot be shared by a group."""
+    """Raise where a head's rows cannot be shared by the group that it has for them."""
+    group = head.split_by
+    if group is None:
+        return
     if is_traced(labels) or capturing(labels):
         raise RuntimeError(
-            f"{name} has a vocab_group, whose processes talk to each other: that is not traced or recorded in a CUDA "
+            f"{name} has a {group}, whose processes talk to each other: that is not traced or recorded in a CUDA "
             "graph; call this outside, under torch.compiler.disable"
         )
+    if head.shard_group is not None and (head.lora or head.accumulate):
+        what = "adapters" if head.lora else "accumulate=True"
+        raise ValueError(f"{name} has a shard_group, whose rows pass by in slices, and {what}: leave one of them")
     for i, lora in enumerate(head.lora):
         if lora.drops:
             raise ValueError(
@@ -257,7 +277,9 @@ class Execution:
         check_workspace_bytes(workspace_bytes)
         name = choose_backend(backend, model.hidden.device, model.hidden.dtype)
         found = cls(workspace_bytes, name, as_sparsity(sparsity))
-        if model.shard is not None:
+        if model.streams and found.sparsity.mode != "exact":
+            raise ValueError(f"sparsity must be 'exact' where head has a shard_group, got {found.sparsity.mode!r}")
+        if isinstance(model.shard, VocabShard):
             found.check_same("head's vocab_group", model.shard.group, model.hidden.device)
         return found
 

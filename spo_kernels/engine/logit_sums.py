@@ -27,7 +27,7 @@ class LogitSums:
         self._head = head
         self._transform = head.transform
         self._row = head.summed_rows(like.dtype) if head.transform.softcap is None else None
-        self._bias = None if head.bias is None else head.bias.sum(dtype=like.dtype)
+        self._bias = None if self._row is None else head.summed_bias(like.dtype)
 
     @staticmethod
     def temporaries(head: HeadSlices, backend: Backend) -> float | None:

@@ -17,12 +17,11 @@ from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine import exact
 from spo_kernels.engine.checks import without_autocast
 from spo_kernels.engine.gradients import HeadGradient
-from spo_kernels.engine.head_slices import HeadSlices
+from spo_kernels.engine.head_slices import HeadSlices, Shard
 from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.sparse import kept_slices, possible, probe, sparse_forward
 from spo_kernels.engine.sparse_blocks import KeptBlocks
 from spo_kernels.engine.tokens import UNGRAPHED, TokenRows, Tokens
-from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.engine.workspace import block_width, plan_tiles, spans
 from spo_kernels.sparsity import Sparsity
 
@@ -90,7 +89,7 @@ def plane_of(
     tokens: Tokens,
     shift: bool,
     backend: str,
-    shard: VocabShard | None,
+    shard: Shard | None,
 ) -> exact.Plane:
     """What an op's arguments say is to be walked."""
     head, rows = HeadSlices.of(weight, bias, transform, base, shard), hidden.reshape(-1, hidden.shape[-1])
@@ -124,7 +123,7 @@ def linear_logprob_fwd(
     sparsity: str,
     tolerance: float,
     seed: int,
-    shard: VocabShard | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, ...]:
     """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`.
 
@@ -204,7 +203,7 @@ def linear_logprob_bwd(
     need_weight: bool,
     need_bias: bool,
     onto: Tensor | None = None,
-    shard: VocabShard | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`.
 
@@ -229,7 +228,9 @@ def linear_logprob_bwd(
     grad_hidden = like_hidden(hidden, rows, hidden.dtype) if need_hidden else hidden.new_empty(0)
     hidden_out = grad_hidden.view(-1, hidden.shape[-1]) if need_hidden else None
     head_out = plane.head.gradient(plane.wide, weight=need_weight, bias=need_bias, onto=onto)
-    finished = grads.only_logp and hidden_out is not None and logp_grad.numel() > 0 and not sparse
+    # by its shape: of a process without tokens it is empty, and with a streamed head all are to do the same
+    made = logp_grad.shape == hidden.shape
+    finished = grads.only_logp and hidden_out is not None and made and not sparse
     if finished and hidden_out is not None and grads.logp is not None:
         _scale_rows(logp_grad.view(-1, hidden.shape[-1]), grads.logp, rows, out=hidden_out)
     if need_weight or need_bias or (need_hidden and not finished):

@@ -7,7 +7,7 @@ hidden's gradient, `[N, H]` in the accumulator's dtype, is added up. Nothing tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spo_kernels.backends.contract import TokenStats
 from spo_kernels.engine.collectives import gather
+from spo_kernels.engine.row_shard import RowShard, tell_shapes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,13 +23,10 @@ if TYPE_CHECKING:
 _MIX = 0x9E3779B97F4A7C15 - 2**64
 
 
-@dataclass(frozen=True, eq=False)
-class VocabShard:
-    """Consecutive classes of a vocabulary that a group of processes shares, in the order of its ranks."""
+class VocabShard(RowShard):
+    """Consecutive classes of a vocabulary whose rows processes with the same tokens share."""
 
-    group: ProcessGroup
-    rows: tuple[int, ...]  # how many classes each process has
-    rank: int
+    name = "vocab_group"
 
     @classmethod
     def agree(cls, name: str, group: ProcessGroup, weight: Tensor, labels: Tensor) -> VocabShard:
@@ -37,14 +35,12 @@ class VocabShard:
         Raises:
             ValueError: On all of them, where one has no rows, another width, or other labels.
         """
-        numbers = torch.tensor([*weight.shape, labels.numel()], device=labels.device)
-        mine = torch.cat([numbers, _checksum(labels.flatten())[None]])
-        found = torch.stack(gather(mine, group)).tolist()
+        count = torch.tensor([labels.numel()], device=labels.device)
+        mine = torch.cat([count, _checksum(labels.flatten())[None]])
+        found = tell_shapes(name, cls.name, group, weight, mine)
         for rank, (rows, *others) in enumerate(found):
             if rows == 0:
                 raise ValueError(f"{name}: process {rank} of its vocab_group has no rows")
-            if others[0] != found[0][1]:
-                raise ValueError(f"{name}: H is {found[0][1]} on process 0 of its vocab_group, {others[0]} on {rank}")
             if others != found[0][1:]:
                 raise ValueError(
                     f"labels must be the same on all processes of {name}'s vocab_group, as hidden is; process {rank} "
@@ -54,15 +50,10 @@ class VocabShard:
 
     @property
     def first(self) -> int:
-        """The class of this process's first row."""
+        """The class that labels are counted from: that of this process's first row."""
         return sum(self.rows[: self.rank])
 
-    @property
-    def vocab(self) -> int:
-        """V, classes of all processes."""
-        return sum(self.rows)
-
-    def same_as(self, other: VocabShard | None) -> bool:
+    def same_as(self, other: RowShard | None) -> bool:
         """Whether two heads are split alike."""
         if other is None:
             return False
@@ -88,6 +79,10 @@ class VocabShard:
     def sum_(self, values: Tensor) -> Tensor:
         """`values`, which become the sum over all processes."""
         torch.distributed.all_reduce(values, group=self.group)
+        return values
+
+    def over_rows(self, values: Tensor) -> Tensor:
+        """A sum over this process's rows: it stays one, since what is made of it goes through `sum_`."""
         return values
 
     def of_first(self, values: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def plan_tiles(
     """The largest tile whose temporaries fit the budget, of which each of `models` heads in work has its share.
 
     Per cell: see `Backend.cell_bytes`. Per row: the gathered token, its accumulated sum and what the product packs.
-    Per column: the weight row where it is copied, and its accumulated gradient or a label's weight row.
+    Per column: the weight row where it is copied, and its accumulated gradient or a label's weight row; where rows are
+    streamed a second gradient, on its way, and as many columns as the most tokens allow, which all processes know.
 
     Raises:
         ValueError: Not even one cell fits.
@@ -81,7 +82,7 @@ def plan_tiles(
     narrow = backend.products.operand_dtype(hidden).itemsize
     cell = backend.cell_bytes(hidden, temporaries)
     row = width * (wide + narrow) + backend.products.row_bytes
-    column = width * (wide + head.copied_bytes(narrow))
+    column = width * ((2 if head.streams else 1) * wide + head.copied_bytes(narrow))
     device = hidden.device.type
     budget = tile_budget(workspace_bytes, device) // models
     if cell + row + column > budget:
@@ -89,7 +90,8 @@ def plan_tiles(
             f"workspace_bytes = {workspace_bytes} is too small: one token and one vocabulary column of "
             f"hidden size {width} need {models * (cell + row + column)} bytes"
         )
-    rows = max(1, min(tokens, _MAX_ROWS.get(device, _MAX_ROWS["cuda"])))
+    most = _MAX_ROWS.get(device, _MAX_ROWS["cuda"])
+    rows = max(1, most if head.streams else min(tokens, most))
     while rows > 1 and (budget - rows * row) // (rows * cell + column) < min(vocab, _MIN_COLUMNS):
         rows = (rows + 1) // 2
     writes = backend.products.tile_dtype(hidden) != accumulator_dtype(hidden.dtype)

@@ -123,7 +123,7 @@ def nthr_scores(
     layout.check_sequences("G, T")
     model = ModelInputs.resolve(hidden, head, labels)
     if model.shard is not None:
-        raise ValueError("head has a vocab_group; scores multiply rows of all processes: pass the whole head")
+        raise ValueError(f"head has a {model.shard.name}; scores multiply rows of all processes: pass the whole head")
     if model.base is not None:
         raise ValueError("head carries adapters, whose gradients are not the rows of a head: merge them")
     execution = Execution.resolve(workspace_bytes, backend, model)

@@ -14,6 +14,7 @@ from spo_kernels.engine.divergence_ops import kl_divergence
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.subsets import PairTokens
 from spo_kernels.engine.tokens import LabelLayout, Tokens
+from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.head import LMHead
 from spo_kernels.losses.pairs import (
     Objective,
@@ -82,7 +83,8 @@ class PairBatch:
     def losses(self, pairs: PairLogps) -> Tensor:
         """The objective's, `[B]`; what it does across processes counts those once that have the same pairs."""
         shard = self.policy.shard
-        groups = [g for g in (None if shard is None else shard.group, self.layout.group) if g is not None]
+        same = shard.group if isinstance(shard, VocabShard) else None
+        groups = [group for group in (same, self.layout.group) if group is not None]
         if not groups:  # torch.compile does not trace the context
             return pair_losses(self.objective, pairs)
         with same_pairs(*groups):

@@ -81,14 +81,14 @@ def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
     """
     policy, execution = batch.policy, batch.execution
     # an objective runs inside the forward there, where torch.compile cannot see it; and lengths must be known
-    if not policy.trains_head or not batch.reduced or batch.host_lengths is None or batch.pairs == 0:
+    if not policy.trains_head or not batch.reduced or batch.host_lengths is None:
         return TWO_PASS
     reason = why_two_passes(policy, batch.objective)
     if execution.sparsity.mode != "exact":
         reason = "a sparse backward takes two passes"
     if reason is not None and forced in ("packed", "factorised"):
         raise ValueError(f"path = {forced!r} cannot be taken: {reason}")
-    if reason is not None:
+    if reason is not None or batch.pairs == 0:
         return TWO_PASS
     backend, head = load_backend(execution.backend), policy.slices()
     beside = LogitSums.temporaries(head, backend) if batch.token_metrics else None

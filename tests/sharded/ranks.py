@@ -30,6 +30,8 @@ from tests.sharded.modes import (
 from tests.sharded.refused import messages
 from tests.sharded.replicas import replicas
 from tests.sharded.sparsely import certified, decided_together, everything_kept, unbiased
+from tests.sharded.streamed import cases as streamed_cases
+from tests.sharded.streamed import memory
 
 # seconds until every process says where it stands and ends; alone on two cores 10 to 15 are taken
 WATCHDOG = 300
@@ -111,6 +113,8 @@ def cases(world: int) -> dict[str, Case]:
     # four processes cost twice as much and pass the same code
     of_both = losses if world == 2 else few_losses
     for backend in ("torch", "cpp") if world == 2 else ("cpp",):
+        of_stream = streamed_cases(OBJECTIVES, backend, world)
+        found |= {f"streamed, {name}, {backend}": case for name, case in of_stream.items()}
         for name, (inputs, run) in (of_both(backend) | of_vocabulary(backend)).items():
             found[f"vocabulary, {name}, {backend}"] = partial(split_vocabulary, inputs, run, uneven)
         for name, (inputs, run) in of_both(backend).items():
@@ -135,10 +139,10 @@ def cases(world: int) -> dict[str, Case]:
 
 def traffic() -> dict[str, float]:
     """Bytes of either mode beyond the formula's; see benchmarks/sharded.py."""
-    size = Size(2, tokens=64, vocab=1000, hidden=32, bytes=4, workspace=200_000)
+    size = Size(2, tokens=64, vocab=4000, hidden=32, bytes=4, workspace=200_000)
     found = {mode: counted(mode, size) for mode in MODES}
     beyond = {f"sent, {mode}": found[mode]["sent"] - size.sent(mode) for mode in MODES}
-    return beyond | {"held, vocabulary": found["vocabulary"]["held"] - size.held("vocabulary")}
+    return beyond | {"held, vocabulary": found["vocabulary"]["held"] - size.held("vocabulary")} | memory(size)
 
 
 def grid() -> tuple[Any, Any]:

@@ -39,6 +39,7 @@ def calls(inputs: Inputs, rank: int) -> dict[str, Callable[[], Any]]:
     rows = parts(len(inputs.weight), (1, 2))[rank]
     head, ref_head = inputs.head(rows, vocab_group=group), inputs.ref_head(rows, vocab_group=group)
     tokens = inputs.head(sequence_group=group)
+    stream, ref_stream = inputs.head(rows, shard_group=group), inputs.ref_head(rows, shard_group=group)
 
     def logprob(head: Any, labels: Any = inputs.labels, hidden: Any = inputs.hidden, **options: Any) -> Any:
         return linear_logprob(hidden, head, labels, **options)
@@ -47,7 +48,7 @@ def calls(inputs: Inputs, rank: int) -> dict[str, Callable[[], Any]]:
         reference = {"ref_hidden": inputs.ref_hidden, "ref_head": ref_head}
         return fused_spo_loss(inputs.hidden, head, inputs.labels, **{"loss": "dpo", **reference, **options})
 
-    def divergence(ref_head: Any) -> Any:
+    def divergence(head: Any, ref_head: Any) -> Any:
         return linear_kl(inputs.hidden, head, inputs.ref_hidden, ref_head, inputs.labels)
 
     swapped = inputs.labels.roll(1, 1) if odd else inputs.labels
@@ -65,8 +66,8 @@ def calls(inputs: Inputs, rank: int) -> dict[str, Callable[[], Any]]:
         "backend": lambda: logprob(head, backend="cpp" if odd else "torch"),
         "path": lambda: pairs(head, path="packed", workspace_bytes=20_000),
         "plain reference": lambda: pairs(head, inputs.ref_weight[rows]),
-        "whole reference": lambda: divergence(LMHead(inputs.ref_weight)),
-        "other reference": lambda: divergence(LMHead(inputs.ref_weight[other], vocab_group=group)),
+        "whole reference": lambda: divergence(head, LMHead(inputs.ref_weight)),
+        "other reference": lambda: divergence(head, LMHead(inputs.ref_weight[other], vocab_group=group)),
         "dropout": lambda: logprob(replace(head, weight=inputs.weight[rows], lora=(lora,))),
         "accumulate": lambda: logprob(replace(head, accumulate=True)),
         "traced": lambda: logprob(
@@ -74,6 +75,24 @@ def calls(inputs: Inputs, rank: int) -> dict[str, Callable[[], Any]]:
         ),
         "scores": lambda: nthr_scores(inputs.hidden, head, inputs.labels, torch.ones(6, dtype=torch.bool)),
         "group": lambda: LMHead(inputs.weight, vocab_group=dist.GroupMember.NON_GROUP_MEMBER),  # type: ignore[arg-type]
+        "streamed, width": lambda: logprob(
+            LMHead(narrow, shard_group=group), hidden=inputs.hidden[..., : narrow.shape[1]]
+        ),
+        "streamed, rows": lambda: logprob(LMHead(inputs.weight[:0], shard_group=group)),
+        "streamed, bias": lambda: logprob(replace(stream, bias=inputs.weight[rows, 0] if odd else None)),
+        "streamed, workspace": lambda: logprob(stream, workspace_bytes=100_000 + rank),
+        "streamed, frozen": lambda: logprob(stream if odd else replace(stream, weight=inputs.weight[rows])),
+        "streamed, sparsity": lambda: logprob(stream, sparsity="certified"),
+        "streamed, path": lambda: pairs(stream, ref_stream, path="packed"),
+        "streamed, kl": lambda: divergence(stream, ref_stream),
+        "streamed, plain reference": lambda: pairs(stream, inputs.ref_weight[rows]),
+        "streamed, accumulate": lambda: logprob(replace(stream, accumulate=True)),
+        "streamed, adapters": lambda: logprob(replace(stream, weight=inputs.weight[rows], lora=(lora,))),
+        "streamed, traced": lambda: logprob(
+            LMHead(fake(head.weight), shard_group=group), fake(inputs.labels), fake(inputs.hidden)
+        ),
+        "streamed, scores": lambda: nthr_scores(inputs.hidden, stream, inputs.labels, torch.ones(6, dtype=torch.bool)),
+        "both groups": lambda: inputs.head(rows, vocab_group=group, shard_group=group),
         "shift": lambda: pairs(tokens, inputs.ref_head(), shift=True),
         "sequences": lambda: sequence_logps(inputs.hidden[rank:], tokens, inputs.labels[rank:]),
         "sequences, workspace": lambda: pairs(tokens, inputs.ref_head(), workspace_bytes=100_000 + rank),

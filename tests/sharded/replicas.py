@@ -23,11 +23,12 @@ def of_pairs(inputs: Inputs, pairs: slice) -> Inputs:
     return replace(inputs, **{name: of(getattr(inputs, name)) for name in ("hidden", "labels", "ref_hidden")})
 
 
-def step(inputs: Inputs, head: LMHead, ref_head: LMHead, objective: object) -> dict[str, torch.Tensor]:
+def step(
+    inputs: Inputs, head: LMHead, ref_head: LMHead, objective: object, path: str | None = None
+) -> dict[str, torch.Tensor]:
     hidden = inputs.hidden.clone().requires_grad_()
-    loss, _ = fused_spo_loss(
-        hidden, head, inputs.labels, loss=objective, ref_hidden=inputs.ref_hidden, ref_head=ref_head, reduction="sum"
-    )
+    reference = {"ref_hidden": inputs.ref_hidden, "ref_head": ref_head}
+    loss, _ = fused_spo_loss(hidden, head, inputs.labels, loss=objective, **reference, reduction="sum", path=path)
     loss.backward()
     return {"loss": loss.detach(), "hidden": hidden.grad, "weight": head.weight.grad}
 
