@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from spo_kernels.gathered import ShardedHead
 from spo_kernels.head import inner_model
 from spo_kernels.integrations.wrappers import is_gathered_for_forward, is_one_group
 
@@ -44,7 +45,7 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 
 def forward_without_logits(model: nn.Module, run: Run | None = None, **inputs: Any) -> tuple[Tensor, Any]:
-    """`hidden_states`, and the model's output, whose logits are those of the last position."""
+    """`hidden_states`, and the model's output, whose logits are those of the last position, or none: `shard_head`."""
     return forward_to_head(model, lambda hidden: hidden, run, **inputs)
 
 
@@ -72,9 +73,12 @@ def forward_to_head(
     logits: list[Tensor] = []
     found: list[Result] = []
 
+    # one of which every process has some rows would have to be gathered for a position
+    positions = slice(0, 0) if isinstance(head, ShardedHead) else slice(-1, None)
+
     def last_position(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(_checked(model, arguments[0], inputs.get("input_ids")))
-        return arguments[0][..., -1:, :], *arguments[1:]
+        return arguments[0][..., positions, :], *arguments[1:]
 
     in_group = is_gathered_for_forward(head)
 

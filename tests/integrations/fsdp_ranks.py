@@ -10,8 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,6 +30,7 @@ from spo_kernels.integrations.transformers import (
     PairCollator,
     hidden_states,
     precompute_ref_logps,
+    shard_head,
 )
 from spo_kernels.losses import DPO
 from tests.integrations.test_transformers import PAIRS, REFERENCE, build, lora
@@ -90,6 +98,14 @@ def head(policy: Any, mesh: DeviceMesh, **precision: Any) -> None:
     layers(policy, mesh, **precision)
 
 
+def streamed(policy: Any, mesh: DeviceMesh, **precision: Any) -> None:
+    """The head is split beforehand, and left alone by FSDP."""
+    ignored = shard_head(policy.model, mesh, param_dtype=precision.get("param_dtype"))
+    if precision:
+        precision = {"mp_policy": MixedPrecisionPolicy(**precision)}
+    layers(policy, mesh, ignored_params=ignored, **precision)
+
+
 def inside(policy: Any, mesh: DeviceMesh) -> None:
     """The model was sharded before the loss came around it."""
     fully_shard(policy.model.lm_head, mesh=mesh)
@@ -113,10 +129,14 @@ CASES: dict[str, tuple[str, Make, Wrap, tuple[int, ...]]] = {
     "inside": ("llama", two_pass, inside, ONE),
     "recipe": ("llama", recipe, head, ONE),
     "recipe, replicas": ("llama", recipe, head, REPLICAS),
+    "streamed": ("llama", fused, streamed, ONE),
+    "streamed, scale": ("granite", fused, streamed, ONE),
+    "streamed, tied": ("tied", fused, streamed, ONE),
+    "streamed, adapters off": ("llama", adapters_off, streamed, ONE),
     "reference": ("llama", with_reference, layers, ONE),
     "adapters off": ("llama", adapters_off, head, ONE),
 }
-ONLINE = ("reference", "adapters off")
+ONLINE = ("reference", "adapters off", "streamed, adapters off")
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -183,16 +203,85 @@ def mixed_precision(mine: slice) -> dict[str, Any]:
     }
 
 
-def precomputed(shard: bool) -> torch.Tensor:
+def of_streamed(mine: slice, folder: Path) -> dict[str, Any]:
+    """Two micro-batches, clipped, and a step; then what is saved, loaded, and said of logits. Then bfloat16."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+
+    def made() -> tuple[Any, Any]:
+        policy = FusedPreferenceModel(build("llama"), "dpo")
+        streamed(policy, mesh)
+        return policy, torch.optim.AdamW(policy.parameters(), lr=1e-2)
+
+    policy, optimizer = made()
+    for rows in (slice(mine.start, mine.start + 1), slice(mine.start + 1, mine.stop)):
+        (policy(**batch_of(rows))[0] / 2).backward()
+    norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.1))
+    optimizer.step()
+    saved = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    kept = get_state_dict(policy, optimizer)
+    torch.distributed.checkpoint.save(dict(zip(("model", "optimizer"), kept, strict=True)), checkpoint_id=folder)
+    again, its_optimizer = made()
+    states = dict(zip(("model", "optimizer"), get_state_dict(again, its_optimizer), strict=True))
+    torch.distributed.checkpoint.load(states, checkpoint_id=folder)
+    set_state_dict(again, its_optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    steps = []
+    for module, its in ((policy, optimizer), (again, its_optimizer)):
+        its.zero_grad()
+        module(**batch_of(mine))[0].backward()
+        its.step()
+        steps.append(whole(module.model.lm_head.weight))
+    model, ids = build("llama"), torch.tensor([[1, 5, 9, 30]])
+    fully_shard(model, mesh=mesh, ignored_params=shard_head(model, mesh))
+    with torch.no_grad():
+        generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+        logits = model(input_ids=ids).logits
+    half = FusedPreferenceModel(build("llama"), "dpo")
+    streamed(half, mesh, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    half(**batch_of(mine))[0].backward()
+    return {
+        "norm": norm,
+        "saved": saved,
+        "resumed": torch.equal(*steps),
+        "rows": policy.model.lm_head.weight.to_local().shape[0],
+        "logits": logits,
+        "generated": generated,
+        "half": whole(half.model.lm_head.weight.grad),
+    }
+
+
+def precomputed(split: str | None) -> torch.Tensor:
     """Three batches: in the second round there is none for process 1."""
     model = build("llama")
-    if shard:
-        mesh = init_device_mesh("cpu", (PROCESSES,))
-        fully_shard(model.lm_head, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    if split is not None:
+        mesh, ignored = init_device_mesh("cpu", (PROCESSES,)), None
+        if split == "streamed":
+            ignored = shard_head(model, mesh)
+        else:
+            fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params=ignored)
     return precompute_ref_logps(
         model, [PairCollator(0)(RECORDS[rows]) for rows in (slice(0, 2), slice(2, 3), slice(3, 4))]
     )
+
+
+def at_head(model: Any) -> Any:
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+
+
+def heads_not_split(mesh: DeviceMesh) -> dict[str, str]:
+    adapted = lora(build("llama"), modules_to_save=["lm_head"])
+    grid = init_device_mesh("cpu", (1, PROCESSES))
+    split = build("llama")
+    fully_shard(split, mesh=mesh)
+    later = build("llama")
+    shard_head(later, mesh)
+    return {
+        "shard, adapted": message(lambda: shard_head(adapted, mesh)),
+        "shard, grid": message(lambda: shard_head(build("llama"), grid)),
+        "shard, split": message(lambda: shard_head(split, mesh)),
+        "shard, twice": message(lambda: shard_head(later, mesh)),
+        "shard, adapted later": message(lambda: LMHead.of(at_head(later))),
+    }
 
 
 def refused(mine: slice) -> dict[str, str]:
@@ -204,6 +293,7 @@ def refused(mine: slice) -> dict[str, str]:
         found["no_grad"] = message(lambda: ddp.module(**batch))
     model = build("llama")
     fully_shard(model)
+    found |= heads_not_split(init_device_mesh("cpu", (PROCESSES,)))
     found["one group"] = message(lambda: hidden_states(model, input_ids=batch["input_ids"]))
     with torch.no_grad():
         found["one group, no_grad"] = message(lambda: hidden_states(model, input_ids=batch["input_ids"]))
@@ -217,7 +307,12 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES)
     mine = slice(2 * rank, 2 * rank + 2)
     found: dict[str, Any] = {name: run(name, mine) for name in CASES}
-    found |= {"mixed precision": mixed_precision(mine), "refused": refused(mine), "precomputed": precomputed(True)}
+    found["of streamed"] = of_streamed(mine, folder / "checkpoint")
+    found |= {
+        "mixed precision": mixed_precision(mine),
+        "refused": refused(mine),
+        "precomputed": [precomputed(split) for split in ("gathered", "streamed")],
+    }
     if rank == 0:
         torch.save(found, folder / "found")
     dist.destroy_process_group()

@@ -11,7 +11,9 @@ import torch
 
 pytest.importorskip("transformers")
 
+from spo_kernels.integrations.transformers import FusedPreferenceModel
 from tests.integrations.fsdp_ranks import CASES, ONLINE, PROCESSES, WATCHDOG, batch_of, precomputed, train
+from tests.integrations.test_transformers import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,8 +61,53 @@ def test_mixed_precision_leaves_the_references_sums_alone(found: dict[str, Any])
     assert "TypeError: ref_logps must be float32 or float64, got torch.bfloat16" in case["by place"]
 
 
+def test_a_streamed_head_is_clipped_saved_and_resumed(found: dict[str, Any]) -> None:
+    """Beside one process with all pairs: accumulated, clipped, a step; and, of a process, no more than its rows."""
+    case, policy = found["of streamed"], FusedPreferenceModel(build("llama"), "dpo")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    policy(**batch_of(slice(0, 4)))[0].backward()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.1)
+    optimizer.step()
+    torch.testing.assert_close(case["norm"], norm, rtol=1e-5, atol=0)
+    expected = policy.model.state_dict()
+    assert case["saved"].keys() == expected.keys() and case["rows"] == 31
+    for key, value in expected.items():
+        assert type(case["saved"][key]) is torch.Tensor
+        torch.testing.assert_close(case["saved"][key], value, rtol=1e-4, atol=2e-5, msg=key)
+    assert case["resumed"]
+
+
+def test_logits_of_a_streamed_head(found: dict[str, Any]) -> None:
+    """Its own forward gathers."""
+    case, model, ids = found["of streamed"], build("llama"), torch.tensor([[1, 5, 9, 30]])
+    torch.testing.assert_close(case["logits"], model(input_ids=ids).logits.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(case["generated"], model.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def test_a_streamed_head_in_mixed_precision(found: dict[str, Any]) -> None:
+    ours, policy = found["of streamed"]["half"], FusedPreferenceModel(build("llama"), "dpo")
+    policy(**batch_of(slice(0, 4)))[0].backward()
+    expected = policy.model.lm_head.weight.grad
+    assert ours.dtype == torch.float32 and bool((ours - expected).norm() < 0.05 * expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    {
+        "adapted": "LlamaForCausalLM: the head carries an adapter: leave it out of the adapter's targets",
+        "grid": "mesh must have one dimension, the processes that share the head, got 2",
+        "split": "LlamaForCausalLM: the head is split already: call shard_head before fully_shard",
+        "twice": "LlamaForCausalLM: the head is split already",
+        "adapted later": "LlamaForCausalLM: the head carries an adapter, and shard_head has split it",
+    }.items(),
+)
+def test_heads_that_are_not_split(found: dict[str, Any], name: str, said: str) -> None:
+    assert said in found["refused"][f"shard, {name}"]
+
+
 def test_precomputed_reference_of_a_sharded_model(found: dict[str, Any]) -> None:
-    torch.testing.assert_close(found["precomputed"], precomputed(shard=False), rtol=1e-6, atol=1e-6)
+    for sums in found["precomputed"]:
+        torch.testing.assert_close(sums, precomputed(None), rtol=1e-6, atol=1e-6)
 
 
 def test_what_would_go_wrong_in_silence_is_refused(found: dict[str, Any]) -> None:
