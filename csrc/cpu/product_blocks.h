@@ -3,8 +3,7 @@
 // Rows and K are cut into blocks. For each, rows of A are packed with K side by side (shared, read from L3 or L2) where
 // they do not lie like that already, then every thread takes panels of kColumns columns of B, packs each into its own
 // buffer (L2) and multiplies it by kRows rows of A at a time, accumulated in registers over the K block. Where B has
-// too few columns for that, its panels are packed before, for all threads, which then take parts of A's rows. Work is
-// dealt out the same way in every call: a panel of C that is added to is in the cache of the thread that wrote it last.
+// too few columns for that, its panels are packed before, for all threads, which then take parts of A's rows.
 //
 // What is packed consists of units of 4 bytes: kStep values of k of one row of A or column of B ("lane"). A vector of
 // units is loaded along k of one lane, or along lanes at one step of k, whichever lie side by side in the operand;
@@ -183,6 +182,29 @@ inline void with_source(const Operand& from, const Axis& lane_axis, const Axis& 
   }
 }
 
+// How many tasks of a thread's share were taken; on a cache line of its own.
+struct alignas(64) Share {
+  int64_t taken;
+};
+
+// Runs tasks of a team: each thread its own share, in order, and then what the others have left. A share is the same in
+// every call, so that a panel of C that is added to is in the cache of the thread that wrote it last; but a thread that
+// another program holds up does not hold up the rest. Beyond a barrier shares are reset for their next use.
+template <typename Run>
+inline void deal(int64_t tasks, int thread, int threads, Share* shares, const Run& run) {
+  for (int i = 0; i < threads; ++i) {
+    const int owner = (thread + i) % threads;
+    const int64_t first = tasks * owner / threads, count = tasks * (owner + 1) / threads - first;
+    for (;;) {
+      int64_t task;
+#pragma omp atomic capture
+      task = shares[owner].taken++;
+      if (task >= count) break;
+      run(first + task);
+    }
+  }
+}
+
 template <typename Kernel, typename Out>
 void product(const Operand& a, const Operand& b, const Result& c, const ProductShape& shape, bool accumulate,
              int threads) {
@@ -210,16 +232,22 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
   const int64_t b_size = kColumns * padded;
   const bool in_place = a.scalar == Kernel::kScalar && a.column_stride == 1 && shape.k % kStep == 0;
   const int64_t a_total = in_place ? 0 : block * a_size, b_total = (share ? column_panels : threads) * b_size;
-  auto* a_rows = static_cast<Packed*>(product_scratch((a_total + b_total) * static_cast<int64_t>(sizeof(Packed))));
+  const int64_t share_bytes = 3 * threads * static_cast<int64_t>(sizeof(Share));
+  auto* shares =
+      static_cast<Share*>(product_scratch(share_bytes + (a_total + b_total) * static_cast<int64_t>(sizeof(Packed))));
+  Share *b_shares = shares, *a_shares = shares + threads, *c_shares = shares + 2 * threads;
+  auto* a_rows = reinterpret_cast<Packed*>(shares + 3 * threads);
   Packed* b_panels = a_rows + a_total;
+  std::memset(shares, 0, static_cast<size_t>(share_bytes));
 
 #pragma omp parallel num_threads(threads)
   {
 #ifdef _OPENMP
-    Packed* own_panel = b_panels + (share ? 0 : omp_get_thread_num()) * b_size;
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
 #else
-    Packed* own_panel = b_panels;
+    const int thread = 0, team = 1;
 #endif
+    Packed* own_panel = b_panels + (share ? 0 : thread) * b_size;
     const auto pack_b = [&](int64_t panel, int64_t k, int64_t depth, Packed* to) {
       const int64_t column = panel * kColumns;
       with_source<Kernel>(b, {b.column_stride, nullptr, column}, {b.row_stride, b.rows, k},
@@ -230,17 +258,17 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
         const int64_t depth = smaller(kDepth, shape.k - k), rows = smaller(block, shape.m - first);
         const int64_t shared = share ? column_panels : 0, across = pieces(depth, kPackDepth);
         const int64_t packs = in_place ? 0 : pieces(rows, kPackLanes) * across;
-#pragma omp for schedule(static) nowait
-        for (int64_t task = 0; task < shared; ++task) pack_b(task, k, depth, b_panels + task * b_size);
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < packs; ++task) {
+        c_shares[thread].taken = 0;
+        deal(shared, thread, team, b_shares, [&](int64_t task) { pack_b(task, k, depth, b_panels + task * b_size); });
+        deal(packs, thread, team, a_shares, [&](int64_t task) {
           const int64_t row = task / across * kPackLanes, inner = task % across * kPackDepth;
           with_source<Kernel>(a, {a.row_stride, a.rows, first + row}, {a.column_stride, nullptr, k + inner},
                               smaller(kPackLanes, rows - row), smaller(kPackDepth, depth - inner),
                               [&](const auto& part) { part.pack_rows(a_rows + row * a_size + inner, a_size); });
-        }
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < column_panels * chunks; ++task) {
+        });
+#pragma omp barrier
+        a_shares[thread].taken = b_shares[thread].taken = 0;
+        deal(column_panels * chunks, thread, team, c_shares, [&](int64_t task) {
           const int64_t panel = task / chunks, column = panel * kColumns, begin = task % chunks * chunk;
           if (!share) pack_b(panel, k, depth, own_panel);
           const Packed* b_panel = share ? b_panels + panel * b_size : own_panel;
@@ -256,7 +284,8 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
             Kernel::multiply(a_at, b_panel, pieces(depth, kStep), c_at, count, smaller(kColumns, shape.n - column),
                              accumulate || k > 0);
           }
-        }
+        });
+#pragma omp barrier
       }
   }
 }

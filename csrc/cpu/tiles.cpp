@@ -211,7 +211,7 @@ void parallel_rows(int64_t rows, [[maybe_unused]] int threads, const Rows& run) 
     if (rows > 0) run(0, rows);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t begin = 0; begin < rows; begin += kBlock) run(begin, std::min(begin + kBlock, rows));
 }
 
