@@ -53,6 +53,7 @@ def given(page: str) -> dict[str, Any]:
     }
     if page == "sharded-heads":
         names |= {"local_rows": names["weight"], "local_bias": None, "group": torch.distributed.group.WORLD}
+        names |= {"mesh": torch.distributed.init_device_mesh("cpu", (1,))}
         names |= {"shift_labels": torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)}
     if page == "other-trainers":
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
