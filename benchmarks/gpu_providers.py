@@ -112,7 +112,8 @@ def captured(run: Callable[[], Tensor], problem: Problem) -> Callable[[], Tensor
         loss = run()
     gradients = problem.hidden.grad, problem.weight.grad
 
-    def replay() -> Tensor:
+    # `run` holds what the graph reads: freed, its memory would be others'
+    def replay(inputs: Callable[[], Tensor] = run) -> Tensor:
         graph.replay()
         problem.hidden.grad, problem.weight.grad = gradients
         return loss

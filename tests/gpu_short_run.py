@@ -1,6 +1,7 @@
 """Every kernel of one backend once or twice on small ragged inputs: what compute-sanitizer watches.
 
-`python tests/gpu_short_run.py [triton|cuda] [loss|tiles]`: through the public functions, or the tile kernels alone.
+`python tests/gpu_short_run.py [triton|cuda] [loss|tiles|pairs]`: through the public functions, or the kernels of tiles
+or pairs alone.
 """
 
 import sys
@@ -11,6 +12,7 @@ from spo_kernels import LMHead, fused_spo_loss, linear_logprob
 from spo_kernels.backends.contract import LogitTransform, Tile, TokenGrads, TokenStats, mass_blocks
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.losses import DPO, SPO
+from spo_kernels.preference.kernel import kernel_form, pair_loss
 
 
 def run_loss(backend: str, device: str) -> None:
@@ -63,10 +65,24 @@ def run_tiles(backend: str, device: str) -> None:
         assert products.isfinite().all() and out.isfinite().all()
 
 
+def run_pairs(backend: str, device: str) -> None:
+    logp = torch.randn(6, 700, device=device)
+    labels = torch.randint(1031, logp.shape, device=device)
+    labels[0, 3], labels[1] = -100, -100
+    reference = torch.zeros(6, device=device)
+    bounds = torch.tensor([0, 5, 5, 700, 1400, 2800, 4200], device=device)
+    for objective in (DPO(), SPO(penalty="hinge")):
+        form = kernel_form(objective, True, False)
+        assert form is not None
+        for values, classes, cu_seqlens in ((logp, labels, None), (logp.flatten(), labels.flatten(), bounds)):
+            summary, slopes = pair_loss(values, classes, cu_seqlens, reference, None, -100, 1.0, *form, backend)
+            assert summary.isfinite().all() and slopes.isfinite().all()
+
+
 def main(backend: str = "triton", what: str = "loss") -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    {"loss": run_loss, "tiles": run_tiles}[what](backend, device)
+    {"loss": run_loss, "tiles": run_tiles, "pairs": run_pairs}[what](backend, device)
     print("ran on", device)
 
 

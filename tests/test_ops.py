@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spo_kernels import LMHead, fused_spo_loss, linear_kl, linear_logprob
 from spo_kernels.engine import autograd, divergence_ops, tokens
+from spo_kernels.preference import kernel
 from spo_kernels.testing import check_linear_logprob, evaluate, random_batch, random_upstream
 
 OUTPUTS = ("lse", "entropy", "correct", "log_sum_p2")
@@ -32,7 +33,7 @@ class Recorder(TorchDispatchMode):
 
 def through_operators(monkeypatch):
     """Calls go through the operators, as they do in a trace; elsewhere they save themselves the dispatch."""
-    for module in (autograd, divergence_ops, tokens):
+    for module in (autograd, divergence_ops, kernel, tokens):
         monkeypatch.setattr(module, "is_traced", lambda tensor: True)
 
 
@@ -62,6 +63,15 @@ def test_operators_with_cpu_tensors_stay_out_of_recorded_graphs():
         assert named & on_cpu, name
         assert torch.Tag.cudagraph_unsafe in operator.tags, name
     assert torch.Tag.cudagraph_unsafe not in torch.ops.spo_kernels.pair_loss.default.tags
+
+
+def test_a_loss_goes_through_its_operator(monkeypatch):
+    through_operators(monkeypatch)
+    batch = random_batch((4, 5), 29, 12)
+    with Recorder() as recorder:
+        options = {"loss": "dpo", "ref_logps": torch.zeros(4), "path": "two_pass", "backend": "cpp"}
+        fused_spo_loss(batch.hidden, batch.weight, batch.labels, **options)
+    assert "pair_loss" in {func.overloadpacket.__name__ for func, _, _ in recorder.calls}
 
 
 OPERATORS = {

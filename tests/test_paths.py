@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spo_kernels import LMHead, backend_info, fused_spo_loss
+from spo_kernels import LMHead, backend_info, fused_spo_loss, linear_logprob, sequence_logps
 from spo_kernels.backends.cpp_products import NativeProducts
 from spo_kernels.backends.products import VendorProducts
 from spo_kernels.engine import kept_space
@@ -109,24 +109,41 @@ def test_small_workspace_takes_several_tiles(objective, path, rows):
         torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("path, products", [("packed", 3), ("factorised", 3), ("two_pass", 4)])
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
-def test_products_are_counted(monkeypatch, backend, path, products):
-    need(backend)
-    cells = []
+@pytest.fixture
+def cells(monkeypatch):
+    """Of each product: rows, columns and what is summed, multiplied."""
+    found = []
     for owner in (VendorProducts, NativeProducts):
         original = owner.matmul
 
         def counted(self, a, b, out, *, a_rows=None, original=original, owner=owner, **options):
             if type(self) is owner:
                 rows = a.shape[0] if a_rows is None else a_rows.numel()
-                cells.append(rows * a.shape[1] * b.shape[1])
+                found.append(rows * a.shape[1] * b.shape[1])
             original(self, a, b, out, a_rows=a_rows, **options)
 
         monkeypatch.setattr(owner, "matmul", counted)
+    return found
+
+
+@pytest.mark.parametrize("path, products", [("packed", 3), ("factorised", 3), ("two_pass", 4)])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_products_are_counted(cells, backend, path, products):
+    need(backend)
     lengths = [5, 3, 7, 2]
     gradients(path, lengths, torch.float32, backend, loss="dpo")
     assert sum(cells) == products * sum(lengths) * HIDDEN * VOCAB
+
+
+@pytest.mark.parametrize("function", [fused_spo_loss, linear_logprob, sequence_logps])
+def test_without_gradients_there_is_one_product(cells, function):
+    """Also where hidden states and head are leaves that require one."""
+    lengths = [5, 3, 7, 2]
+    _, tensors, arguments = batch(lengths, torch.float32)
+    options = {"loss": "dpo", "ref_logps": arguments["ref_logps"]} if function is fused_spo_loss else {}
+    with torch.no_grad():
+        function(*tensors, shift=True, **options)
+    assert sum(cells) == sum(lengths) * HIDDEN * VOCAB
 
 
 def test_upstream_and_accumulation():

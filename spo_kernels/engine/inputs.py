@@ -82,7 +82,9 @@ class ModelInputs:
             shard = VocabShard.agree(weight_name, head.vocab_group, head.weight, labels)
         elif head.shard_group is not None:
             shard = RowStream.agree(weight_name, head.shard_group, head.weight, head.bias)
-        return cls(hidden, weight, bias, head.logit_scale, head.logit_softcap, base, accumulate, shard)
+        found = cls(hidden, weight, bias, head.logit_scale, head.logit_softcap, base, accumulate, shard)
+        # a Function sees requires_grad, not the mode: under no_grad it would make gradients that nobody can ask for
+        return found if torch.is_grad_enabled() else found.detach()
 
     @classmethod
     def resolve_reference(
