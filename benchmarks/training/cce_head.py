@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from cut_cross_entropy import linear_cross_entropy
 from torch import Tensor
@@ -17,17 +19,15 @@ class CCEHead:
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = (),
+        *_: Any,
+        **__: Any,
     ) -> tuple[Tensor | None, ...]:
-        """Log-probabilities by the implementation that runs on a CPU.
+        """Log-probabilities by the implementation that runs on a CPU, for a head without scale and softcap.
 
         It has no other outputs: zeros, which cost nothing, stand for entropy, mean logit and top-1.
         """
-        if bias is not None or temperature != 1.0 or logit_scale != 1.0 or final_logit_softcapping is not None:
-            raise ValueError("expected a plain head")
+        if bias is not None or temperature != 1.0:
+            raise ValueError(f"expected a plain head, got bias = {bias}, temperature = {temperature}")
         logp = -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="torch_compile")
         zero = torch.zeros_like(logp)
         return logp, zero, None, zero, zero.bool()

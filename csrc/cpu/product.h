@@ -1,8 +1,8 @@
 // Matrix products C (+)= A B with float results from float, bfloat16 or float16 operands.
 //
 // torch's CPU library has no half-precision product with float results, and on AMD its float product leaves AVX-512
-// unused. Each result is summed over k in a fixed order by one thread, so results do not
-// depend on the number of threads.
+// unused. Each result is summed over k in a fixed order by one thread, so results do not depend on the number of
+// threads.
 #pragma once
 
 #include <array>
