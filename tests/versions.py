@@ -63,6 +63,8 @@ def main() -> int:
     chosen = parser.parse_args()
     tests = chosen.tests or TESTS
     wanted = [versions for versions in VERSIONS if versions.torch.startswith(tuple(chosen.torch))]
+    if not wanted:
+        parser.error(f"--torch: expected some of {', '.join(known)}, got {' '.join(chosen.torch)}")
     chosen.folder.mkdir(parents=True, exist_ok=True)
     rows = [_row(versions, chosen.folder, [*tests, "-n", chosen.processes]) for versions in wanted]
     print("| torch | triton | transformers | tests |\n|---|---|---|---|")
