@@ -79,6 +79,7 @@ def test_processes_that_need_the_same_extension_build_it_once(tmp_path):
     """The second waits for the first, and loads what that has made."""
     script = tmp_path / "build_it.py"
     script.write_text(_BUILD.format(root=str(tmp_path)))
+    (tmp_path / "answer.txt").write_text("answer = 42")  # before them: the key is made of what it holds
     environment = {**os.environ, "SPO_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script)]
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -92,7 +93,6 @@ from pathlib import Path
 from spo_kernels.backends import build
 
 root = Path({root!r})
-(root / "answer.txt").write_text("answer = 42")
 copy = "sleep 0.5 && cp $in $out"
 link = f"{{copy}} && echo built >> {{root}}/built"
 recipe = build.Recipe("answer", root, ("answer.txt",), (), {{".txt": copy}}, link, ())
