@@ -7,7 +7,7 @@ TEST_PROCESSES ?= 2
 DOCS_VENV ?= .venv-docs
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: test test-trl versions demo lint docs bench mutation clean
+.PHONY: test test-trl versions demo lint lint-types lint-cpp docs bench mutation clean
 
 test: lint
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -q
@@ -18,7 +18,12 @@ demo: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory --jobs=2 lint-types lint-cpp
+
+lint-types: $(VENV)/ready
 	$(BIN)/mypy
+
+lint-cpp: $(VENV)/ready
 	PYTHONPATH=. $(BIN)/python tests/lint_cpp.py
 
 # the documentation as web pages, docs/_build/index.html; a warning is an error
@@ -42,11 +47,13 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.run
 
 # torch alone first, pinned: without the pin pip would take the newest build and its CUDA packages; the tests compile
-# the CUDA extension themselves, where there is nvcc
+# the CUDA extension themselves, where there is nvcc. Without bytecode, which 80 s would be spent on: what is imported is
+# compiled then
 $(VENV)/ready: pyproject.toml setup.py constraints.txt spo_kernels/backends/build.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	SPO_SKIP_CUDA_BUILD=1 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	SPO_SKIP_CUDA_BUILD=1 $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check \
+		-c constraints.txt -e ".[test,lint]"
 	touch $@
 
 # what docstrings are read with: torch, and no extension, which would have to be compiled; the rest is the extra "docs"

@@ -21,28 +21,15 @@ def load_module(name: str) -> ModuleType:
 
 
 build, environment = load_module("build"), load_module("environment")
-CUDA = "spo_kernels._C_cuda"
+CPU, CUDA = "spo_kernels._C", "spo_kernels._C_cuda"
 
 
 def extensions() -> list[Extension]:
     """The CPU extension and the CUDA extension, or nothing where there is no compiler."""
-    cxx = build.compiler()
-    if cxx is None:
+    if build.compiler() is None:
         print("spo_kernels: no C++ compiler on PATH; installing without the cpp backend", file=sys.stderr)
         return []
-    import pybind11
-
-    openmp = [*build.openmp_flags(cxx)]
-    cpu = Extension(
-        "spo_kernels._C",
-        sources=[*build.SOURCES],
-        depends=[*build.HEADERS],
-        include_dirs=[pybind11.get_include()],
-        extra_compile_args=[*build.FLAGS, *openmp],
-        extra_link_args=openmp,
-        language="c++",
-        optional=True,
-    )
+    cpu = Extension(CPU, sources=[*build.SOURCES], depends=[*build.HEADERS], optional=True)
     skipped = "SPO_SKIP_CUDA_BUILD is set" if environment.cuda_build_skipped() else None
     skipped = skipped or (None if build.nvcc() else build.NO_NVCC)
     if skipped is not None:
@@ -53,19 +40,19 @@ def extensions() -> list[Extension]:
 
 
 class BuildExtensions(build_ext):
-    """setuptools compiles C++; the CUDA extension is made by its recipe."""
+    """Each is made by its recipe, with ninja: all sources at once."""
 
     def build_extension(self, extension: Extension) -> None:
         """See `setuptools.command.build_ext`."""
-        if extension.name != CUDA:
-            super().build_extension(extension)
-            return
         library = Path(self.get_ext_fullpath(extension.name)).resolve()
-        folder = Path(self.build_temp, "cuda").resolve()
+        folder = Path(self.build_temp, extension.name).resolve()
         for needed in (library.parent, folder):
             needed.mkdir(parents=True, exist_ok=True)
         try:
-            recipe = build.cuda_recipe(environment.cuda_architectures() or build.known_architectures())
+            if extension.name == CPU:
+                recipe = build.cpu_recipe()
+            else:
+                recipe = build.cuda_recipe(environment.cuda_architectures() or build.known_architectures())
             build.run_ninja(recipe, folder, library)
         except build.BuildError as error:
             raise CompileError(str(error)) from error

@@ -58,6 +58,7 @@ class FusedDPOTrainer(DPOTrainer):
 
     model: Any
     args: Any
+    data_collator: Any
     _signature_columns: Any
 
     def __init__(

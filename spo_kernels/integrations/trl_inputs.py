@@ -72,7 +72,7 @@ def _check_tokens_per_batch(args: DPOConfig, objective: Objective) -> None:
             f"tokens_per_batch makes forwards of different numbers of pairs, and {objective!r} depends on which pairs "
             "are in a forward together: leave one of them out"
         )
-    if args.spo_inner_steps:  # type: ignore[attr-defined]
+    if args.spo_inner_steps:
         raise ValueError(
             "tokens_per_batch makes forwards of different numbers of pairs, and spo_inner_steps takes steps on the "
             "pairs of a forward: leave one of them out"
