@@ -46,6 +46,16 @@ class Pilots:
     subsets: Tensor  # labels' shape, 0 or 1
     reference: Tensor  # [2B]
 
+    @classmethod
+    def draw(
+        cls, shares: tuple[float, float], tokens: PairTokens, layout: LabelLayout, model: ModelInputs, logp: Tensor
+    ) -> Pilots:
+        """These shares of the chosen and rejected tokens, of which the reference's `logp` (labels' shape) are known."""
+        subsets = tokens.pilot_subsets(*shares)
+        if model.shard is not None:
+            subsets = model.shard.of_first(subsets)
+        return cls(subsets, layout.sum(logp, subsets).to(model.wide))
+
 
 @dataclass(frozen=True)
 class PairBatch:
@@ -170,11 +180,7 @@ def resolve_batch(
     named = _pair_inputs(pair_inputs, pairs, labels, model.wide)
     if layout.group is not None:
         execution.check_same("head's sequence_group", layout.group, labels.device)
-        if shares is not None:
-            raise ValueError(
-                "the objective draws tokens of whole responses, of which a process of head's sequence_group has a "
-                'part: pass pair_inputs["chosen_pilot"] and ["rejected_pilot"]'
-            )
+        _check_draws_none(shares)
 
     counted = layout.counted()
     lengths = layout.count(counted)
@@ -188,8 +194,7 @@ def resolve_batch(
     vocab = min(m.vocab for m in (model, ref_model) if m is not None)
     tokens = Tokens.find(layout, taken.computed, vocab, host.tokens)
 
-    sums, logp, pilots = reference.logps, None, None
-    ref_weights = weights if ref_weights is None else ref_weights
+    sums, logp = reference.logps, None
     if sums is not None and of_tokens:
         logp = sums.detach().to(model.wide).masked_fill(~counted, 0.0)
     elif ref_model is not None:
@@ -198,13 +203,12 @@ def resolve_batch(
         with torch.no_grad():
             logp, _ = LogprobCall.of(ref_model, ref_tokens, layout.shift, ref_execution).run()
     if logp is not None:
-        sums = layout.sum(logp, ref_weights)
+        sums = layout.sum(logp, weights if ref_weights is None else ref_weights)
+    pilots = None
     if logp is not None and shares is not None:
         # an objective that draws tokens has all of them computed
-        subsets = PairTokens.of(layout, counted, host.tokens).pilot_subsets(*shares)
-        if model.shard is not None:
-            subsets = model.shard.of_first(subsets)
-        pilots = Pilots(subsets, layout.sum(logp, subsets).to(model.wide))
+        drawn_from = PairTokens.of(layout, counted, host.tokens)
+        pilots = Pilots.draw(shares, drawn_from, layout, model, logp)
     sums = None if sums is None else sums.detach().to(model.wide)
     kl = None
     if "kl" in names and ref_model is not None:
@@ -237,6 +241,15 @@ def _are_of_tokens(logps: Tensor | None, layout: LabelLayout) -> bool:
     sums = (layout.sequences,)
     check_vector("ref_logps", logps, layout.labels, sums, layout.labels.shape)
     return logps.shape != sums
+
+
+def _check_draws_none(shares: object) -> None:
+    """Raise ValueError where the objective draws tokens of responses that are on several processes."""
+    if shares is not None:
+        raise ValueError(
+            "the objective draws tokens of whole responses, of which a process of head's sequence_group has a "
+            'part: pass pair_inputs["chosen_pilot"] and ["rejected_pilot"]'
+        )
 
 
 def _check_reference(model: ModelInputs, reference: ModelInputs | None, *, kl: bool, pilots: bool) -> None:
