@@ -18,6 +18,7 @@ from .test_resume import OPTIONS, interrupted, stop_after, without_times
 from .test_training import run
 
 __all__ = ["stop_after"]
+pytestmark = pytest.mark.usefixtures("shared_references")
 
 
 def own_logps(folder: Path, pairs_file: Path) -> tuple[torch.Tensor, torch.Tensor]:
