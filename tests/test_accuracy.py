@@ -12,7 +12,7 @@ import torch
 from spo_kernels import linear_logprob, sequence_logps
 from spo_kernels.testing import eager_logprob, evaluate, peaked_batch
 
-SEQUENCES, TOKENS, HIDDEN, VOCAB = 4, 512, 256, 8192
+SEQUENCES, TOKENS, HIDDEN, VOCAB = 4, 512, 256, 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

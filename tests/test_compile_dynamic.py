@@ -11,8 +11,8 @@ WIDTH, VOCAB = 12, 29
 COMPILERS = ["eager", "aot_eager"]
 # what its AOT backends do with numbers: begin anew once, and take one that a graph computes for a constant
 TORCH_2_11 = torch.__version__.startswith("2.11.")
-# more than the eight recompilations after which torch gives up
-TEMPERATURES = [0.5 + 0.125 * i for i in range(14)]
+# enough that a graph for each would be more than two
+TEMPERATURES = [0.5 + 0.125 * i for i in range(5)]
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ def _probe():
 
 
 def test_import_is_fast():
-    assert min(_probe()["seconds"] for _ in range(3)) < 0.3
+    assert any(_probe()["seconds"] < 0.3 for _ in range(3))
 
 
 def test_import_does_not_even_look_for_triton_or_transformers():

@@ -5,6 +5,29 @@ import importlib.util
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patched_once_a_launch():
+    """Triton's interpreter patches `triton.language` at each call of a device function: a third of its time.
+
+    The launch around the call has done so, and what has been patched is no builtin any more.
+    """
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_what_is_not(function):
+        known = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        return patch(function) if any(tl.core.is_builtin(lang.load) for lang in known) else None
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_lang", patch_what_is_not)
+        yield
+
+
 class TritonKernels:
     """The launchers of spo_kernels.backends.triton; `launch` is (unroll, lanes, num_warps)."""
 

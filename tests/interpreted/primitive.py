@@ -1,6 +1,8 @@
 """`linear_logprob` through the kernels of both GPU backends, and what only a GPU does otherwise."""
 
 import os
+from copy import copy
+from functools import cache
 
 import pytest
 import torch
@@ -27,15 +29,19 @@ from spo_kernels.testing import (
 with_torch = pytest.mark.parametrize("backend", ["torch", "triton", "cuda"], indirect=True)
 
 
+SOFTCAP, OUTPUTS, SHIFT = {"logit_scale": 0.7, "logit_softcap": 4.0}, {"outputs": ALL_OUTPUTS}, {"shift": True}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "tile"),
-    [(torch.float32, None), (torch.float32, 6000), (torch.float16, 6000), (torch.bfloat16, 6000)],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "options",
-    [{"logit_scale": 0.7, "logit_softcap": 4.0}, {"outputs": ALL_OUTPUTS}, {"shift": True}],
-    ids=["softcap", "outputs", "shift"],
+    ("options", "dtype", "tile"),
+    [
+        pytest.param(SOFTCAP, torch.float32, None, id="softcap"),
+        pytest.param(SOFTCAP, torch.float16, 6000, id="softcap float16 tiles"),
+        pytest.param(OUTPUTS, torch.float32, 6000, id="outputs tiles"),
+        pytest.param(OUTPUTS, torch.bfloat16, 6000, id="outputs bfloat16 tiles"),
+        pytest.param(SHIFT, torch.float32, 6000, id="shift tiles"),
+        pytest.param(SHIFT, torch.bfloat16, None, id="shift bfloat16"),
+    ],
 )
 def test_linear_logprob(backend, dtype, tile, options):
     batch = random_batch((3, 5), 131, 12, dtype=dtype, bias=True, ignored=0.3)
@@ -64,22 +70,20 @@ def test_same_inputs_same_bits(backend, trained):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "labels", "upstream"])
-def test_any_layout(backend, name):
+@pytest.mark.parametrize("names", [("hidden", "labels"), ("weight", "bias", "upstream")], ids=" ".join)
+def test_any_layout(backend, names):
     batch = random_batch((3, 5), 43, 12, bias=True, ignored=0.2)
     tensors = {key: getattr(batch, key) for key in ("hidden", "weight", "labels", "bias")}
-    if name != "upstream":
-        tensors[name] = torch.stack([tensors[name], tensors[name]], -1)[..., 0]
-    upstream = {"logp": torch.ones(()).expand(3, 5)} if name == "upstream" else None
-    check_linear_logprob(linear_logprob, Batch(**tensors), upstream=upstream, backend=backend)
+    strided = {key: torch.stack([value, value], -1)[..., 0] for key, value in tensors.items() if key in names}
+    upstream = {"logp": torch.ones(()).expand(3, 5)} if "upstream" in names else None
+    check_linear_logprob(linear_logprob, Batch(**tensors | strided), upstream=upstream, backend=backend)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "spo"])
-def test_compiles_as_one_graph(backend, loss):
+def test_compiles_as_one_graph(backend):
     batch = random_batch((4, 5), 43, 12, ignored=0.2)
 
     def call(hidden, weight):
-        return fused_spo_loss(hidden, weight, batch.labels, loss=loss, ref_logps=torch.zeros(4), backend=backend)
+        return fused_spo_loss(hidden, weight, batch.labels, loss="spo", ref_logps=torch.zeros(4), backend=backend)
 
     results = []
     for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
@@ -107,19 +111,26 @@ def half_products(monkeypatch):
     monkeypatch.setattr(products.VendorProducts, "matmul", matmul)
 
 
+@cache
+def half_case(dtype):
+    """A batch, its upstream gradients, the truth, and the accuracy of eager products whose operands are rounded too."""
+    batch = random_batch((4, 5), 131, 12, dtype=dtype, bias=True, ignored=0.2)
+    upstream = random_upstream(batch)
+    rounded, exact = (evaluate(eager_logprob, batch, upstream, dtype=d) for d in (dtype, torch.float32))
+    return batch, upstream, Oracle(batch, upstream), {**rounded, "logp": exact["logp"]}
+
+
 @with_torch
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
 def test_half_precision_operands(half_products, backend, dtype, trained):
     """The gradients are as accurate as eager ones whose products round their operands too."""
-    batch = random_batch((4, 5), 131, 12, dtype=dtype, bias=True, ignored=0.2)
-    upstream = random_upstream(batch)
+    batch, upstream, truth, eager = half_case(dtype)
     actual = evaluate(linear_logprob, batch, upstream, trained=trained, backend=backend, workspace_bytes=9000)
-    oracle = Oracle(batch, upstream)
-    for name in {"weight", "bias"} - set(trained):
-        del oracle.values[f"{name}.grad"]
-    rounded, exact = (evaluate(eager_logprob, batch, upstream, dtype=d) for d in (dtype, torch.float32))
-    assert_accurate(actual, oracle, {**rounded, "logp": exact["logp"]})
+    oracle = copy(truth)
+    unasked = {f"{name}.grad" for name in ("weight", "bias") if name not in trained}
+    oracle.values = {name: value for name, value in truth.values.items() if name not in unasked}
+    assert_accurate(actual, oracle, eager)
 
 
 @with_torch
@@ -139,8 +150,7 @@ def test_upstream_of_any_size_in_float16(half_products, backend, size):
 
 @with_torch
 @pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trained", "frozen"])
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("outputs", [(), ALL_OUTPUTS], ids=["logp", "outputs"])
+@pytest.mark.parametrize(("shift", "outputs"), [(False, ()), (True, ALL_OUTPUTS)], ids=["logp", "shift outputs"])
 def test_static_shapes_while_a_graph_is_captured(monkeypatch, backend, trained, shift, outputs):
     """Every row is processed and the ignored ones masked: the same results, whatever those rows hold."""
     batch = random_batch((4, 5), 131, 12, bias=True, ignored=0.4)

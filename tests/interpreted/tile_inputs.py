@@ -6,7 +6,8 @@ from spo_kernels.backends.contract import LogitTransform
 
 ROWS = 5
 PLAIN = LogitTransform()
-TRANSFORMS = {"plain": PLAIN, "scale": LogitTransform(0.7), "softcap": LogitTransform(1.5, 3.0)}
+# PLAIN is a scale of 1: no kernel has code of its own for it
+TRANSFORMS = {"scale": LogitTransform(0.7), "softcap": LogitTransform(1.5, 3.0)}
 ALL_OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2")
 
 

@@ -34,7 +34,7 @@ def expected_stats(logits, label_logit):
 
 @each_transform
 @pytest.mark.parametrize("moments", [False, True], ids=["logp", "moments"])
-@pytest.mark.parametrize(("columns", "bias"), [(1, True), (7, False), (64, True), (131, False), (131, True)])
+@pytest.mark.parametrize(("columns", "bias"), [(1, True), (64, False), (131, True)])
 def test_stats_of_two_tiles(kernels, columns, bias, moments, transform):
     tiles = [made(columns, bias, seed) for seed in (1, 2)]
     stats = TokenStats.start(ROWS, tiles[0][0], moments)

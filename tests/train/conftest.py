@@ -153,6 +153,17 @@ def fresh_accelerator() -> Iterator[None]:
     reset_accelerator()
 
 
+@pytest.fixture(scope="session")
+def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.fixture
+def shared_references(monkeypatch: pytest.MonkeyPatch, reference_folder: Path) -> None:
+    """One cache of the reference's log-probs for all runs, which otherwise spend a third of their time on it."""
+    monkeypatch.setattr("spo_kernels.train.run.CACHE_FOLDER", str(reference_folder))
+
+
 Train = Callable[..., int]
 Fails = Callable[..., str]
 

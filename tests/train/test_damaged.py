@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,48 @@ from .conftest import Fails, Train, assert_same_weights
 from .test_resume import OPTIONS, interrupted, stop_after, without_times
 
 __all__ = ["stop_after"]
+pytestmark = pytest.mark.usefixtures("shared_references")
+Left = Callable[[int], None]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For runs that several tests begin with."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def left(train: Train, stop_after: Any, tmp_path: Path, kept: Path) -> Left:
+    """left(5): what a run left in `out` that died in its sixth step."""
+
+    def copied(steps: int) -> None:
+        source = kept / str(steps)
+        if not source.exists():
+            interrupted(train, stop_after, steps, output_dir=source)
+        shutil.copytree(source, tmp_path / "out")
+
+    return copied
+
+
+@pytest.fixture
+def whole(train: Train, kept: Path) -> Path:
+    """A run that was not interrupted."""
+    folder = kept / "whole"
+    if not folder.exists():
+        assert train(*OPTIONS, output_dir=folder) == 0
+    return folder
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
 def test_damaged_checkpoint_is_named(
-    train: Train,
     tmp_path: Path,
-    stop_after: Any,
+    left: Left,
     fails: Fails,
     damage: str,
     file: str,
 ) -> None:
-    interrupted(train, stop_after, 5)
+    left(5)
     folder = tmp_path / "out" / "checkpoint-4"
     path = folder / ("checkpoint.json" if damage == "manifest" else file)
     whole = path.read_bytes()
@@ -42,13 +73,12 @@ def test_damaged_checkpoint_is_named(
 
 
 def test_foreign_pickle_is_not_executed(
-    train: Train,
     tmp_path: Path,
-    stop_after: Any,
+    left: Left,
     fails: Fails,
 ) -> None:
     """A state.pt whose checksum is right but that holds code is refused by the weights-only load."""
-    interrupted(train, stop_after, 3)
+    left(3)
     folder = tmp_path / "out" / "checkpoint-2"
     forged(folder, {"optimizer": Malicious(tmp_path / "proof")})
     assert "state.pt: damaged checkpoint" in fails(*OPTIONS, "--resume")
@@ -75,10 +105,11 @@ def test_incomplete_folder_is_renamed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "broken link"])
-def test_incomplete_checkpoint_is_not_in_the_way(train: Train, tmp_path: Path, stop_after: Any, kind: str) -> None:
+def test_incomplete_checkpoint_is_not_in_the_way(
+    train: Train, tmp_path: Path, left: Left, whole: Path, kind: str
+) -> None:
     """Neither of the step where the run will save next, nor of one that --keep-checkpoints counts."""
-    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
-    interrupted(train, stop_after, 5)
+    left(5)
     for step in (6, 100):
         path = tmp_path / "out" / f"checkpoint-{step}"
         if kind == "folder":
@@ -89,7 +120,7 @@ def test_incomplete_checkpoint_is_not_in_the_way(train: Train, tmp_path: Path, s
         else:
             path.symlink_to(tmp_path / "none")
     assert train(*OPTIONS, "--resume", "--keep-checkpoints", 2) == 0
-    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert_same_weights(tmp_path / "out", whole)
     names = {p.name for p in (tmp_path / "out").glob("*checkpoint*")}
     assert names == {"checkpoint-8", "checkpoint-9", "checkpoint-6.incomplete", "checkpoint-100.incomplete"}
 
@@ -119,8 +150,8 @@ STATES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_state_of_another_structure(train: Train, tmp_path: Path, stop_after: Any, fails: Fails, name: str) -> None:
-    interrupted(train, stop_after, 3)
+def test_state_of_another_structure(tmp_path: Path, left: Left, fails: Fails, name: str) -> None:
+    left(3)
     forged(tmp_path / "out" / "checkpoint-2", STATES[name])
     assert "checkpoint-2/state.pt: damaged checkpoint (" in fails(*OPTIONS, "--resume")
 
@@ -135,10 +166,8 @@ PARTS = {
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_part_of_the_state_of_another_structure(
-    train: Train, tmp_path: Path, stop_after: Any, fails: Fails, name: str
-) -> None:
-    interrupted(train, stop_after, 3)
+def test_part_of_the_state_of_another_structure(tmp_path: Path, left: Left, fails: Fails, name: str) -> None:
+    left(3)
     folder = tmp_path / "out" / "checkpoint-2"
     state = torch.load(folder / "state.pt", weights_only=True)
     PARTS[name](state)
@@ -166,8 +195,8 @@ MANIFESTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_manifest_of_other_types(train: Train, tmp_path: Path, stop_after: Any, fails: Fails, name: str) -> None:
-    interrupted(train, stop_after, 3)
+def test_manifest_of_other_types(tmp_path: Path, left: Left, fails: Fails, name: str) -> None:
+    left(3)
     path = tmp_path / "out" / "checkpoint-2" / "checkpoint.json"
     changed = MANIFESTS[name]
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed} if isinstance(changed, dict) else changed))
@@ -176,15 +205,15 @@ def test_manifest_of_other_types(train: Train, tmp_path: Path, stop_after: Any, 
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"[" * 200_000, b"\0\0", b"", b'{"step": ' + b"9" * 5000 + b"}"])
-def test_manifest_that_is_no_json(train: Train, tmp_path: Path, stop_after: Any, fails: Fails, content: bytes) -> None:
-    interrupted(train, stop_after, 3)
+def test_manifest_that_is_no_json(tmp_path: Path, left: Left, fails: Fails, content: bytes) -> None:
+    left(3)
     (tmp_path / "out" / "checkpoint-2" / "checkpoint.json").write_bytes(content)
     assert "checkpoint-2/checkpoint.json: damaged checkpoint (" in fails(*OPTIONS, "--resume")
 
 
 @pytest.mark.parametrize("value", ["many", [3], -1])
-def test_identity_of_other_types(train: Train, tmp_path: Path, stop_after: Any, fails: Fails, value: Any) -> None:
-    interrupted(train, stop_after, 3)
+def test_identity_of_other_types(tmp_path: Path, left: Left, fails: Fails, value: Any) -> None:
+    left(3)
     path = tmp_path / "out" / "checkpoint-2" / "checkpoint.json"
     manifest = json.loads(path.read_text())
     manifest["identity"]["max_steps"] = value
@@ -198,19 +227,18 @@ LINES |= {"long number": b'{"step": ' + b"9" * 5000 + b', "split": "train"}\n', 
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_bad_line_of_metrics_is_named(train: Train, tmp_path: Path, stop_after: Any, fails: Fails, name: str) -> None:
-    interrupted(train, stop_after, 5)
+def test_bad_line_of_metrics_is_named(tmp_path: Path, left: Left, fails: Fails, name: str) -> None:
+    left(5)
     path = tmp_path / "out" / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + LINES[name] + b'{"step": 9, "split": "train"}\n')
     assert re.search(r"metrics\.jsonl:4: not a line of metrics: '.*remove the line", fails(*OPTIONS, "--resume"))
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 100, b'{"step": 7, "sp', b"\xff\xfe"])
-def test_cut_last_line_of_metrics(train: Train, tmp_path: Path, stop_after: Any, tail: bytes) -> None:
+def test_cut_last_line_of_metrics(train: Train, tmp_path: Path, left: Left, whole: Path, tail: bytes) -> None:
     """As a kill or a power failure leaves it: those steps run again."""
-    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
-    interrupted(train, stop_after, 5)
+    left(5)
     path = tmp_path / "out" / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + tail)
     assert train(*OPTIONS, "--resume") == 0
-    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+    assert without_times(tmp_path / "out") == without_times(whole)

@@ -18,6 +18,7 @@ from .test_resume import OPTIONS, interrupted, stop_after, without_times
 from .test_training import run
 
 __all__ = ["stop_after"]
+pytestmark = pytest.mark.usefixtures("shared_references")
 
 
 def own_logps(folder: Path, pairs_file: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,10 +78,19 @@ def plot(*arguments: Any) -> int:
     return main([*map(str, arguments)])
 
 
+@pytest.fixture(scope="module")
+def plotted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plotted")
+
+
 @pytest.fixture
-def two_runs(train: Train, tmp_path: Path, pairs_file: Path) -> list[Path]:
-    with_diagnostics = ("--diagnostics", "--eval-dataset", pairs_file)
-    return [run(train, tmp_path / "dpo", "--loss", "dpo", *with_diagnostics), run(train, tmp_path / "spo")]
+def two_runs(train: Train, plotted: Path, pairs_file: Path) -> list[Path]:
+    """Trained once for all tests that read them."""
+    dpo, spo = plotted / "dpo", plotted / "spo"
+    if not spo.exists():
+        run(train, dpo, "--loss", "dpo", "--diagnostics", "--eval-dataset", pairs_file)
+        run(train, spo)
+    return [dpo, spo]
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

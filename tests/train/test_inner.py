@@ -23,6 +23,7 @@ from .test_resume import OPTIONS, interrupted, stop_after, without_times
 from .test_training import QUICK, run
 
 __all__ = ["stop_after"]
+pytestmark = pytest.mark.usefixtures("shared_references")
 HINGE = ("--spo-penalty", "hinge")
 INNER = (*HINGE, "--spo-inner-steps", 1, "--spo-inner-lr", 0.05, "--spo-weight", 2.0)
 

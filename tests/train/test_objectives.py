@@ -17,6 +17,7 @@ from .test_resume import OPTIONS, interrupted, stop_after, without_times
 from .test_training import run
 
 __all__ = ["stop_after"]
+pytestmark = pytest.mark.usefixtures("shared_references")
 STATEFUL = [name for name in LOSSES if has_state(build_loss(name))]
 
 
