@@ -11,13 +11,15 @@ def patched_once_a_launch():
 
     The launch around the call has done so, and what has been patched is no builtin any more.
     """
-    if importlib.util.find_spec("triton") is None:
+    interpreter = None
+    if importlib.util.find_spec("triton") is not None:
+        from triton.runtime import interpreter
+    # no public name, which another version may not have
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None:
         yield
         return
     import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
 
     def patch_what_is_not(function):
         known = [value for value in function.__globals__.values() if value is tl or value is tl.core]
