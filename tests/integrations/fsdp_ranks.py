@@ -1,4 +1,4 @@
-"""FusedPreferenceModel on two processes, sharded by FSDP2: `python -m tests.integrations.fsdp_ranks RANK FOLDER`.
+"""FusedPreferenceModel on two processes, sharded by FSDP2: `python -m tests.integrations.fsdp_ranks RANK WORLD FOLDER`.
 
 Process 0 leaves in the folder what each case gave: mean losses, gathered gradients and weights.
 """
@@ -303,7 +303,7 @@ def refused(mine: slice) -> dict[str, str]:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(WATCHDOG, exit=True)
     torch.set_num_threads(1)
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder = int(sys.argv[1]), Path(sys.argv[3])
     dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES)
     mine = slice(2 * rank, 2 * rank + 2)
     found: dict[str, Any] = {name: run(name, mine) for name in CASES}

@@ -1,6 +1,6 @@
 """Short DDP trainings by TRL and by `FusedDPOTrainer`, and by that under FSDP2.
 
-`python -m tests.integrations.fused_dpo_ranks RANK FOLDER`.
+`python -m tests.integrations.fused_dpo_ranks RANK WORLD FOLDER`.
 
 The processes' environment is that of torchrun. The folder has the pairs on disk, where TRL's processes share what they
 make of them; process 0 leaves there what was logged, and the weights of both.
@@ -78,7 +78,7 @@ class OnCPU(Accelerator):
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(WATCHDOG, exit=True)
     torch.set_num_threads(1)
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder = int(sys.argv[1]), Path(sys.argv[3])
     os.environ["TQDM_DISABLE"] = "1"
     pairs = datasets.load_from_disk(str(folder / "pairs"))
     found: dict[str, Any] = {}

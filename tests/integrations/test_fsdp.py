@@ -1,9 +1,5 @@
 """FusedPreferenceModel under FSDP2 on two processes against one process with all pairs."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,28 +10,12 @@ pytest.importorskip("transformers")
 from spo_kernels.integrations.transformers import FusedPreferenceModel
 from tests.integrations.fsdp_ranks import CASES, ONLINE, PROCESSES, WATCHDOG, batch_of, precomputed, train
 from tests.integrations.test_transformers import build
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import found_by
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    # the loopback: a machine's own name may resolve to nothing, or slowly
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.integrations.fsdp_ranks", str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    messages = [process.communicate(timeout=WATCHDOG + 30)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(messages)
-    return torch.load(folder / "found")
+    return found_by("tests.integrations.fsdp_ranks", PROCESSES, tmp_path_factory.mktemp("ranks"), WATCHDOG)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,10 +1,5 @@
 """Two processes: TRL's fused head under DDP and FSDP2, patched and not; both trainers under DDP, ours under FSDP2."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,51 +8,24 @@ from transformers import AutoModelForCausalLM
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 or newer is not installed")
 
-from .fused_dpo_ranks import OURS, RUNS, SPLIT
+from tests.processes import found_by
+
+from . import trl_ranks
+from .fused_dpo_ranks import OURS, RUNS, SPLIT, WATCHDOG
 from .same_run import assert_same
 from .tiny import dataset
-
-ROOT = Path(__file__).parents[2]
-SECONDS = 270
-
-
-def launch(module, folder):
-    """Both processes of a module, with torchrun's environment; what process 0 left."""
-    # the loopback: a machine's own name may resolve to nothing, or slowly
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(rank), str(folder)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    messages = [process.communicate(timeout=SECONDS)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(messages)
-    return torch.load(folder / "found")
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return launch("tests.integrations.trl_ranks", tmp_path_factory.mktemp("ranks"))
+    return found_by("tests.integrations.trl_ranks", 2, tmp_path_factory.mktemp("ranks"), trl_ranks.WATCHDOG)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     dataset("pairs").save_to_disk(folder / "pairs")
-    found = launch("tests.integrations.fused_dpo_ranks", folder)
+    found = found_by("tests.integrations.fused_dpo_ranks", 2, folder, WATCHDOG)
     return {**found, "saved": AutoModelForCausalLM.from_pretrained(folder / "saved").state_dict()}
 
 

@@ -7,10 +7,11 @@ import pytest
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 or newer is not installed")
 
+from tests.processes import found_by
+
 from .same_run import assert_same
-from .test_trl_distributed import launch
 from .tiny import dataset, make_model
-from .zero_ranks import RUNS, STAGES
+from .zero_ranks import RUNS, STAGES, WATCHDOG
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def trained(tmp_path_factory):
     for kind in {kind for kind, _ in RUNS.values()}:
         for seed in range(2):
             make_model(kind, seed).save_pretrained(folder / f"{kind}-{seed}")
-    return launch("tests.integrations.zero_ranks", folder)
+    return found_by("tests.integrations.zero_ranks", 2, folder, WATCHDOG)
 
 
 @pytest.mark.parametrize("stage", STAGES)

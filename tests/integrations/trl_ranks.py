@@ -1,4 +1,4 @@
-"""Steps of a model with TRL's fused head on two processes: `python -m tests.integrations.trl_ranks RANK FOLDER`.
+"""Steps of a model with TRL's fused head on two processes: `python -m tests.integrations.trl_ranks RANK WORLD FOLDER`.
 
 DDP and FSDP2, patched and not; process 0 leaves losses and gathered weights in the folder.
 """
@@ -67,7 +67,7 @@ def flat(model: Any) -> torch.Tensor:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(WATCHDOG, exit=True)
     torch.set_num_threads(1)
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder = int(sys.argv[1]), Path(sys.argv[3])
     dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES)
     found: dict[str, Any] = {}
     for way in ("ddp", "fsdp2"):

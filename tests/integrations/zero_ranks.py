@@ -1,4 +1,4 @@
-"""`FusedDPOTrainer` under DDP and DeepSpeed's ZeRO: `python -m tests.integrations.zero_ranks RANK FOLDER`.
+"""`FusedDPOTrainer` under DDP and DeepSpeed's ZeRO: `python -m tests.integrations.zero_ranks RANK WORLD FOLDER`.
 
 The folder has the models and the pairs; process 0 leaves there what each run gave. DeepSpeed is brought to a CPU.
 """
@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# DeepSpeed's and accelerate's ways to say so, before they look for a device
-os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "TQDM_DISABLE": "1"}
+# accelerate's way to say so, before it looks for a device; DeepSpeed's is in tests/processes.py
+os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "TQDM_DISABLE": "1"}
 
 import datasets
 import deepspeed
@@ -60,7 +60,7 @@ def train(kind: str, stage: int | None, folder: Path, **settings: Any) -> list[A
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(WATCHDOG, exit=True)
     torch.set_num_threads(1)
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder = int(sys.argv[1]), Path(sys.argv[3])
     # as they are loaded: made under ZeRO-3, they would be others
     tiny.make_model = lambda kind, seed=0: AutoModelForCausalLM.from_pretrained(folder / f"{kind}-{seed}")
     found: dict[str, Any] = {}

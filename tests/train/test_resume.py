@@ -3,8 +3,6 @@
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,10 @@ from spo_kernels.train import checkpoint as checkpoint_module
 from spo_kernels.train.checkpoint import capture_rng, newest_checkpoint, restore_rng, save_checkpoint
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.loop import Trainer
+from tests.processes import Forked, run_module
 
 from .conftest import (
     CHAT_TEMPLATE,
-    ENVIRONMENT,
     Fails,
     Train,
     assert_same_weights,
@@ -106,15 +104,15 @@ def test_sigkill_half_way(train: Train, tmp_path: Path, model_dir: Path, pairs_f
     settings = ("--max-steps", 24, "--save-steps", 5, "--batch-size", 4, "--learning-rate", 1e-3)
     settings += ("--eval-fraction", 0.2)
     given = ("--quiet", "--model", model_dir, "--dataset", pairs_file, "--output-dir", tmp_path / "out")
-    command = [sys.executable, "-m", "spo_kernels.train", *map(str, (*given, *settings))]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    process = Forked(tmp_path, run_module, "spo_kernels.train", *given, *settings)
+    process.start()
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "checkpoint-10").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        assert process.is_alive() and time.monotonic() < deadline, process.written[1]
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join(100)
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert train(*settings, output_dir=tmp_path / "whole") == 0
     assert train(*settings, "--resume") == 0

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from spo_kernels.train import checkpoint
+from spo_kernels.train.cli import main
 from spo_kernels.train.loop import Trainer
 from spo_kernels.train.signals import StopSignals
+from tests.processes import Forked, exit_codes, torchrun
 
 from .conftest import ENVIRONMENT, Train, assert_same_weights, read_metrics
 from .test_resume import OPTIONS, without_times
@@ -23,28 +27,27 @@ SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 KILLS = int(os.environ.get("SPO_KILLS", "1"))
 
 
-def allow_signals() -> None:
-    """A test runner in the background, or under nohup, ignores some, and its children would too."""
-    for name in SIGNALS:
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
+def allow_signals() -> list[int]:
+    """A test runner in the background, or under nohup, ignores some, and its children would too; those it ignored."""
+    numbers = [getattr(signal, name) for name in SIGNALS]
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    return ignored
 
 
 @pytest.fixture(autouse=True)
 def allowed() -> Iterator[None]:
-    """The same for runs in this process."""
-    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in SIGNALS)}
-    ignored = [number for number, handler in before.items() if handler is signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    """Also for runs in this process, and programs that it starts."""
+    ignored = allow_signals()
     yield
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
 
 
-def start(*options: Any, program: tuple[str, ...] = ("-m", "spo_kernels.train"), **settings: Any) -> Any:
+def start(*options: Any, program: tuple[str, ...]) -> Any:
     command = [sys.executable, *program, *map(str, options)]
-    settings = {"env": ENVIRONMENT, "preexec_fn": allow_signals, **settings}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **settings)
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 def signal_in(monkeypatch: pytest.MonkeyPatch, method: str, step: int, name: str = "SIGTERM") -> None:
@@ -137,25 +140,23 @@ def test_ignored_signal_stays_ignored(train: Train, monkeypatch: pytest.MonkeyPa
         signal.signal(signal.SIGHUP, before)
 
 
-SECOND = """
-import os, signal, sys
-from spo_kernels.train.cli import main
-from spo_kernels.train.loop import Trainer
-from spo_kernels.train.signals import StopSignals
-def step(self):
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGINT)
-    raise SystemExit("still here")
-Trainer._optimizer_step = step
-sys.exit(main(sys.argv[1:]))
-"""
+def second_signal(*options: str) -> None:
+    allow_signals()
+
+    def step(self: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise SystemExit("still here")
+
+    Trainer._optimizer_step = step  # type: ignore[method-assign]
+    sys.exit(main(list(options)))
 
 
 def test_second_signal_leaves_at_once(tmp_path: Path, model_dir: Path, pairs_file: Path) -> None:
     options = ("--model", model_dir, "--dataset", pairs_file, "--output-dir", tmp_path / "out", "--quiet")
-    process = start(*options, program=("-c", SECOND))
-    _, error = process.communicate(timeout=100)
-    assert process.returncode == 130
+    process = Forked(tmp_path, second_signal, *map(str, options))
+    assert exit_codes([process], 100) == [130]
+    error = process.written[1]
     assert "SIGINT: left at once; the newest checkpoint is whole" in error and "Traceback" not in error
 
 
@@ -185,20 +186,28 @@ def test_signal_in_the_first_seconds(tmp_path: Path, name: str, seconds: float, 
 
 
 STEPS = 60 if KILLS > 1 else 20
-WATCHED = """
-import os, random, signal, sys, torch
-from spo_kernels.train import checkpoint
-from spo_kernels.train.cli import main
-original = torch.save
-def save(state, path):
-    original(state, path)
-    if "checkpoint-" + sys.argv[1] in str(path):
-        with open(path, "r+b") as file:
-            file.truncate(100)
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.torch.save = save
-sys.exit(main(sys.argv[2:]))
-"""
+
+
+def train_in_a_fork(*options: str) -> None:
+    allow_signals()
+    sys.exit(main(list(options)))
+
+
+def killed_in_a_save(step: int, *options: str) -> None:
+    """With half of the file written."""
+    original = torch.save
+
+    def save(state: Any, path: Any) -> None:
+        original(state, path)
+        if f"checkpoint-{step}" in str(path):
+            with open(path, "r+b") as file:
+                file.truncate(100)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.torch.save = save
+    train_in_a_fork(*options)
+
+
 RUN = ("--max-steps", STEPS, "--save-steps", 5, "--batch-size", 4, "--learning-rate", 1e-3, "--quiet")
 RUN += ("--eval-fraction", 0.2, "--loss", "dpo")
 
@@ -219,19 +228,22 @@ def finish(train: Train, folder: Path, whole: Path) -> None:
 def interrupt(folder: Path, how: str, draw: random.Random, *options: Any) -> None:
     """Start or resume a run, and end it during a save, or by a signal at a random moment after the first step."""
     before = len(read_metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
+    arguments = [*map(str, options), "--output-dir", str(folder)]
     if how == "save":
         step = 5 * draw.randrange(1, STEPS // 5 + 1)
-        process = start(step, *options, "--output-dir", folder, program=("-c", WATCHED))
-        assert process.wait(200) == -signal.SIGKILL
+        assert exit_codes([Forked(folder.parent, killed_in_a_save, step, *arguments)], 200) == [-signal.SIGKILL]
         assert list(folder.glob(f".checkpoint-{step}.*.tmp"))
         return
-    process = start(*options, "--output-dir", folder)
-    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+    process = Forked(folder.parent, train_in_a_fork, *arguments)
+    process.start()
+    while process.is_alive() and not (folder / "metrics.jsonl").exists():
         time.sleep(0.001)
     time.sleep(draw.uniform(0, 3.0 if before else 1.0))
-    process.send_signal(getattr(signal, how))
-    # 0: it had finished; -15: before the first line of ours ran.
-    assert process.wait(100) in (0, -getattr(signal, how), SIGNALS.get(how)), process.stderr.read()
+    if process.is_alive():
+        os.kill(process.pid, getattr(signal, how))
+    process.join(100)
+    # 0: it had finished; -15: before the first line of ours ran
+    assert process.exitcode in (0, -getattr(signal, how), SIGNALS.get(how)), process.written[1]
 
 
 def test_kills_and_signals(train: Train, tmp_path: Path, options: tuple[Any, ...]) -> None:
@@ -284,27 +296,28 @@ def test_workers_leave_at_once() -> None:
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
 
 
+def signalled_on_rank_1(*options: str) -> None:
+    original = Trainer._optimizer_step
+
+    def step(self: Trainer) -> Any:
+        if self.step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    Trainer._optimizer_step = step  # type: ignore[method-assign]
+    train_in_a_fork(*options)
+
+
 def test_signal_to_one_of_two_processes_stops_both(tmp_path: Path, model_dir: Path, pairs_file: Path) -> None:
     """They leave after the same step, whichever got it."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, signal, sys\n"
-        "from spo_kernels.train.cli import main\n"
-        "from spo_kernels.train.loop import Trainer\n"
-        "original = Trainer._optimizer_step\n"
-        "def step(self):\n"
-        "    if self.step == 3 and os.environ['RANK'] == '1':\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return original(self)\n"
-        "Trainer._optimizer_step = step\n"
-        "code = main(sys.argv[1:])\n"
-        "open('code-' + os.environ['RANK'], 'w').write(str(code))\n"
-    )
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program)
-    options = ("--model", model_dir, "--dataset", pairs_file, "--output-dir", "out", "--max-steps", 9, "--quiet")
-    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    process = start(*options, "--eval-fraction", 0.2, program=launcher, cwd=tmp_path, env=environment)
-    _, error = process.communicate(timeout=200)
-    assert [(tmp_path / f"code-{rank}").read_text() for rank in (0, 1)] == ["143", "143"], error
+    options = ("--model", model_dir, "--dataset", pairs_file, "--output-dir", tmp_path / "out", "--max-steps", 9)
+    arguments = [*map(str, options), "--quiet", "--eval-fraction", "0.2"]
+    ranks = [
+        Forked(tmp_path, signalled_on_rank_1, *arguments, ACCELERATE_USE_CPU="true", **variables)
+        for variables in torchrun(2)
+    ]
+    codes = exit_codes(ranks, 200)
+    error = "".join(rank.written[1] for rank in ranks)
+    assert codes == [143, 143], error
     assert error.count("stopped after step 4 of 9") == 1
     assert (tmp_path / "out" / "checkpoint-4" / "checkpoint.json").exists()

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from spo_kernels.train.loop import Trainer
+from tests.processes import Forked, exit_codes, run_module
 
-from .conftest import ENVIRONMENT, Fails, Train, assert_same_weights, read_weights
+from .conftest import Fails, Train, assert_same_weights, read_weights
 from .test_resume import OPTIONS
 
 FINAL = (*OPTIONS, "--save-steps", 0)
@@ -284,14 +285,12 @@ def test_the_lock_lasts_until_the_model_is_saved(train: Train, tmp_path: Path, m
 
 def test_two_runs_that_start_together(tmp_path: Path, model_dir: Path, pairs_file: Path) -> None:
     """One of them trains, the other gets a sentence, whichever is first."""
-    command = [sys.executable, "-m", "spo_kernels.train", "--model", model_dir, "--dataset", pairs_file, "--quiet"]
-    command += ["--output-dir", tmp_path / "out", "--max-steps", "4", "--save-steps", "1"]
-    runs = [
-        subprocess.Popen([*map(str, command)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    errors = [run.communicate(timeout=200)[1] for run in runs]
-    assert sorted(run.returncode for run in runs) == [0, 2], errors
-    refused = errors[[run.returncode for run in runs].index(2)]
+    options = ("--model", model_dir, "--dataset", pairs_file, "--quiet", "--output-dir", tmp_path / "out")
+    options += ("--max-steps", 4, "--save-steps", 1)
+    runs = [Forked(tmp_path, run_module, "spo_kernels.train", *options) for _ in range(2)]
+    codes, errors = exit_codes(runs, 200), [run.written[1] for run in runs]
+    assert sorted(codes, key=str) == [0, 2], errors
+    refused = errors[codes.index(2)]
     assert "is in use by another run" in refused or "is not empty" in refused
 
 
