@@ -9,8 +9,9 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
 .PHONY: test test-trl versions demo lint lint-types lint-cpp docs bench mutation clean
 
+# worksteal: a module's tests, and what is made once for them, mostly stay in one process
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -q
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -q
 
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.demo --output-dir demo-output
