@@ -71,10 +71,10 @@ def unbiased() -> dict[str, float]:
 
 
 def decided_together(shares: tuple[float, ...], frozen: bool) -> dict[str, float]:
-    """One process would keep all of its blocks and the other none."""
-    inputs = random_inputs(23, vocab=1024, tokens=40, spread=0.1)
+    """One process would keep all of its blocks and the other none; in float64, see `replicas`."""
+    inputs = random_inputs(23, vocab=1024, tokens=40, spread=0.1, dtype=torch.float64)
     rows, group = parts(1024, shares)[dist.get_rank()], dist.group.WORLD
-    bias = torch.zeros(1024)
+    bias = torch.zeros(1024, dtype=torch.float64)
     bias[: parts(1024, shares)[0].stop] = 30.0
     labels = inputs.labels.where(inputs.labels == -100, inputs.labels % parts(1024, shares)[0].stop)
     inputs = replace(inputs, bias=bias, labels=labels)
