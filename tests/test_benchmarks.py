@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import in_process
 import pytest
 import torch
 
@@ -28,33 +29,15 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def in_process(job: Job, timeout: float) -> dict[str, Any]:
-    """A launcher without a process: what `launch` returns, in milliseconds instead of seconds."""
-    path = Path(job.inputs).parent / "result.json" if job.inputs else None
-    assert path is not None
-    return worker.work(job, path)
-
-
 def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["variant"]: row for row in report["rows"]}
 
 
-def test_lm_logits_list_the_sparse_backward(tmp_path: Path) -> None:
+def test_lm_logits_list_the_sparse_backward() -> None:
     """Concentrated inputs, stated; the sparse rows have the exact loss and nearly the exact gradients."""
-    out = tmp_path / "report.json"
     shape = ["--pairs", "1", "--tokens", "16", "--hidden", "256", "--vocab", "8192", "--threads", "1"]
-    few = [
-        "--rounds",
-        "1",
-        "--repeats",
-        "1",
-        "--variants",
-        "naive,ours-cpp-two_pass,ours-cpp-certified8",
-        "--json",
-        str(out),
-    ]
-    run.main([*shape, *few, "--logits", "lm"])
-    report = json.loads(out.read_text())
+    few = ["--rounds", "1", "--repeats", "1", "--variants", "ours-cpp-certified8"]
+    report = run.main([*shape, *few, "--logits", "lm"], in_process.launch)
     assert 10 < report["concentration"]["entries_above_2^-12"] < 200
     assert 0.001 < report["concentration"]["mass_below_2^-12"] < 0.1
     row = rows_of(report)["ours-cpp-certified8"]
@@ -66,9 +49,15 @@ def test_lm_logits_list_the_sparse_backward(tmp_path: Path) -> None:
 
 
 def test_table_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real processes, one per variant; the JSON has the documented keys; the variants agree on the loss."""
+    """A floor and a variant in real processes; the JSON has the documented keys; the variants agree on the loss."""
     out = tmp_path / "report.json"
-    run.main([*TINY, "--rounds", "1", "--repeats", "2", "--variants", "floor-*,naive,ours-torch", "--json", str(out)])
+
+    def start(job: Job, timeout: float) -> dict[str, Any]:
+        launcher = launch if job.variant in ("floor-4", "ours-torch") else in_process
+        return launcher.launch(job, timeout)
+
+    few = ["--rounds", "1", "--repeats", "2", "--variants", "floor-*,naive,ours-torch", "--json", str(out)]
+    run.main([*TINY, *few], start)
     report = json.loads(out.read_text())
     assert set(report) == {"setting", "plan", "machine", "floor_tiles_ms", "concentration", "float64_loss", "rows"}
     rows = rows_of(report)
@@ -91,7 +80,7 @@ def test_table_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_paths_have_rows_and_the_cost_model_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--rounds", "1", "--repeats", "1", "--variants", "floor-*,ours-cpp-*"]
-    rows = rows_of(run.main(arguments, in_process))
+    rows = rows_of(run.main(arguments, in_process.launch))
     assert list(rows) == ["floor-3", "floor-4", "ours-cpp-packed", "ours-cpp-factorised", "ours-cpp-two_pass"]
     printed = capsys.readouterr().out
     if rows["ours-cpp-packed"]["status"] == "skipped":
@@ -106,14 +95,14 @@ def test_paths_have_rows_and_the_cost_model_is_checked(capsys: pytest.CaptureFix
             ours.ours_builder("cpp", path)(problem).run()
         assert sum(made) == products * SETTING.rows * SETTING.hidden * SETTING.vocab
     # a workspace of 1 KiB holds no pair's logits
-    small = run.main([*arguments, "--no-accuracy", "--workspace-mib", "0.001"], in_process)
+    small = run.main([*arguments, "--no-accuracy", "--workspace-mib", "0.001"], in_process.launch)
     assert rows_of(small)["ours-cpp-packed"]["status"] == "skipped"
     assert table.cost_model(small["rows"]) is None
 
 
 def test_a_given_tile_is_not_searched_for(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--rounds", "1", "--repeats", "1", "--variants", "floor-*", "--no-accuracy"]
-    report = run.main([*arguments, "--floor-tile", "5x16"], in_process)
+    report = run.main([*arguments, "--floor-tile", "5x16"], in_process.launch)
     assert report["floor_tiles_ms"] == {} and rows_of(report)["floor-4"]["x_floor"] == pytest.approx(1.0)
     assert "floor: 5x16 (rows x columns) for each product, as asked" in capsys.readouterr().out
 
@@ -129,7 +118,8 @@ def test_a_failing_and_a_missing_variant_keep_their_rows(
 
     broken = [Variant("broken", "fails", explode), Variant("elsewhere", "skips", refuse)]
     monkeypatch.setattr(peers, "VARIANTS", broken)
-    report = run.main([*TINY, "--rounds", "2", "--repeats", "1", "--variants", "broken,elsewhere,naive"], in_process)
+    few = ["--rounds", "2", "--repeats", "1", "--variants", "broken,elsewhere,naive"]
+    report = run.main([*TINY, *few], in_process.launch)
     rows = rows_of(report)
     assert rows["broken"]["status"] == "failed" and rows["broken"]["reason"] == "ValueError: no such tile"
     assert rows["elsewhere"]["status"] == "skipped" and rows["elsewhere"]["reason"] == "needs another machine"
@@ -192,7 +182,7 @@ def test_memory_cap_gives_a_row_that_says_so() -> None:
 
 def test_frozen_head_has_two_products_and_no_dw() -> None:
     arguments = [*TINY, "--frozen-head", "--rounds", "1", "--repeats", "1", "--variants", "floor-*,naive"]
-    rows = rows_of(run.main(arguments, in_process))
+    rows = rows_of(run.main(arguments, in_process.launch))
     assert list(rows) == ["floor-2", "naive"]
     assert rows["floor-2"]["x_floor"] == pytest.approx(1.0)
     assert rows["naive"]["errors"]["dw"] is None

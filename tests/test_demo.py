@@ -2,11 +2,13 @@
 
 import json
 import random
+import runpy
 import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
 
+import in_process
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,10 +30,12 @@ from arithmetic.task import (
     solve,
     solve_badly,
 )
+from benchmarks import run as benchmark
 from examples.demo import __main__ as demo
 from examples.demo import cost, train
 from examples.demo.data import Files, write_data
 from examples.demo.evaluate import answer_accuracy, evaluate, response_logps
+from spo_kernels.train.cli import main as spo_train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -215,16 +219,40 @@ def test_bad_options(option):
         demo.main(option)
 
 
-def test_whole_demo(tmp_path):
+@pytest.fixture
+def fewer_processes(monkeypatch, threads):
+    """SFT is a process, as a user has it; what the demo starts after it runs in this one."""
+    start = subprocess.run
+
+    def run(command, **options):
+        module = command[2:3]
+        if module == ["benchmarks.run"]:
+            benchmark.main(command[3:], in_process.launch)
+            return subprocess.CompletedProcess(command, 0, "", "")
+        if module == ["spo_kernels.train"] and "preference" in command:
+            return subprocess.CompletedProcess(command, spo_train(command[3:]))
+        return start(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads(1)
+
+
+@pytest.mark.usefixtures("fewer_processes")
+def test_whole_demo(tmp_path, monkeypatch, capsys):
     """Three steps of each stage; a second run may replace the first one's output."""
     sizes = {"demonstrations": 200, "pairs": 40, "heldout": 10, "sft-steps": 3, "second-steps": 3, "threads": 1}
     options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     options += ["--second-stages", "spo", "--cost-vocab", "512", "--cost-tokens", "64"]
-    command = [sys.executable, "-m", "examples.demo", "--output-dir", str(tmp_path / "out"), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.delitem(sys.modules, demo.__name__)
+    monkeypatch.setattr(sys, "argv", ["demo", "--output-dir", str(tmp_path / "out"), *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("examples.demo", run_name="__main__")
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
     for word in ("$ spo-train", "right answers", "log p(chosen)", "margin", "eager / fused", "plots:"):
-        assert word in done.stdout
+        assert word in printed
     for name in ("training", "logps", "answers", "head_cost"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "out" / "demo.json").read_text())

@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_roofline
+from benchmarks import gpu, gpu_roofline, gpu_worker
+from benchmarks.gpu_settings import GpuJob
+
+START = gpu.start
+
+
+def start(job, folder):
+    """The floor without a process of its own, the others with one."""
+    if job.provider != "floor":
+        return START(job, folder)
+    job.save(folder / "job.json")
+    return json.loads(json.dumps(list(gpu_worker.work(GpuJob.load(folder / "job.json")))))
 
 
 def test_bytes_per_logit_on_paper():
@@ -50,14 +61,16 @@ def test_kernels_that_cannot_be_measured_fail_the_run_after_it(tmp_path, monkeyp
 
     monkeypatch.setattr(gpu, "sweep", lambda *arguments: [])
     monkeypatch.setattr(gpu_roofline, "measure", broken)
+    monkeypatch.setattr(gpu, "start", start)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match="TypeError: an argument too many"):
-        gpu.main(["--dry-run", "--shapes", "0", "--providers", "dies", "--out", str(tmp_path)])
+        gpu.main(["--dry-run", "--shapes", "0", "--providers", "floor", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "gpu-dry-run.json").read_text())["rows"]
 
 
 def test_a_provider_that_dies_costs_its_own_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "sweep", lambda *arguments: [])
+    monkeypatch.setattr(gpu, "start", start)
     # main sets it for the processes that it starts
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     gpu.main(["--dry-run", "--shapes", "0", "--providers", "floor,dies,naive", "--out", str(tmp_path)])

@@ -98,7 +98,7 @@ def test_the_loss_keeps_the_budget_too(backend, layout):
     [((), 1), (("hidden",), 2), (("hidden", "weight"), 4), (("hidden", "weight", "bias"), 4), (("weight",), 3)],
     ids=["inference", "frozen", "trained", "trained-bias", "weight-only"],
 )
-@pytest.mark.parametrize("workspace_bytes", [128 * KIB, None])
+@pytest.mark.parametrize("workspace_bytes", [160 * KIB, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_number_of_products(trained, expected, workspace_bytes, dtype):
     """Two for a frozen head, four for a trained one, one without gradients; ignored rows are in none."""

@@ -18,6 +18,7 @@ from benchmarks.training.providers import PROVIDERS
 from benchmarks.training.settings import TUNINGS, Job, Shape
 
 TINY = Shape(vocabulary=400, hidden=16, intermediate=16, layers=1, heads=2)
+SHAPE = [text for name, value in vars(TINY).items() for text in (f"--{name}", str(value))]
 NOWHERE = Path("/nonexistent")
 
 
@@ -30,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def losses_of(provider: str, tuning: str, folder: Path, output: Path) -> list[float]:
+def losses_of(provider: str, tuning: str, folder: Path, output: Path, layout: str = "shared") -> list[float]:
     try:
         run = PROVIDERS[provider].load()
     except ImportError as error:
@@ -43,7 +44,7 @@ def losses_of(provider: str, tuning: str, folder: Path, output: Path) -> list[fl
             model=str(folder / "model"),
             pairs=str(folder / "tldr"),
             output=str(output),
-            layout="shared" if PROVIDERS[provider].lays else "padded",
+            layout=layout if PROVIDERS[provider].lays else "padded",
             steps=2,
             batch=2,
             threads=1,
@@ -64,6 +65,11 @@ def test_losses_are_those_of_trl(provider: str, of_trl: tuple[str, list[float]],
     assert losses_of(provider, tuning, folder, tmp_path) == pytest.approx(expected, rel=1e-4)
 
 
+def test_layouts_have_the_same_losses(folder: Path, tmp_path: Path) -> None:
+    shared, packed = (losses_of("spo_train", "full", folder, tmp_path / name, name) for name in ("shared", "packed"))
+    assert packed == pytest.approx(shared)
+
+
 def test_generated_lengths_lie_between_the_bounds() -> None:
     tokenizer = data.train_tokenizer(["a few words"], 300)
     for name, (prompt, response) in data.SHAPES.items():
@@ -78,17 +84,14 @@ def test_generated_lengths_lie_between_the_bounds() -> None:
 def test_report_of_real_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One trainer and its floor, and data that are not there; the picture is made from the file."""
     pytest.importorskip("matplotlib")
-    shape = [text for name, value in vars(TINY).items() for text in (f"--{name}", str(value))]
     few = ["--steps", "2", "--batch", "1", "--threads", "1", "--tuning", "full", "--gsm8k", str(NOWHERE)]
     out, plot = tmp_path / "report.json", tmp_path / "plot.png"
-    asked = ["--providers", "spo_train", "--layouts", "packed", "shared", "--data", "gsm8k", "tldr"]
-    command.main([*shape, *few, *asked, "--json", str(out)])
-    *absent, packed, row = json.loads(out.read_text())["rows"]
-    assert [each["status"] for each in absent] == ["skipped"] * 2 and "pairs are needed" in absent[0]["reason"]
-    assert row["status"] == packed["status"] == "ok", row["reason"]
-    assert (packed["layout"], row["layout"]) == ("packed", "shared") and packed["losses"] == pytest.approx(
-        row["losses"]
-    )
+    asked = ["--providers", "spo_train", "--data", "gsm8k", "tldr"]
+    command.main([*SHAPE, *few, *asked, "--json", str(out)])
+    absent, row = json.loads(out.read_text())["rows"]
+    assert absent["status"] == "skipped" and "pairs are needed" in absent["reason"]
+    assert row["status"] == "ok", row["reason"]
+    assert row["layout"] == absent["layout"] == "shared"
     # every part of a step takes time, and all of them together the step's
     assert list(row["phases"]) == list(PHASES) and min(row["phases"].values()) > 0
     assert 0.5 * min(row["seconds"]) <= sum(row["phases"].values()) <= 1.01 * max(row["seconds"])
@@ -97,23 +100,26 @@ def test_report_of_real_processes(tmp_path: Path, capsys: pytest.CaptureFixture[
     # without TRL in the run there is nothing to divide by
     assert "speed_ratio" not in row
     report = command.main(["--read", str(out), str(out), "--plot", str(plot)])
-    assert [each["status"] for each in report["rows"]] == ["skipped", "skipped", "ok", "ok"] * 2
+    assert [each["status"] for each in report["rows"]] == ["skipped", "ok"] * 2
     printed = capsys.readouterr().out
-    # two rows of each report, in the table and in that of the parts
-    assert printed.count("| tldr | full | spo-train, packed |") == 6 and "machine:" in printed
+    # in the report and twice in that of two files, each in the table and in that of the parts
+    assert printed.count("| tldr | full | spo-train, shared |") == 6 and "machine:" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
     out.with_name("other.json").write_text(json.dumps(report | {"setting": "another"}))
     with pytest.raises(ValueError, match="of one setting"):
         command.joined([out, out.with_name("other.json")])
 
 
-def test_a_process_that_dies_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_process_that_dies_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each layout that a trainer has."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    jobs = [Job(name, "full", "model", "pairs", str(tmp_path / name), steps=1) for name in ("trl", "spo_train")]
-    runners = rounds.measure(jobs, tmp_path, timeout=60)
-    rows = rounds.rows_of("tldr", runners, [1, 1], {})
-    assert [row["status"] for row in rows] == ["failed", "failed"]
-    assert "trl ended with 1 at start" in rows[0]["reason"] and rows[0]["reason"] in table.render(rows)
+    asked = ["--providers", "trl", "spo_train", "--layouts", "packed", "shared", "--data", "gsm8k", "tldr"]
+    few = [*SHAPE, "--steps", "1", "--batch", "1", "--tuning", "full", "--gsm8k", str(NOWHERE)]
+    rows = command.main([*few, *asked])["rows"]
+    trainers = [("trl", "padded"), ("spo_train", "packed"), ("spo_train", "shared")]
+    assert [(row["provider"], row["layout"]) for row in rows] == trainers * 2
+    assert [row["status"] for row in rows] == ["skipped"] * 3 + ["failed"] * 3
+    assert "trl ended with 1 at start" in rows[3]["reason"] and rows[3]["reason"] in table.render(rows)
 
 
 def test_ratios_are_medians_over_the_same_batches(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""The DPO script of TRL's documentation, on local data and a local model, as a program of its own: as it is, with one
-line added, with one import changed.
+"""The DPO script of TRL's documentation, on local data and a local model: as it is; and with one import changed and
+with one line added, in this order in one new process.
 """
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from datasets import load_dataset
 {IMPORT}
 trainer = DPOTrainer(
     model="model",
-    args=DPOConfig("output", max_steps={STEPS}, learning_rate=5e-4, logging_steps=1, bf16=False, report_to="none"),
+    args=DPOConfig(__name__, max_steps={STEPS}, learning_rate=5e-4, logging_steps=1, bf16=False, report_to="none"),
     train_dataset=load_dataset("json", data_files="pairs.jsonl", split="train"),
 )
 trainer.train()
@@ -32,12 +33,37 @@ trainer.save_state()
 """
 
 
-def run(script: str, folder: Path) -> tuple[str, list[float]]:
-    """What the script printed, and the loss of each step."""
-    make_model("llama").save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
-    (folder / "dpo.py").write_text(script)
+def losses_of(output: Path) -> list[float]:
+    """The loss of each step."""
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("scripts")
+    make_model("llama").save_pretrained(made / "model")
+    make_tokenizer().save_pretrained(made / "model")
+    (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[float]:
+    (folder / "dpo.py").write_text(SCRIPT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        runpy.run_path("dpo.py", run_name="unchanged")
+    losses = losses_of(folder / "unchanged")
+    assert len(losses) == STEPS and len({round(loss, 3) for loss in losses}) > 1
+    return losses
+
+
+@pytest.fixture(scope="module")
+def printed(folder: Path) -> str:
+    """By both scripts."""
+    (folder / "changed.py").write_text(SCRIPT.replace(IMPORT, CHANGED))
+    (folder / "added.py").write_text(SCRIPT.replace(IMPORT, IMPORT + ADDED))
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -47,25 +73,22 @@ def run(script: str, folder: Path) -> tuple[str, list[float]]:
         "HF_DATASETS_CACHE": str(folder / "cache"),
     }
     done = subprocess.run(
-        [sys.executable, "dpo.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", "import changed, added"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    log = json.loads((folder / "output/trainer_state.json").read_text())["log_history"]
-    return done.stdout, [entry["loss"] for entry in log if "loss" in entry]
+    return done.stdout
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    losses = run(SCRIPT, tmp_path_factory.mktemp("as-it-is"))[1]
-    assert len(losses) == STEPS and len({round(loss, 3) for loss in losses}) > 1
-    return losses
-
-
-def test_one_line_added(expected: list[float], tmp_path: Path) -> None:
-    printed, losses = run(SCRIPT.replace(IMPORT, IMPORT + ADDED), tmp_path)
+def test_one_line_added(expected: list[float], printed: str, folder: Path) -> None:
     assert "computes its fused head with spo_kernels" in printed
-    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses_of(folder / "added") == pytest.approx(expected, rel=1e-5)
 
 
-def test_one_import_changed(expected: list[float], tmp_path: Path) -> None:
-    assert run(SCRIPT.replace(IMPORT, CHANGED), tmp_path)[1] == pytest.approx(expected, rel=1e-5)
+@pytest.mark.usefixtures("printed")
+def test_one_import_changed(expected: list[float], folder: Path) -> None:
+    assert losses_of(folder / "changed") == pytest.approx(expected, rel=1e-5)

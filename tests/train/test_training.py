@@ -37,6 +37,7 @@ def stage(request: pytest.FixtureRequest, sft_file: Path, pairs_file: Path) -> d
     return {"stage": request.param, "dataset": sft_file if request.param == "sft" else pairs_file}
 
 
+@pytest.mark.usefixtures("shared_references")
 def test_accumulation_equals_one_batch(train: Train, tmp_path: Path, stage: dict[str, Any]) -> None:
     """Also for sft, where the two halves of a batch have different numbers of tokens."""
     options, data = ("--stage", stage["stage"]), stage["dataset"]
@@ -71,6 +72,7 @@ def test_online_reference_equals_precomputed(train: Train, tmp_path: Path, loss:
         assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=1e-4)
 
 
+@pytest.mark.usefixtures("shared_references")
 def test_gradient_checkpointing_changes_nothing(train: Train, tmp_path: Path) -> None:
     plain = run(train, tmp_path / "plain")
     assert_close_weights(plain, run(train, tmp_path / "checkpointed", "--gradient-checkpointing"), atol=2e-4)
@@ -149,6 +151,7 @@ def test_bfloat16(train: Train, tmp_path: Path, extra: tuple[Any, ...]) -> None:
         assert all(w.dtype == torch.float32 for w in read_weights(rounded).values())
 
 
+@pytest.mark.usefixtures("shared_references")
 def test_sft_then_preference_learns(train: Train, tmp_path: Path, sft_file: Path, pairs_file: Path) -> None:
     options = ("--max-steps", 40, "--logging-steps", 20, "--eval-fraction", 0.2)
     sft = run(train, tmp_path / "sft", "--stage", "sft", *options, dataset=sft_file)
@@ -200,6 +203,7 @@ def test_metrics_and_files(train: Train, tmp_path: Path) -> None:
     assert tf.AutoTokenizer.from_pretrained(output).eos_token == "</s>"
 
 
+@pytest.mark.usefixtures("shared_references")
 def test_evaluation_does_not_touch_training(train: Train, tmp_path: Path, pairs_file: Path) -> None:
     rare = run(train, tmp_path / "rare", "--eval-dataset", pairs_file)
     often = run(train, tmp_path / "often", "--eval-dataset", pairs_file, "--eval-steps", 1)
@@ -208,6 +212,7 @@ def test_evaluation_does_not_touch_training(train: Train, tmp_path: Path, pairs_
     assert read_metrics(often, "eval")[0] == read_metrics(rare, "eval")[0]
 
 
+@pytest.mark.usefixtures("shared_references")
 def test_evaluation_is_the_mean_over_all_pairs(train: Train, tmp_path: Path) -> None:
     """48 pairs in batches of 4 and of 7: a short last batch weighs what it holds."""
     options = ("--eval-fraction", 0.5, "--max-steps", 1)
@@ -227,6 +232,7 @@ def test_seed_decides_everything(train: Train, tmp_path: Path) -> None:
     assert any(not torch.equal(w, read_weights(other)[n]) for n, w in read_weights(first).items())
 
 
+@pytest.mark.usefixtures("shared_references")
 def test_warmup_and_schedules(train: Train, tmp_path: Path) -> None:
     expected = {"linear": [0.005, 0.01, 0.005, 0.0], "constant": [0.005, 0.01, 0.01, 0.01]}
     for schedule, rates in expected.items():
@@ -235,6 +241,7 @@ def test_warmup_and_schedules(train: Train, tmp_path: Path) -> None:
         assert [r["lr"] for r in read_metrics(output, "train")] == pytest.approx(rates)
 
 
+@pytest.mark.usefixtures("shared_references")
 def test_epochs_set_the_number_of_steps(train: Train, tmp_path: Path) -> None:
     output = run(train, tmp_path / "out", "--max-steps", 0, "--epochs", 1.5, "--batch-size", 10)
     assert read_metrics(output)[-1]["step"] == 8
