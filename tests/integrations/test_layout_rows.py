@@ -1,11 +1,14 @@
 """A batch laid in a row, token by token, and what goes with its labels."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from spo_kernels.integrations.layout import lay_pairs
 from spo_kernels.integrations.layout.rows import lay_row
 from spo_kernels.integrations.transformers import FusedPreferenceModel
 from tests.integrations.packing import PACKED, PAIRS, SHARED, assert_same, batch_of, build, gradients, row_of
@@ -93,3 +96,20 @@ def test_values_of_tokens_go_with_their_labels(records: list[dict[str, list[int]
     ]
     for given in cases:
         assert_same(*(gradients(model, layout, batch, **given) for layout in ("shared", "padded")))
+
+
+def test_gradients_of_a_shared_token_have_the_same_bits_in_every_run(threads: Callable[[int], None]) -> None:
+    """All responses begin at their prompt's last token, whose gradient has a part of each."""
+    threads(2)
+    ids = torch.randint(2, 40, (64, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, :3] = torch.arange(2, 5)
+    labels = ids.masked_fill(torch.arange(12) < 3, -100)
+    model = build("llama")
+    laid = lay_pairs(model, labels, "shared", input_ids=ids, attention_mask=torch.ones_like(ids))
+    inputs, of_labels = laid.for_model(model)
+    # so wide that torch shares the work between threads
+    hidden = torch.randn(*inputs["input_ids"].shape, 64, requires_grad=True)
+    upstream = torch.randn(len(laid.labels), 64)
+    assert upstream.numel() > 32768
+    first, *others = (torch.autograd.grad(of_labels(hidden), hidden, upstream)[0] for _ in range(100))
+    assert all(torch.equal(first, other) for other in others)

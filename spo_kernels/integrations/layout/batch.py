@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from spo_kernels.head import inner_model
 from spo_kernels.integrations.hidden import Result, Run, forward_to_head
@@ -71,7 +72,8 @@ class LaidPairs:
         if row is None:
             return self.inputs, lambda hidden: hidden
         try:
-            return inputs_of(model, row, way_of(model, run)), lambda hidden: hidden[0, row.index]
+            # not hidden[0, row.index]: on a CPU, threads add the gradients of a shared token in any order
+            return inputs_of(model, row, way_of(model, run)), lambda hidden: embedding(row.index, hidden[0])
         except NotExact as error:
             _say(model, str(error))
             return self.inputs, lambda hidden: hidden.flatten(0, 1)[row.places - 1]
