@@ -66,6 +66,21 @@ def test_the_loss_with_symbolic_sizes(backend: str, compiler: str) -> None:
     assert counter.frame_count <= 2
 
 
+def test_numbers_of_pairs_beside_symbolic_sizes() -> None:
+    """After calls with other sizes those of hidden and labels are symbolic, and those of pairs may be known."""
+
+    def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Tensor, offset: Tensor) -> Tensor:
+        inputs = {"offset": offset}
+        return fused_spo_loss(hidden, weight, labels, loss="odpo", ref_logps=reference, pair_inputs=inputs)[0]
+
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    hidden, weight, labels = make(6, 5)
+    given = (hidden, weight, labels, torch.arange(6.0) - 20, torch.arange(3.0))
+    torch._dynamo.maybe_mark_dynamic(hidden, 0)
+    torch._dynamo.maybe_mark_dynamic(labels, 0)
+    assert_same(gradients(compiled(*given), hidden, weight), gradients(loss_of(*given), hidden, weight))
+
+
 def inside(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return linear_logprob(hidden, LMHead(weight, logit_scale=1 / temperature), labels)
 
