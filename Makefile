@@ -48,7 +48,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.run
 
 # torch alone first, pinned: without the pin pip would take the newest build and its CUDA packages; the tests compile
-# the CUDA extension themselves, where there is nvcc. Without bytecode, which 80 s would be spent on: what is imported is
+# the CUDA extension themselves, where there is nvcc. Without bytecode, which 45 s would be spent on: what is imported is
 # compiled then
 $(VENV)/ready: pyproject.toml setup.py constraints.txt spo_kernels/backends/build.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
