@@ -1,43 +1,51 @@
-"""Importing the package is cheap: under 0.3 s of a processor beyond torch, without triton or transformers."""
+"""Importing the package is cheap: few calls beyond torch, and nothing loaded but its own modules."""
 
+import functools
 import json
 import subprocess
 import sys
 
 _PROBE = """
-import gc, importlib.abc, json, sys, time
+import importlib.abc, json, sys
 import torch
-gc.freeze()  # a collection would walk through all of torch, a tenth of a second, wherever it falls
 
 class Spy(importlib.abc.MetaPathFinder):
     asked = []
     def find_spec(self, name, path, target=None):
         self.asked.append(name)
 
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+
 sys.meta_path.insert(0, Spy())
-start = time.process_time()
+before = set(sys.modules)
+sys.setprofile(count)
 import spo_kernels
-seconds = time.process_time() - start
+sys.setprofile(None)
 import spo_kernels.integrations.trl  # TRL itself is for the call
-print(json.dumps({"seconds": seconds, "asked": Spy.asked, "loaded": sorted(sys.modules)}))
+print(json.dumps({"calls": calls, "asked": Spy.asked, "loaded": sorted(set(sys.modules) - before)}))
 """
 
 
+@functools.cache
 def _probe():
     run = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=True)
     return json.loads(run.stdout)
 
 
 def test_import_is_fast():
-    assert any(_probe()["seconds"] < 0.3 for _ in range(3))
+    """Calls, not seconds: a busy machine makes none of them. 85,000 (torch 2.13) take 0.17 s of an EPYC 7003 core."""
+    assert 10_000 < _probe()["calls"] < 120_000
 
 
-def test_import_does_not_even_look_for_triton_or_transformers():
+def test_import_does_not_even_look_for_other_packages():
     """An attempt that fails here, where triton is absent, would load it where it is present."""
     found = _probe()
     names = {name.split(".")[0] for name in (*found["asked"], *found["loaded"])}
     assert "spo_kernels" in names
-    assert not names & {"triton", "transformers", "datasets", "accelerate", "trl", "peft"}
+    assert not names - {"spo_kernels", "torch"} - sys.stdlib_module_names
 
 
 def test_public_names():
