@@ -216,6 +216,16 @@ def test_any_layout(backend, layout, dtype, name):
     check_linear_logprob(linear_logprob, Batch(**laid_out), upstream=upstream, backend=backend)
 
 
+@pytest.mark.parametrize("width", [5, 0], ids=["column", "expanded"])
+@pytest.mark.parametrize("shape", [(7,), (7, 1)], ids=str)
+def test_labels_that_are_flat_already(backend, shape, width):
+    """Where every label counts they go to the kernels as they lie, and flatten() copies none of one column."""
+    batch = random_batch(shape, 43, 19)
+    labels = torch.randint(43, (7, width))[:, 0] if width else batch.labels.view(7)[:1].expand(7)
+    batch = Batch(batch.hidden, batch.weight, labels.unflatten(0, shape))
+    check_linear_logprob(linear_logprob, batch, backend=backend)
+
+
 @pytest.mark.parametrize("name", ["hidden", "labels", "upstream"])
 def test_expanded(backend, name):
     """Stride 0: one row seen many times, and the upstream gradient that sum() makes."""

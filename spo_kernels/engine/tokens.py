@@ -262,7 +262,8 @@ class TokenRows:
     @classmethod
     def of(cls, tokens: Tokens, shift: bool, first: int = 0) -> TokenRows:
         """The tokens that predict the labels that count; classes are counted from `first`."""
-        flat, count = tokens.labels.flatten(), int(tokens.total)
+        # tiles take a contiguous vector, and flatten() leaves a strided one as it is
+        flat, count = tokens.labels.flatten().contiguous(), int(tokens.total)
         flat = flat - first if first else flat
         if not tokens.listed:
             # a permutation, so that each row is written once: the labels that wrap around do not count
