@@ -68,7 +68,9 @@ def _message(where: str, name: str, message: Any) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"{where}: {name} must be an object with role and content, got {_kind(message)}")
     if "role" not in message and {"from", "value"} <= message.keys():
-        message = {"role": _SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
+        speaker = message["from"]
+        known = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+        message = {"role": known or speaker, "content": message["value"]}
     role = message.get("role")
     if not isinstance(role, str) or not role.strip():
         raise DataError(f"{where}: {name}.role must be a string, got {_kind(role)}")
@@ -82,7 +84,10 @@ def _message(where: str, name: str, message: Any) -> Message:
     # Templates add strings to it.
     kept["content"] = content or ""
     if "tool_calls" in kept:
-        kept["tool_calls"] = [_tool_call(where, f"{name}.tool_calls", call) for call in kept["tool_calls"]]
+        calls = kept["tool_calls"]
+        if not isinstance(calls, list):
+            raise DataError(f"{where}: {name}.tool_calls must be a list of objects, got {_kind(calls)}")
+        kept["tool_calls"] = [_tool_call(where, f"{name}.tool_calls", call) for call in calls]
     return kept
 
 
@@ -118,13 +123,18 @@ def _json_or(text: str, default: Any) -> Any:
         return default
 
 
+def check_unicode(where: str, name: str, text: str) -> None:
+    """Raise DataError where a text has half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {name} is not valid Unicode: {error.reason} at character {error.start}") from error
+
+
 def _check_string(where: str, name: str, value: str) -> None:
     if not value.strip():
         raise DataError(f"{where}: {name} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {name} is not valid Unicode: {error.reason} at character {error.start}") from error
+    check_unicode(where, name, value)
 
 
 def _kind(value: Any) -> str:

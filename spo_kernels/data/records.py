@@ -7,6 +7,7 @@ what `load_dataset` understands.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from array import array
@@ -50,6 +51,10 @@ class Records:
     unread: tuple[str, ...] = ()
     path: Path | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not len(self.table):
+            raise DataError(f"{self.source}: no records in it")
 
     def __len__(self) -> int:
         return len(self.table)
@@ -125,8 +130,6 @@ def read_records(
     else:
         # Hub data sets often hold JSON lines in a file called .json.
         records = _json_lines(path, columns)
-    if not len(records):
-        raise DataError(f"{source}: no records in it")
     return records
 
 
@@ -136,12 +139,16 @@ def as_records(
     columns: Mapping[str, str] | None = None,
     needed: Collection[str] | None = None,
 ) -> Records:
-    """Records that are in memory, or in a data set of `datasets`; `source` is what complaints call them."""
+    """Records that are in memory, or in a data set of `datasets`; `source` is what complaints call them.
+
+    Raises:
+        DataError: there is none, or JSON can't hold one.
+    """
     columns = dict(columns or {})
     if isinstance(data, datasets.Dataset):
         wanted = None if needed is None else {columns.get(name, name) for name in needed}
         return _select(source, data, wanted, columns)
-    texts = [json.dumps(row) for row in data]
+    texts = [_dump(row, f"{source}: record {i}") for i, row in enumerate(data, start=1)]
     table = datasets.Dataset(pyarrow.table({"text": pyarrow.array(texts, pyarrow.large_string())}))
     return Records(source, table, hashlib.sha256("\n".join(texts).encode()).hexdigest(), columns=columns)
 
@@ -178,10 +185,10 @@ def _select(
 
 def _load_parquet(path: Path, wanted: Collection[str] | None, columns: Mapping[str, str]) -> Records:
     try:
-        # A parquet file is converted once, so only what is needed.
+        # A parquet file is converted once, so only what is needed. Its name is taken for a pattern.
         names = pyarrow.parquet.read_schema(path).names
         needed = [name for name in names if wanted is None or name in wanted] or names[:1]
-        table = datasets.Dataset.from_parquet(str(path), columns=needed)
+        table = datasets.Dataset.from_parquet(glob.escape(str(path)), columns=needed)
     # Dataset.from_parquet wraps what pyarrow says in exceptions of its own.
     except (OSError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
@@ -253,6 +260,14 @@ def _parse(content: bytes, where: str) -> Any:
     # Brackets in brackets beyond Python's stack, or an integer of more digits than Python converts.
     except (RecursionError, ValueError) as error:
         raise DataError(f"{where}: JSON that can't be read: {error}") from error
+
+
+def _dump(row: Any, where: str) -> str:
+    try:
+        return json.dumps(row)
+    # What JSON has no word for, an object in itself, or one in another beyond Python's stack.
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not what JSON can hold: {error}") from error
 
 
 def _without_nulls(value: Any) -> Any:

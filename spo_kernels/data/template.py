@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from spo_kernels.data.errors import DataError
-from spo_kernels.data.messages import Messages
+from spo_kernels.data.messages import Messages, check_unicode
 from spo_kernels.data.samples import Sample
 
 Span = tuple[int, int]
@@ -86,6 +86,9 @@ class ChatTemplate:
                 return [one for pair in wanted for one in self._alike([pair], opened, mark)]
             raise DataError(f"{sample.where}: the chat template rejects the messages: {error}") from error
         texts, spans = rendered
+        for (one, _), text in zip(wanted, texts, strict=True):
+            # content was checked; roles, tools, calls and reasoning come to light here
+            check_unicode(one.where, "what the chat template makes of the messages", text)
         return zip(texts, spans if mark else [[] for _ in texts], strict=True)
 
     def unused(self, sample: Sample, conversations: Iterable[Messages]) -> tuple[str, ...]:

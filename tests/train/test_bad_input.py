@@ -36,6 +36,14 @@ RECORDS: dict[str, tuple[Any, str]] = {
         {**GOOD, "chosen": [{"role": "assistant"}]},
         "chosen[0].content must be a string, got nothing",
     ),
+    "speaker is no text": (
+        {**GOOD, "chosen": [{"from": ["gpt"], "value": "x"}]},
+        "chosen[0].role must be a string, got list",
+    ),
+    "tool calls are no list": (
+        {**GOOD, "chosen": [{"role": "assistant", "content": "x", "tool_calls": 3}]},
+        "chosen[0].tool_calls must be a list of objects, got int '3'",
+    ),
     "message with parts": (
         {**GOOD, "chosen": [{"role": "assistant", "content": [{"type": "text"}]}]},
         "chosen[0].content must be a string, got list",

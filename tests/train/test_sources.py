@@ -289,6 +289,37 @@ def test_bad_record_of_a_worker_has_its_line(fails: Fails, tmp_path: Path) -> No
     assert f"{path}:13: no column 'chosen'" in fails("--dataset-processes", 2, dataset=path)
 
 
+@pytest.mark.parametrize(
+    "said", [{"role": "\ud800"}, {"role": "assistant", "tool_calls": [{"name": "\ud800"}]}], ids=["role", "tool call"]
+)
+def test_lone_surrogates_outside_the_content(said: dict[str, Any]) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {{ m.get('tool_calls', '') | tojson }}{% endfor %}"
+    )
+    row = {"prompt": [{**said, "content": "red"}], "chosen": [assistant("blue")], "rejected": [assistant("green")]}
+    with pytest.raises(DataError, match=r"f: record 1: what the chat template makes .* is not valid Unicode"):
+        encode_rows([row], tokenizer)
+
+
+@pytest.mark.parametrize("name", ["a[1].parquet", "a?.parquet", "[b]/a.parquet"])
+def test_the_name_of_a_parquet_file_is_no_pattern(tmp_path: Path, name: str) -> None:
+    for each in ("a1.parquet", name):
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_list([{"name": each}]).to_parquet(tmp_path / each)
+    assert [row for _, row in read_records(str(tmp_path / name))] == [{"name": name}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], "f: no records in it"), ([{}, {"prompt": b"x"}], "f: record 2: not what JSON can hold: .*bytes")],
+    ids=["none", "bytes"],
+)
+def test_records_in_memory_that_cannot_be_read(rows: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_records(rows, "f")
+
+
 def test_cache_that_cannot_be_written(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
