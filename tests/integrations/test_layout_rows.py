@@ -1,5 +1,6 @@
 """A batch laid in a row, token by token, and what goes with its labels."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -38,14 +39,13 @@ def test_each_label_is_predicted_by_what_stands_before_it(shared: bool) -> None:
     assert row.cu_seqlens.diff().tolist() == (batch["labels"] != -100).sum(-1).tolist()
 
 
+def padded_in_front(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    empty = (batch["attention_mask"] == 0).sum(-1).tolist()
+    return {key: torch.stack([*map(torch.roll, value, empty)]) for key, value in batch.items()}
+
+
 def test_padding_on_either_side() -> None:
-    batch = batch_of()
-    sizes = batch["attention_mask"].sum(-1).tolist()
-    width = batch["labels"].shape[1]
-    left = {
-        key: torch.stack([row.roll(width - size) for row, size in zip(value, sizes, strict=True)])
-        for key, value in batch.items()
-    }
+    left = padded_in_front(batch_of())
     assert left["attention_mask"][:, -1].all() and not left["attention_mask"][:, 0].all()
     ours, theirs = row_of(**left), row_of()
     for name in ("input_ids", "position_ids", "index", "labels", "cu_seqlens"):
@@ -55,6 +55,16 @@ def test_padding_on_either_side() -> None:
     model = build("llama")
     losses = [FusedPreferenceModel(model, "simpo", layout=layout)(**left)[0] for layout in ("padded", "shared")]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+def test_positions_that_count_padding_in_front() -> None:
+    model, batch = build("gpt2"), batch_of()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(gradients(model, "shared", batch, "simpo"), gradients(model, "padded", batch, "simpo"))
+    with pytest.warns(UserWarning, match="its positions count padding in front of a sequence"):
+        shared = gradients(model, "shared", padded_in_front(batch), "simpo")
+    assert_same(shared, gradients(model, "padded", padded_in_front(batch), "simpo"))
 
 
 def test_without_a_mask_every_token_counts() -> None:

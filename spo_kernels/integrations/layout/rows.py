@@ -34,6 +34,7 @@ class PairRow:
     labels: Tensor  # [n], B chosen sequences, then B rejected ones
     cu_seqlens: Tensor  # [2B + 1] their bounds
     places: Tensor  # [n] flat places of the labels in the padded batch
+    behind_padding: bool = False  # a sequence begins after the first column of the padded batch
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """Values in the padded labels' shape, as `labels` lie."""
@@ -107,6 +108,7 @@ def lay_row(
         labels=tensor(labels_of),
         cu_seqlens=tensor([np.zeros(1), np.cumsum([len(one) for one in labels_of])]),
         places=tensor(places),
+        behind_padding=not kept[kept.any(1), 0].all(),
     )
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,8 @@ def by_dense_masks(config: Any, row: PairRow, dtype: torch.dtype) -> Any:
 
 
 _found: WeakKeyDictionary[nn.Module, Masks | str] = WeakKeyDictionary()
+# of those, the models whose hidden states change where padding stands in front
+_count_padding: WeakSet[nn.Module] = WeakSet()
 
 
 def way_of(model: nn.Module, run: Run | None = None) -> Masks:
@@ -93,9 +95,13 @@ def inputs_of(model: nn.Module, row: PairRow, way: Masks) -> dict[str, Any]:
     """What the model's forward takes for the row.
 
     Raises:
-        NotExact: This row is too long for the model's way.
+        NotExact: This row is too long for the model's way, or its sequences have other positions in the padded batch.
     """
-    mask = way(inner_model(model).config, row, next(model.parameters()).dtype)
+    inner = inner_model(model)
+    if row.behind_padding and inner in _count_padding:
+        attend_as_before(inner.config)
+        raise NotExact("its positions count padding in front of a sequence: pad on the right, or pass position_ids")
+    mask = way(inner.config, row, next(model.parameters()).dtype)
     return {"input_ids": row.input_ids, "attention_mask": mask, "position_ids": row.position_ids}
 
 
@@ -137,6 +143,12 @@ def _compare(model: nn.Module, inner: Any, run: Run | None) -> Masks | str:
         attend_as_before(inner.config)
         plain, _ = forward_without_logits(model, run, input_ids=ids, attention_mask=mask)
         expected = plain.flatten(0, 1)[row.places - 1].double()
+        rounding = _ROUNDING.get(next(model.parameters()).dtype, _ROUNDING_OF_HALVES)
+        # now, and not at the first such row: all processes of a sharded model are here
+        behind = [torch.stack([*map(torch.roll, each, (mask == 0).sum(-1).tolist())]) for each in (ids, mask)]
+        moved, _ = forward_without_logits(model, run, input_ids=behind[0], attention_mask=behind[1])
+        if _apart(moved[behind[1] != 0].double(), plain[mask != 0].double()) > rounding:
+            _count_padding.add(inner)
         flex = own_attention(inner.config) == "flex_attention"
         for way in (by_block_masks if flex else by_segments, by_dense_masks):
             try:
@@ -145,13 +157,17 @@ def _compare(model: nn.Module, inner: Any, run: Run | None) -> Masks | str:
             except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 why.append(f"{type(error).__name__}: {error}".splitlines()[0])
                 continue
-            apart = float(((hidden - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
-            if apart <= _ROUNDING.get(next(model.parameters()).dtype, _ROUNDING_OF_HALVES):
+            apart = _apart(hidden, expected)
+            if apart <= rounding:
                 return way
             why.append(f"hidden states differ by {apart:.2g} of their norm")
     attend_as_before(inner.config)
     first = "with block masks" if flex else "by segments"
     return f"compared with the plain layout: {first}, {why[0]}; with dense masks, {why[1]}"
+
+
+def _apart(hidden: Tensor, expected: Tensor) -> float:
+    return float(((hidden - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
 def _small_batch(model: nn.Module, inner: Any) -> tuple[Tensor, Tensor, Tensor]:
