@@ -73,6 +73,8 @@ class LMHead:
             return
         if not _is_finite(self.logit_scale):
             raise ValueError(f"logit_scale must be a finite number, got {self.logit_scale!r}")
+        if not isinstance(self.lora, (tuple, list)) or not all(isinstance(each, LoRA) for each in self.lora):
+            raise TypeError(f"lora must be a tuple of LoRA, got {type(self.lora).__name__}")
         cap = self.logit_softcap
         if cap is not None and not (_is_finite(cap) and cap >= _LEAST_SOFTCAP):
             raise ValueError(f"logit_softcap must be a number of at least {_LEAST_SOFTCAP:g} or None, got {cap!r}")

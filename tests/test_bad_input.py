@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spo_kernels import LMHead, fused_spo_loss, linear_logprob, sequence_logps
+from spo_kernels import LMHead, LoRA, fused_spo_loss, linear_logprob, sequence_logps
 from spo_kernels.losses import DPO, SPO
 
 WRONG = (TypeError, ValueError)  # where the specification leaves the choice open
@@ -93,6 +93,11 @@ LOGPROB = {
     ),
     "ignore-index-float": (dict(ignore_index=0.5), TypeError, ["ignore_index", r"float|0\.5"]),
     "outputs-unknown": (dict(outputs=("perplexity",)), ValueError, ["outputs", "perplexity", "entropy", "log_sum_p2"]),
+    "ignore-index-huge": (dict(ignore_index=2**70), ValueError, ["ignore_index", "64 bits"]),
+    "hidden-negated": (dict(hidden=torch._neg_view(zeros(2, 3, 8))), TypeError, ["hidden", "resolve_neg"]),
+    "bias-negated": (dict(head=head(bias=torch._neg_view(zeros(11)))), TypeError, [r"head\.bias", "resolve_neg"]),
+    "outputs-none": (dict(outputs=None), ValueError, ["outputs", "None"]),
+    "outputs-once": (dict(outputs=iter(["lse"])), ValueError, ["outputs", "iterator"]),
     "outputs-string": (dict(outputs="entropy"), WRONG, ["outputs"]),
     "backend-unknown": (dict(backend="cuda9"), ValueError, ["backend", "cuda9", "torch"]),
     "workspace-zero": (dict(workspace_bytes=0), ValueError, ["workspace_bytes", r"\b0\b"]),
@@ -124,6 +129,7 @@ TRANSFORMS = {
     "softcap-infinite": (dict(logit_softcap=float("inf")), ValueError, ["logit_softcap", "inf"]),
     "softcap-tiny": (dict(logit_softcap=1e-40), ValueError, ["logit_softcap", "1e-30", "1e-40"]),
     "softcap-string": (dict(logit_softcap="30"), WRONG, ["logit_softcap", "str|'30'"]),
+    "lora-alone": (dict(lora=LoRA(zeros(2, 8), zeros(11, 2))), TypeError, ["lora", "tuple of LoRA"]),
     "scale-nan": (dict(logit_scale=float("nan")), ValueError, ["logit_scale", "nan"]),
     "scale-infinite": (dict(logit_scale=float("inf")), ValueError, ["logit_scale", "inf"]),
     "scale-string": (dict(logit_scale="1"), WRONG, ["logit_scale", "str|'1'"]),

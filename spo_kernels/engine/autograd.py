@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -71,7 +71,8 @@ class LogprobCall:
         Raises:
             ValueError: They are not.
         """
-        if isinstance(outputs, str) or any(name not in OUTPUTS for name in outputs):
+        named = isinstance(outputs, Collection) and not isinstance(outputs, str)
+        if not named or any(name not in OUTPUTS for name in outputs):
             raise ValueError(f"outputs = {outputs!r}: expected a sequence of names from {', '.join(OUTPUTS)}")
         options = LogprobOptions(
             shift=shift,

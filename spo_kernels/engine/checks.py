@@ -62,6 +62,8 @@ def _unreadable(value: Tensor) -> str | None:
     if kind is FakeTensor or kind is Tensor or kind is torch.nn.Parameter:
         if value.device.type == "meta" and kind is not FakeTensor:
             return "a meta tensor, which has no data: load it (to_empty), or use FakeTensorMode for shapes"
+        if value.is_neg():  # its memory holds the values of the other sign
+            return "a lazily negated tensor: pass resolve_neg()"
         return "a quantised tensor: pass dequantize()" if value.is_quantized else None
     if hasattr(value, "full_tensor"):
         return f"a {kind.__name__}, of which this process holds a part: pass full_tensor()"
@@ -162,6 +164,8 @@ def check_int(name: str, value: object) -> None:
     """`value` must be an int."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit 64 bits, got {value}")
 
 
 def check_workspace_bytes(value: int | None) -> None:
