@@ -185,7 +185,7 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "bad penalty": (("--spo-penalty", "l2"), "penalty must be one of 'nll', 'hinge', got 'l2'"),
     "spo options for dpo": (
         ("--loss", "dpo", "--spo-weight", 1),
-        "--loss dpo takes no --base-loss or --spo- options",
+        "--loss dpo takes no --base-loss or --spo- options, got --spo-weight",
     ),
     "batch size": (("--batch-size", 0), "--batch-size must be at least 1, got 0"),
     "learning rate": (("--learning-rate", "nan"), "--learning-rate must be at least 0, got nan"),
@@ -243,6 +243,18 @@ def test_backend_of_the_environment(fails: Fails, monkeypatch: pytest.MonkeyPatc
 
 def test_unknown_model(fails: Fails) -> None:
     assert "tokenizer of 'nobody/no-such-model' can't be loaded" in fails(model="nobody/no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("no/such/folder", "no such folder"), ("a-file", "is a file, not"), ("empty", "no config.json or adapter_config")],
+)
+@pytest.mark.parametrize("option", ["--model", "--ref-model"])
+def test_path_without_a_model(fails: Fails, tmp_path: Path, option: str, name: str, words: str) -> None:
+    (tmp_path / "a-file").touch()
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / name
+    assert f"model '{path}'" in (message := fails(option, path)) and words in message
 
 
 def test_unknown_reference_model(fails: Fails) -> None:
