@@ -43,7 +43,7 @@ def test_collator() -> None:
     assert batch["attention_mask"].tolist()[1] == [1, 1, 1, 1, 0, 0]
     assert batch["ref_logps"].tolist() == REFERENCE.tolist()
     assert "ref_logps" not in PairCollator(9)(PAIRS)
-    with pytest.raises(KeyError, match="rejected_ids"):
+    with pytest.raises(KeyError, match=r"a record lacks rejected_ids \(token ids\); it has prompt_ids, chosen_ids"):
         PairCollator(9)([{"prompt_ids": [1], "chosen_ids": [2]}])
 
 
