@@ -135,6 +135,14 @@ def test_the_examples_run_and_learn(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "loop" / "adapter_model.safetensors").exists()
 
 
+def test_the_example_begins_prompts_alone() -> None:
+    from tests.train.conftest import build_tokenizer, pair
+
+    tokenizer = build_tokenizer(bos=True, chat=False)
+    ids = transformers_trainer.encode(pair(0), tokenizer)
+    assert [ids[f"{key}_ids"].count(tokenizer.bos_token_id) for key in ("prompt", "chosen", "rejected")] == [1, 0, 0]
+
+
 @pytest.mark.parametrize("example", [transformers_trainer, accelerate_loop])
 def test_the_examples_are_short(example: Any) -> None:
     lines = inspect.getsource(example.main).splitlines()
