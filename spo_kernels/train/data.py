@@ -27,7 +27,7 @@ def check_model_name(name: str) -> None:
     """
     folder = Path(name).expanduser()
     # hub ids are `name` or `owner/name`
-    if not folder.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+    if not folder.exists() and (name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1):
         raise TrainError(f"model {name!r}: no such folder")
     if folder.is_file():
         raise TrainError(f"model {name!r} is a file, not the folder of a model")

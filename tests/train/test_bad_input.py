@@ -10,6 +10,9 @@ import pytest
 import torch
 import transformers as tf
 
+from spo_kernels.train.data import check_model_name
+from spo_kernels.train.errors import TrainError
+
 from .conftest import Fails, Train, build_tokenizer, pair, write_jsonl
 
 GOOD = pair(0)
@@ -255,6 +258,14 @@ def test_path_without_a_model(fails: Fails, tmp_path: Path, option: str, name: s
     (tmp_path / "empty").mkdir()
     path = tmp_path / name
     assert f"model '{path}'" in (message := fails(option, path)) and words in message
+
+
+def test_paths_are_told_from_hub_ids() -> None:
+    for path in ("no-such-folder/", "./no-such-folder", "no/such/folder"):
+        with pytest.raises(TrainError, match="no such folder"):
+            check_model_name(path)
+    for name in ("no-such-model", "nobody/no-such-model"):
+        check_model_name(name)
 
 
 def test_unknown_reference_model(fails: Fails) -> None:
