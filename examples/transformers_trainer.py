@@ -4,6 +4,7 @@ python -m examples.transformers_trainer MODEL PAIRS.jsonl OUTPUT, pairs with pro
 """
 
 import sys
+from typing import Any
 
 from datasets import load_dataset
 from torch.utils.data import DataLoader
@@ -12,14 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from spo_kernels.integrations.transformers import FusedPreferenceModel, PairCollator, precompute_ref_logps
 
 
+def encode(record: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
+    """Ids of a record; a token that begins texts stands before the prompt alone."""
+    ids = {
+        k: tokenizer(record[k], add_special_tokens=k == "prompt").input_ids for k in ("prompt", "chosen", "rejected")
+    }
+    return {f"{k}_ids": v if k == "prompt" else [*v, tokenizer.eos_token_id] for k, v in ids.items()}
+
+
 def main(name: str, pairs: str, output: str, **settings: float) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-
-    def encode(record: dict[str, str]) -> dict[str, list[int]]:
-        ids = {f"{k}_ids": tokenizer(record[k]).input_ids for k in ("prompt", "chosen", "rejected")}
-        return {k: v if k == "prompt_ids" else [*v, tokenizer.eos_token_id] for k, v in ids.items()}
-
-    data = load_dataset("json", data_files=pairs, split="train").map(encode)
+    data = load_dataset("json", data_files=pairs, split="train").map(encode, fn_kwargs={"tokenizer": tokenizer})
     collate = PairCollator(tokenizer.pad_token_id, max_length=1024)
     sums = precompute_ref_logps(model, DataLoader(data, batch_size=4, collate_fn=collate))
     for side, column in zip(("chosen", "rejected"), sums.T.tolist(), strict=True):

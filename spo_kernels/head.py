@@ -263,5 +263,7 @@ def as_head(name: str, head: Tensor | LMHead) -> tuple[LMHead, str]:
         return head, f"{name}.weight"
     if isinstance(head, Tensor):
         return LMHead(head), name
-    hint = ": use LMHead.of(model)" if isinstance(head, nn.Module) else ""
+    hint = ""
+    if isinstance(head, nn.Module):
+        hint = ": use LMHead(weight, bias) of it" if isinstance(head, nn.Linear) else ": use LMHead.of(model)"
     raise TypeError(f"{name} must be a weight [V, H] or an LMHead, got {type(head).__name__}{hint}")

@@ -1,6 +1,7 @@
 """Which path is taken by default, in which shape, and that a run takes the bytes which the plan says."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -218,6 +219,15 @@ def test_the_command(capsys):
     made = forecast(DPO(), [1024] * 2, dataclasses.replace(LLAMA, memory=80 * GIB))
     for part in ("products: 3 of [2048, 4096] x [4096, 128256]", "path: packed", f"{made.workspace} bytes"):
         assert part in text
+
+
+def test_the_command_tells_the_budget_from_what_the_backward_is_left(capsys):
+    """Two passes keep to a MiB of workspace, and hidden's gradient of 16 MiB lies beside it."""
+    given = "plan --tokens 1024 --vocab 32000 --hidden 4096 --device cpu --workspace-mib 1"
+    assert main(given.split()) == 0
+    text = capsys.readouterr().out
+    assert "workspace and the [2048, 4096] left to the backward, at most: " in text
+    assert 16 * MIB < int(re.search(r"at most: (\d+) bytes", text)[1]) <= 17 * MIB
 
 
 @pytest.mark.parametrize(

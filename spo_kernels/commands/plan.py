@@ -70,7 +70,9 @@ def _lines(found: Forecast, tokens: int, head: Head) -> list[str]:
     if shape is not None:
         tiles = f"{len(plan.groups)} of {shape.rows} tokens at most" if plan.groups else f"of {shape.rows} tokens"
         lines.append(f"tiles: {tiles}, {shape.columns} columns of the vocabulary in work")
-    lines.append(f"workspace: {_size(found.workspace)}" + ("" if shape is not None else " at most"))
+    # in two passes the backward is left hidden's gradient, which the budget does not count
+    left = "" if shape is not None else f" and the [{tokens}, {head.hidden_size}] left to the backward, at most"
+    lines.append(f"workspace{left}: {_size(found.workspace)}")
     lines.append(f"allowed to three products: {_size(found.allowed)}")
     return [*lines, f"hidden states, weight and their gradients: {_size(found.given)}"]
 

@@ -15,6 +15,7 @@ from spo_kernels.integrations.at_head import ResponseLogps
 from spo_kernels.integrations.hidden import device_of
 
 SIDES = ("chosen", "rejected")
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class PairCollator:
         Raises:
             KeyError: A record lacks a column.
         """
+        for record in records:
+            if missing := [name for name in COLUMNS if name not in record]:
+                raise KeyError(f"a record lacks {', '.join(missing)} (token ids); it has {', '.join(record)}")
         prompts = [list(record["prompt_ids"]) for _ in SIDES for record in records]
         responses = [list(record[f"{side}_ids"]) for side in SIDES for record in records]
         rows = [(p + r)[: self.max_length] for p, r in zip(prompts, responses, strict=True)]

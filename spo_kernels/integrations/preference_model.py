@@ -81,8 +81,10 @@ class FusedPreferenceModel(nn.Module):
             raise TypeError(f"FusedPreferenceModel takes no {', '.join(unknown)}; its options are {known}")
         if reference == ADAPTERS_OFF and not hasattr(model, "disable_adapter"):
             raise ValueError(f'reference = "adapters_off" needs a PEFT model, got {type(model).__name__}')
-        if isinstance(reference, str) and reference != ADAPTERS_OFF:
+        if not (reference is None or reference == ADAPTERS_OFF or isinstance(reference, nn.Module)):
             raise ValueError(f'reference must be "adapters_off", a model or None, got {reference!r}')
+        if reference is model:
+            raise ValueError("reference is the model itself, which it would freeze: pass a copy that is not trained")
         if isinstance(reference, nn.Module):
             LMHead.of(reference)
             reference.requires_grad_(False).eval()
@@ -109,6 +111,7 @@ class FusedPreferenceModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
+        *,
         labels: Tensor,
         attention_mask: Tensor | None = None,
         ref_logps: Tensor | None = None,
@@ -132,13 +135,10 @@ class FusedPreferenceModel(nn.Module):
             where its configuration asks for router logits; and metrics under TRL's names, detached.
         """
         self._refuse_bypass()
-        self._look_at(labels, input_ids)
+        self._look_at(labels, input_ids, attention_mask)
         ref_logps, pair_inputs, token_weights = opened(ref_logps), opened(pair_inputs), opened(token_weights)
-        if ref_logps is not None and ref_logps.dtype in (torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"ref_logps must be float32 or float64, got {ref_logps.dtype}, in which a sum of log-probabilities is "
-                "off by up to 1; where mixed precision casts the inputs of a forward, pass it by keyword"
-            )
+        if ref_logps is not None:
+            _check_ref_logps(ref_logps, labels)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         laid = lay_pairs(self.model, labels, self._layout, ignore_index=self._options["ignore_index"], **inputs)
         reference = self._reference_inputs(laid) if ref_logps is None and self._needs_reference else {}
@@ -206,8 +206,8 @@ class FusedPreferenceModel(nn.Module):
             )
         self._looked_for_ddp = True
 
-    def _look_at(self, labels: Tensor, input_ids: Tensor) -> None:
-        """Warn where labels are those of the next position: a loss of shifted labels is another model's."""
+    def _look_at(self, labels: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Warn where labels are those of the next position, a loss of another model, or of padding."""
         if self._looked_at_labels or labels.shape != input_ids.shape:
             return
         self._looked_at_labels = True
@@ -220,3 +220,22 @@ class FusedPreferenceModel(nn.Module):
                 "labels that stand where their tokens do",
                 stacklevel=3,
             )
+        if attention_mask is not None and attention_mask.shape == labels.shape and counted[attention_mask == 0].any():
+            warnings.warn(
+                "labels count where attention_mask is 0: a padded batch scores them, a row without padding does not; "
+                f"pass {self._options['ignore_index']} there",
+                stacklevel=3,
+            )
+
+
+def _check_ref_logps(ref_logps: Tensor, labels: Tensor) -> None:
+    """In the caller's shapes: in a row without padding, those of the loss are others."""
+    if ref_logps.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"ref_logps must be float32 or float64, got {ref_logps.dtype}, in which a sum of log-probabilities is "
+            "off by up to 1; where mixed precision casts the inputs of a forward, pass it by keyword"
+        )
+    if ref_logps.shape not in (labels.shape[:1], labels.shape):
+        raise ValueError(
+            f"ref_logps must have shape {list(labels.shape[:1])} or {list(labels.shape)}, got {list(ref_logps.shape)}"
+        )

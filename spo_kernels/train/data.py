@@ -20,9 +20,21 @@ def dated(config: TrainConfig, checkpoint: Checkpoint | None) -> TrainConfig:
     return replace(config, template_date=config.template_date or began or datetime.date.today().isoformat())
 
 
-def check_not_checkpoint(name: str) -> None:
-    """Refuse a checkpoint where a model is due, which it would need its run's options for."""
+def check_model_name(name: str) -> None:
+    """Refuse what is neither a hub id nor a model's folder, before transformers asks the hub for it.
+
+    A checkpoint is one such: it would need its run's options.
+    """
     folder = Path(name).expanduser()
+    # hub ids are `name` or `owner/name`
+    if not folder.exists() and (name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1):
+        raise TrainError(f"model {name!r}: no such folder")
+    if folder.is_file():
+        raise TrainError(f"model {name!r} is a file, not the folder of a model")
+    if folder.is_dir() and not any(
+        (folder / file).exists() for file in ("config.json", "adapter_config.json", MANIFEST)
+    ):
+        raise TrainError(f"model {name!r}: no config.json or adapter_config.json in this folder")
     if (folder / MANIFEST).is_file():
         raise TrainError(
             f"{name} is a checkpoint, not a model: to go on with its run, give the run's options with --output-dir "

@@ -32,7 +32,8 @@ def build_objective(config: TrainConfig) -> Objective | None:
                 f"--spo-inner-steps computes the hinge's value; --spo-value {config.spo_value} names another"
             )
     if config.loss != "spo" and fields:
-        raise TrainError(f"--loss {config.loss} takes no --base-loss or --spo- options, got {', '.join(fields)}")
+        got = ", ".join("--base-loss" if name == "base" else f"--spo-{name}" for name in fields)
+        raise TrainError(f"--loss {config.loss} takes no --base-loss or --spo- options, got {got}")
     if config.beta is not None:
         fields["beta"] = config.beta
     for pair in config.loss_arg:

@@ -57,7 +57,7 @@ class Policy(FusedPreferenceModel):
         """input_ids and labels [2B, T] from `collate`; ref_logps, [2B] or in labels' shape, unless the reference is
         online.
         """
-        loss, metrics = super().forward(input_ids, labels, ref_logps=ref_logps, pair_inputs=pair_inputs)
+        loss, metrics = super().forward(input_ids, labels=labels, ref_logps=ref_logps, pair_inputs=pair_inputs)
         pair_logps = metrics.pop("pair_logps")
         chosen, rejected = pair_logps.chunk(2)
         # before training, policy and reference are equal and reward accuracy is rounding noise; this is not

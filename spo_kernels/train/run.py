@@ -32,7 +32,7 @@ from spo_kernels.losses.pairs import token_subsets_of
 from spo_kernels.train.batches import Forwards
 from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity
 from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
-from spo_kernels.train.data import check_not_checkpoint, dated, load_examples
+from spo_kernels.train.data import check_model_name, dated, load_examples
 from spo_kernels.train.errors import StorageError, TrainError
 from spo_kernels.train.files import whole
 from spo_kernels.train.inner import InnerSteps, build_inner
@@ -109,7 +109,7 @@ def _prepare(
         with together(accelerator):
             if accelerator.is_local_main_process == encodes:
                 for name in filter(None, (config.model, config.ref_model)):
-                    check_not_checkpoint(name)
+                    check_model_name(name)
                 tokenizer = load_tokenizer(config.model, config)
                 examples = load_examples(config, input_columns(config, objective), tokenizer, warn)
     with together(accelerator):

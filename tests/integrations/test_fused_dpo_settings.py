@@ -64,7 +64,7 @@ def by_module(made, objective, batch, model, **more):
     """The same batch through `FusedPreferenceModel`."""
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     module = FusedPreferenceModel(model, objective, reference=make_model("llama", seed=1))
-    return module(batch["input_ids"], labels, batch["attention_mask"], **more)
+    return module(batch["input_ids"], labels=labels, attention_mask=batch["attention_mask"], **more)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -43,7 +43,7 @@ def test_collator() -> None:
     assert batch["attention_mask"].tolist()[1] == [1, 1, 1, 1, 0, 0]
     assert batch["ref_logps"].tolist() == REFERENCE.tolist()
     assert "ref_logps" not in PairCollator(9)(PAIRS)
-    with pytest.raises(KeyError, match="rejected_ids"):
+    with pytest.raises(KeyError, match=r"a record lacks rejected_ids \(token ids\); it has prompt_ids, chosen_ids"):
         PairCollator(9)([{"prompt_ids": [1], "chosen_ids": [2]}])
 
 
@@ -133,6 +133,14 @@ def test_the_examples_run_and_learn(tmp_path: Path, capsys: pytest.CaptureFixtur
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss")]
     assert len(lines) == 6 and lines[0].startswith("loss 0.6931") and not lines[-1].startswith("loss 0.6931")
     assert (tmp_path / "loop" / "adapter_model.safetensors").exists()
+
+
+def test_the_example_begins_prompts_alone() -> None:
+    from tests.train.conftest import build_tokenizer, pair
+
+    tokenizer = build_tokenizer(bos=True, chat=False)
+    ids = transformers_trainer.encode(pair(0), tokenizer)
+    assert [ids[f"{key}_ids"].count(tokenizer.bos_token_id) for key in ("prompt", "chosen", "rejected")] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("example", [transformers_trainer, accelerate_loop])

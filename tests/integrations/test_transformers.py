@@ -1,5 +1,6 @@
 """Hidden states and the fused model against the models' own logits, alone and in the wrappers of training."""
 
+import re
 from typing import Any
 
 import pytest
@@ -197,12 +198,23 @@ def test_errors_name_what_to_do() -> None:
         FusedPreferenceModel(model, reference="adapters_off")
     with pytest.raises(ValueError, match='reference must be "adapters_off", a model or None'):
         FusedPreferenceModel(model, reference="base")
+    with pytest.raises(ValueError, match="a model or None, got True"):
+        FusedPreferenceModel(model, reference=True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reference is the model itself"):
+        FusedPreferenceModel(model, reference=model)
+    assert model.training and all(p.requires_grad for p in model.parameters())
     with pytest.raises(TypeError, match="takes no wokspace; its options are layout, accumulate, ld_alpha, sparsity"):
         FusedPreferenceModel(model, wokspace=3)
     with pytest.raises(TypeError, match="pad_token_id must be an int, got None"):
         PairCollator(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pass ref_logps, or make the module with reference="):
         FusedPreferenceModel(model, "dpo")(**batch)
+    with pytest.raises(TypeError, match="positional"):  # transformers' order, with the mask second
+        FusedPreferenceModel(model, "dpo")(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    for layout in ("padded", "shared"):
+        module, rows = FusedPreferenceModel(model, "dpo", layout=layout), list(batch["labels"].shape)
+        with pytest.raises(ValueError, match=re.escape(f"ref_logps must have shape [6] or {rows}, got [3, 2]")):
+            module(**batch, ref_logps=REFERENCE.view(3, 2))
     assert FusedPreferenceModel(model, "simpo")(**batch)[0].isfinite()
     with pytest.raises(ValueError, match="loss = 'dpp' is unknown"):
         FusedPreferenceModel(model, "dpp")
@@ -221,3 +233,11 @@ def test_shifted_labels_are_noticed_once(recwarn: pytest.WarningsRecorder) -> No
     for _ in range(2):
         module(**shifted)
     assert len([w for w in recwarn if "look shifted" in str(w.message)]) == 1
+
+
+def test_labels_on_padding_are_noticed(recwarn: pytest.WarningsRecorder) -> None:
+    """A row without padding has no place for them, so the layouts' losses would differ in silence."""
+    batch = batch_of()
+    for labels, said in ((batch["labels"], 0), (batch["input_ids"], 1)):
+        FusedPreferenceModel(build("llama"), "simpo")(**{**batch, "labels": labels})
+        assert len([w for w in recwarn if "where attention_mask is 0" in str(w.message)]) == said

@@ -10,6 +10,9 @@ import pytest
 import torch
 import transformers as tf
 
+from spo_kernels.train.data import check_model_name
+from spo_kernels.train.errors import TrainError
+
 from .conftest import Fails, Train, build_tokenizer, pair, write_jsonl
 
 GOOD = pair(0)
@@ -193,7 +196,7 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "bad penalty": (("--spo-penalty", "l2"), "penalty must be one of 'nll', 'hinge', got 'l2'"),
     "spo options for dpo": (
         ("--loss", "dpo", "--spo-weight", 1),
-        "--loss dpo takes no --base-loss or --spo- options",
+        "--loss dpo takes no --base-loss or --spo- options, got --spo-weight",
     ),
     "batch size": (("--batch-size", 0), "--batch-size must be at least 1, got 0"),
     "learning rate": (("--learning-rate", "nan"), "--learning-rate must be at least 0, got nan"),
@@ -251,6 +254,26 @@ def test_backend_of_the_environment(fails: Fails, monkeypatch: pytest.MonkeyPatc
 
 def test_unknown_model(fails: Fails) -> None:
     assert "tokenizer of 'nobody/no-such-model' can't be loaded" in fails(model="nobody/no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("no/such/folder", "no such folder"), ("a-file", "is a file, not"), ("empty", "no config.json or adapter_config")],
+)
+@pytest.mark.parametrize("option", ["--model", "--ref-model"])
+def test_path_without_a_model(fails: Fails, tmp_path: Path, option: str, name: str, words: str) -> None:
+    (tmp_path / "a-file").touch()
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / name
+    assert f"model '{path}'" in (message := fails(option, path)) and words in message
+
+
+def test_paths_are_told_from_hub_ids() -> None:
+    for path in ("no-such-folder/", "./no-such-folder", "no/such/folder"):
+        with pytest.raises(TrainError, match="no such folder"):
+            check_model_name(path)
+    for name in ("no-such-model", "nobody/no-such-model"):
+        check_model_name(name)
 
 
 def test_unknown_reference_model(fails: Fails) -> None:
