@@ -233,7 +233,7 @@ def _check_ref_logps(ref_logps: Tensor, labels: Tensor) -> None:
     if ref_logps.dtype in (torch.bfloat16, torch.float16):
         raise TypeError(
             f"ref_logps must be float32 or float64, got {ref_logps.dtype}, in which a sum of log-probabilities is "
-            "off by up to 1; where mixed precision casts the inputs of a forward, pass it by keyword"
+            "off by up to 1"
         )
     if ref_logps.shape not in (labels.shape[:1], labels.shape):
         raise ValueError(

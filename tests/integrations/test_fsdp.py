@@ -34,11 +34,11 @@ def test_two_processes_equal_one(found: dict[str, Any], name: str) -> None:
 
 
 def test_mixed_precision_leaves_the_references_sums_alone(found: dict[str, Any]) -> None:
-    """Of -300.123 and the like, every bit; those that come by place are cast before anybody can see it."""
+    """Of -300.123 and the like, every bit; those that were rounded before are refused."""
     case = found["mixed precision"]
     assert torch.equal(case["given"], case["expected"])
     assert bool(case["gradient"].isfinite().all()) and bool(case["gradient"].any())
-    assert "TypeError: ref_logps must be float32 or float64, got torch.bfloat16" in case["by place"]
+    assert "TypeError: ref_logps must be float32 or float64, got torch.bfloat16" in case["rounded"]
 
 
 def test_a_streamed_head_is_clipped_saved_and_resumed(found: dict[str, Any]) -> None:

@@ -108,7 +108,7 @@ def lay_row(
         labels=tensor(labels_of),
         cu_seqlens=tensor([np.zeros(1), np.cumsum([len(one) for one in labels_of])]),
         places=tensor(places),
-        behind_padding=not kept[kept.any(1), 0].all(),
+        behind_padding=bool((kept.argmax(1) > 0).any()) if kept.size else False,
     )
 
 
