@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
 from spo_kernels import LMHead, fused_spo_loss
-from spo_kernels.gathered import gathered
+from spo_kernels.head.gathered import gathered
 from spo_kernels.testing import TensorMeter
 
 from .machine import describe_machine, machine_line

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from spo_kernels.arguments import check_choice, check_flag
 from spo_kernels.engine.renamed import refuses_old_names
 from spo_kernels.engine.tokens import LabelLayout
 from spo_kernels.head import LMHead, sequence_group
 from spo_kernels.losses import Objective
-from spo_kernels.losses.pairs import check_choice
 from spo_kernels.losses.registry import resolve_objective
 from spo_kernels.preference import factorised, packed, two_pass
 from spo_kernels.preference.batch import Given, resolve_batch
@@ -102,6 +102,8 @@ def fused_spo_loss(
         TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
     """
     check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_flag("token_metrics", token_metrics)
+    check_flag("pair_logps", pair_logps)
     if path is not None:
         check_choice("path", path, PATHS)
     batch = resolve_batch(

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from spo_kernels.arguments import check_choice, check_in, check_whole
+
 MODES = ("exact", "certified", "unbiased")
 
 
@@ -37,13 +39,9 @@ class Sparsity:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"sparsity mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
-        number = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
-        if not number or not 0.0 < self.tolerance < 1.0:
-            raise ValueError(f"sparsity tolerance must be a number between 0 and 1, got {self.tolerance!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"sparsity seed must be an integer in [0, 2**63), got {self.seed!r}")
+        check_choice("sparsity mode", self.mode, MODES)
+        check_in("sparsity tolerance", self.tolerance, "(0, 1)")
+        check_whole("sparsity seed", self.seed, 0)
 
 
 EXACT = Sparsity("exact")

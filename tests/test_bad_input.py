@@ -111,6 +111,8 @@ LOGPROB = {
         ValueError,
         ["shift"],
     ),
+    "shift-string": (dict(shift="no"), TypeError, ["shift must be True or False", "'no'"]),
+    "shift-number": (dict(shift=1), TypeError, ["shift must be True or False", "1"]),
 }
 
 
@@ -135,12 +137,26 @@ TRANSFORMS = {
     "scale-infinite": (dict(logit_scale=float("inf")), ValueError, ["logit_scale", "inf"]),
     "scale-string": (dict(logit_scale="1"), WRONG, ["logit_scale", "str|'1'"]),
     "scale-none": (dict(logit_scale=None), WRONG, ["logit_scale", "None"]),
+    "accumulate-string": (dict(accumulate="no"), TypeError, ["accumulate must be True or False", "'no'"]),
 }
 
 
 @pytest.mark.parametrize(("changes", "error", "patterns"), TRANSFORMS.values(), ids=TRANSFORMS)
 def test_head(changes, error, patterns):
     raises(error, patterns, LMHead, weight=zeros(11, 8), **changes)
+
+
+ADAPTERS = {
+    "scale-nan": (dict(scale=float("nan")), ValueError, ["scale", "nan"]),
+    "scale-infinite": (dict(scale=float("inf")), ValueError, ["scale", "inf"]),
+    "scale-string": (dict(scale="2"), WRONG, ["scale", "'2'"]),
+    "dropout-number": (dict(dropout=0.1), TypeError, ["dropout must be a function or module", r"0\.1"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "patterns"), ADAPTERS.values(), ids=ADAPTERS)
+def test_adapter(changes, error, patterns):
+    raises(error, patterns, LoRA, a=zeros(2, 8), b=zeros(11, 2), **changes)
 
 
 RENAMED = {
@@ -298,6 +314,13 @@ LOSS = {
     "ref-logps-too-long": (dict(ref_logps=zeros(4, 5)), ValueError, ["ref_logps", "4, 5"]),
     "ref-logps-list": (dict(ref_logps=[0.0] * 4), TypeError, ["ref_logps", "list"]),
     "ref-logps-integer": (dict(ref_logps=zeros(4, dtype=torch.int64)), TypeError, ["ref_logps", "int64"]),
+    "ref-logps-half": (
+        dict(ref_logps=zeros(4, dtype=torch.bfloat16)),
+        TypeError,
+        ["ref_logps must be float32 or float64", "bfloat16"],
+    ),
+    "token-metrics-string": (dict(token_metrics="no"), TypeError, ["token_metrics must be True or False", "'no'"]),
+    "pair-logps-string": (dict(pair_logps="no"), TypeError, ["pair_logps must be True or False", "'no'"]),
     "ref-logps-device": (dict(ref_logps=elsewhere(4)), ValueError, ["ref_logps", "cuda", "cpu"]),
     "no-reference": (dict(ref_logps=None), ValueError, ["ref_logps", "ref_hidden", "ref_head"]),
     "two-references": (

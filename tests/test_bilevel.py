@@ -122,8 +122,8 @@ def test_into_the_loss(model):
 def test_bad_arguments(model):
     for options, message in (
         ({"learning_rate": 0}, "learning_rate must be a positive number, got 0"),
-        ({"learning_rate": 0.1, "steps": 0}, "steps must be a whole number >= 1, got 0"),
-        ({"learning_rate": 0.1, "steps": True}, "steps must be a whole number >= 1, got True"),
+        ({"learning_rate": 0.1, "steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"learning_rate": 0.1, "steps": True}, "steps must be a whole number of at least 1, got True"),
     ):
         with pytest.raises(ValueError, match=message):
             bilevel_value(model, model.nll, TOKENS, **options)

@@ -15,7 +15,7 @@ FOLDERS = (PACKAGE, "arithmetic", *LEAVES, "tests")
 # at the top: the command line.
 LAYERS = {
     "backends": ("_version", "startup", "backends"),
-    "values": ("gathered", "head", "sparsity"),
+    "values": ("arguments", "head", "sparsity"),
     "engine": ("engine",),
     "losses": ("losses",),
     "preference": ("preference",),

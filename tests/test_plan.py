@@ -11,6 +11,7 @@ from spo_kernels import loss as loss_module
 from spo_kernels.__main__ import main
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine import kept_space
+from spo_kernels.engine.inputs import ModelInputs
 from spo_kernels.engine.kept_space import KeptSpace, default_bytes
 from spo_kernels.engine.workspace import plan_tiles
 from spo_kernels.losses import DPO, SPO
@@ -126,6 +127,23 @@ def test_a_run_takes_the_bytes_of_the_plan(monkeypatch, dtype, path, lengths, lo
     # a native product packs its operand where no tensor is
     expected = plan.shape.bytes - plan.shape.rows * products.row_bytes + hidden.nbytes + weight.nbytes
     assert expected <= meter.peak <= expected + PER_TOKEN * labels.numel()
+
+
+@pytest.mark.parametrize(
+    "backend, dtype, columns",
+    [
+        ("torch", torch.float32, VOCAB),
+        ("torch", torch.bfloat16, 1024),  # of which each is cast
+        ("cpp", torch.float32, 1024),  # the tests' environment asks for its own products
+    ],
+)
+def test_torchs_products_take_all_columns_at_once(backend, dtype, columns):
+    if not backend_info()[backend].available:
+        pytest.skip(backend_info()[backend].detail)
+    hidden, weight, labels = torch.zeros(20, HIDDEN, dtype=dtype), torch.zeros(VOCAB, HIDDEN, dtype=dtype), [0] * 20
+    slices = ModelInputs.resolve(hidden, weight, torch.tensor(labels)).slices()
+    shape = KeptSpace.of(hidden, slices, load_backend(backend), None).shape(20, 0, sum_apart=False)
+    assert shape is not None and shape.columns == columns
 
 
 @pytest.mark.parametrize(

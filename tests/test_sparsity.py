@@ -328,7 +328,7 @@ def test_bad_tolerance(tolerance):
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True])
 def test_bad_seed(seed):
-    with pytest.raises(ValueError, match="seed must be an integer"):
+    with pytest.raises(ValueError, match="seed must be a whole number"):
         Sparsity("unbiased", seed=seed)
 
 

@@ -128,7 +128,7 @@ def test_bad_input(method):
 
 def test_bad_arguments():
     for size in (0, 1.5, True):
-        with pytest.raises(ValueError, match="size must be a positive int"):
+        with pytest.raises(ValueError, match="size must be a whole number of at least 1"):
             EmbeddingUncertainty(size)
     with pytest.raises(ValueError, match="regularization must be a positive number, got 0"):
         EmbeddingUncertainty(3, regularization=0)

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from spo_kernels.arguments import is_number
 from spo_kernels.data.errors import DataError, no_column
 
 Row = dict[str, Any]
@@ -50,7 +51,7 @@ def check_number(where: str, row: Row, column: str, use: str = "") -> float:
     """The finite number in a column; `use` says what for."""
     value = row.get(column)
     try:
-        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+        if is_number(value) and math.isfinite(value):
             return float(value)
     # An integer beyond the largest float.
     except OverflowError:

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from spo_kernels.arguments import check_flag, is_whole
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# an op takes it as an int64
-_MOST_BYTES = 2**63 - 1
 
 
 def can_look(tensor: Tensor) -> bool:
@@ -110,6 +110,7 @@ def check_token_weights(name: str, weights: Tensor, labels: Tensor) -> None:
 
 def check_labels(labels: Tensor, shift: bool) -> None:
     """`labels` must be int64, with a dimension to shift along where they are shifted."""
+    check_flag("shift", shift)
     check_tensor("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
@@ -162,7 +163,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
 
 def check_int(name: str, value: object) -> None:
     """`value` must be an int."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_whole(value):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit 64 bits, got {value}")
@@ -172,7 +173,7 @@ def check_workspace_bytes(value: int | None) -> None:
     """`workspace_bytes` must be a positive number that fits 64 bits, or None."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_whole(value):
         raise TypeError(f"workspace_bytes must be an int or None, got {value!r}")
-    if not 0 < value <= _MOST_BYTES:
+    if not 0 < value < 2**63:  # an op takes it as an int64
         raise ValueError(f"workspace_bytes must be positive and below 2**63, got {value}")

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from spo_kernels.losses.pairs import check_positive
+from spo_kernels.arguments import check_positive, check_whole
 
 Batch = TypeVar("Batch")
 
@@ -63,8 +63,7 @@ def bilevel_value(
         ValueError: An argument is out of range, or `nll` gives no `[B]`; the message names it.
     """
     check_positive("learning_rate", learning_rate)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number >= 1, got {steps!r}")
+    check_whole("steps", steps, 1)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("model must have a parameter with requires_grad, got none")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo_kernels.arguments import check_not_negative
 from spo_kernels.backends.contract import Backend, Tile, TokenGrads
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine.autograd import LogprobCall
@@ -26,7 +27,6 @@ from spo_kernels.engine.renamed import refuses_old_names
 from spo_kernels.engine.tokens import LabelLayout, TokenRows, Tokens
 from spo_kernels.engine.workspace import plan_score_tiles, spans
 from spo_kernels.head import LMHead
-from spo_kernels.losses.pairs import check_not_negative
 
 
 @refuses_old_names

@@ -10,9 +10,9 @@ All are plain torch functions. `logp` is `linear_logprob(...)`, `old_logp` the s
 import torch
 from torch import Tensor
 
+from spo_kernels.arguments import check_choice, check_positive
 from spo_kernels.engine.checks import check_tensor
 from spo_kernels.engine.tokens import sum_sequences
-from spo_kernels.losses.pairs import check_choice, check_positive
 
 
 def group_advantages(rewards: Tensor, *, scale: bool = True, epsilon: float = 1e-4) -> Tensor:

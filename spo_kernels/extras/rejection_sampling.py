@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from spo_kernels.arguments import is_number, is_whole
 from spo_kernels.engine.checks import check_tensor
 
 
@@ -59,7 +60,7 @@ def _check(rewards: Tensor, num_samples: int, beta: float) -> None:
     if not bool(rewards.isfinite().all()):
         index = int((~rewards.isfinite()).nonzero()[0])
         raise ValueError(f"rewards must be finite, got rewards[{index}] = {rewards[index].item()}")
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or not 0 <= num_samples <= rewards.numel():
+    if not is_whole(num_samples) or not 0 <= num_samples <= rewards.numel():
         raise ValueError(f"num_samples must be between 0 and the {rewards.numel()} candidates, got {num_samples!r}")
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not beta >= 0:
+    if not is_number(beta) or not beta >= 0:
         raise ValueError(f"beta must be a number >= 0, got {beta!r}")

@@ -8,8 +8,8 @@ minimum over all reward heads in the confidence region, against reference respon
 import torch
 from torch import Tensor
 
+from spo_kernels.arguments import check_positive, check_whole
 from spo_kernels.engine.checks import check_tensor
-from spo_kernels.losses.pairs import check_positive
 
 
 class EmbeddingUncertainty:
@@ -39,8 +39,7 @@ class EmbeddingUncertainty:
         Raises:
             ValueError: An argument is out of range.
         """
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size must be a positive int, got {size!r}")
+        check_whole("size", size, 1)
         check_positive("regularization", regularization)
         self.matrix = regularization * torch.eye(size, dtype=torch.float64, device=device)
         self._factor: Tensor | None = None

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spo_kernels.gathered import ShardedHead
 from spo_kernels.head import inner_model
+from spo_kernels.head.gathered import ShardedHead
 from spo_kernels.integrations.wrappers import is_gathered_for_forward, is_one_group
 
 Result = TypeVar("Result")

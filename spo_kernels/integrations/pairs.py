@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spo_kernels.arguments import is_whole
 from spo_kernels.integrations.at_head import ResponseLogps
 from spo_kernels.integrations.hidden import device_of
 
@@ -34,7 +35,7 @@ class PairCollator:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int):
+        if not is_whole(self.pad_token_id):
             raise TypeError(
                 f"pad_token_id must be an int, got {self.pad_token_id!r}; where a tokenizer has none, its eos_token_id "
                 "does: padding is masked and has no label"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spo_kernels.gathered import ShardedHead
 from spo_kernels.head import check_linear, inner_model
+from spo_kernels.head.gathered import ShardedHead
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from spo_kernels.arguments import check_choice, check_whole, is_whole
+
 COUNTED = ("padded", "packed", "shared")
 # tokens of the prompt, then of each response
 Lengths = Sequence[int]
@@ -47,10 +49,8 @@ class TokenBudget:
     layout: str = "shared"
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise ValueError(f"tokens_per_batch must be a whole number of at least 1, got {self.tokens!r}")
-        if self.layout not in COUNTED:
-            raise ValueError(f"layout must be one of {', '.join(COUNTED)}, got {self.layout!r}")
+        check_whole("tokens_per_batch", self.tokens, 1)
+        check_choice("layout", self.layout, COUNTED)
 
     def cost(self, lengths: Lengths) -> int:
         """Tokens of a forward of this record alone."""
@@ -154,6 +154,12 @@ class TokenBatchSampler:
             raise ValueError(f"start must be at least 0 and at most steps {steps}, got {start}")
         if not len(lengths):
             raise ValueError("lengths must have one entry at least, got none")
+        for i, each in enumerate(lengths):
+            if not isinstance(each, Sequence) or len(each) < 2 or not all(is_whole(n) and n >= 0 for n in each):
+                raise ValueError(
+                    f"lengths must have the tokens of the prompt and of each response for every record, such as "
+                    f"(12, 40, 38); got lengths[{i}] = {each!r}"
+                )
         self._budget = TokenBudget(tokens_per_batch, layout)
         self._budget.forwards([max(lengths, key=self._budget.cost)])
         self._lengths, self._per_step, self._seed = lengths, pairs_per_step, seed

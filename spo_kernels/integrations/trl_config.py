@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -102,6 +103,10 @@ def objective_of(args: DPOConfig) -> Objective:
     """
     given = getattr(args, "objective", None)
     hyperparameters = getattr(args, "objective_args", None)
+    if hyperparameters is not None and not isinstance(hyperparameters, Mapping):
+        raise TypeError(
+            f'objective_args must map hyperparameters to values, such as {{"beta": 0.2}}, got {hyperparameters!r}'
+        )
     if given is None:
         if hyperparameters:
             raise ValueError(f"objective_args are for an objective by name, got {hyperparameters!r} without objective")

@@ -72,6 +72,10 @@ class FusedDPOTrainer(DPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = FusedDPOConfig(f"{name.split('/')[-1]}-DPO")
+        if not isinstance(args, DPOConfig):
+            raise TypeError(
+                f'args must be a FusedDPOConfig or a DPOConfig, such as FusedDPOConfig("out"), got {args!r}'
+            )
         self._objective = objective_of(args)
         self._columns = input_columns(args, self._objective)
         self._referenced = ref_model is not None or needs_reference(self._objective) or not _has_objective(args)

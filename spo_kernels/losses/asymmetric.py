@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_choice, check_in, check_not_negative, check_positive
+from spo_kernels.arguments import check_choice, check_in, check_not_negative, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps
 from spo_kernels.losses.terms import log_ratios, logistic
 
 

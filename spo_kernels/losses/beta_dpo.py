@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from spo_kernels.arguments import check_in, check_not_negative, check_positive, check_whole
 from spo_kernels.losses.draws import draw_without_replacement
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_in, check_not_negative, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps
 from spo_kernels.losses.state import RunningState, Stateful, gathered, moving_moments
 from spo_kernels.losses.terms import logistic, margin, z_scores
 
@@ -50,8 +51,7 @@ class BetaDPO(Stateful):
         check_not_negative("alpha", self.alpha)
         check_in("filtered", self.filtered, "[0, 1)")
         check_in("decay", self.decay, "[0, 1)")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
+        check_whole("seed", self.seed, 0)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""

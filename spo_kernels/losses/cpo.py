@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_choice, check_in, check_not_negative, check_positive
+from spo_kernels.arguments import check_choice, check_in, check_not_negative, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps
 from spo_kernels.losses.terms import NORMALIZATIONS, coupling_with_nll, logistic, nll, per_token
 
 

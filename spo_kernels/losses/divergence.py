@@ -8,19 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spo_kernels.arguments import check_choice, check_in, check_not_negative, check_positive
 from spo_kernels.losses.composite import Composite, check_objective
 from spo_kernels.losses.dpo import DPO
 from spo_kernels.losses.ipo import IPO
-from spo_kernels.losses.pairs import (
-    Coupling,
-    Objective,
-    PairLogps,
-    check_choice,
-    check_in,
-    check_not_negative,
-    check_positive,
-    coupling_of,
-)
+from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, coupling_of
 from spo_kernels.losses.simpo import SigmoidNorm
 from spo_kernels.losses.terms import clamped_exp, log_ratios, logistic
 

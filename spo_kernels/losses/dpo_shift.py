@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_in, check_positive
+from spo_kernels.arguments import check_in, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps
 from spo_kernels.losses.state import RunningState, Stateful
 from spo_kernels.losses.terms import log_ratios, logistic
 

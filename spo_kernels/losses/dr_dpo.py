@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from spo_kernels.arguments import check_positive
 from spo_kernels.losses.composite import Composite, check_objective
 from spo_kernels.losses.dpo import DPO
-from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, check_positive
+from spo_kernels.losses.pairs import Coupling, Objective, PairLogps
 
 
 @dataclass(frozen=True)

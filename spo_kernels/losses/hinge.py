@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_choice, check_flag, check_not_negative, check_positive
+from spo_kernels.arguments import check_choice, check_flag, check_not_negative, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps
 from spo_kernels.losses.terms import NORMALIZATIONS, coupling_with_nll, margin, nll
 
 

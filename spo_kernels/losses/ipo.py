@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_choice, check_positive
+from spo_kernels.arguments import check_choice, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps
 from spo_kernels.losses.terms import log_ratios, per_token
 
 

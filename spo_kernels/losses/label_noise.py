@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_in, check_positive
+from spo_kernels.arguments import check_in, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps
 from spo_kernels.losses.terms import logistic, margin
 
 

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from spo_kernels.arguments import check_choice
+
 # What a pair's loss depends on, from the narrowest: only the difference of its two log-probabilities; a sum of one
 # term per response; both log-probabilities of the pair; other pairs of the batch.
 Coupling = Literal["margin", "sequence", "pair", "batch"]
@@ -160,37 +162,3 @@ def by_side(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         f"{side}_{name}": half for name, both in sums.items() for side, half in zip(sides, both.chunk(2), strict=True)
     }
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is a finite number above 0."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
-
-
-def check_not_negative(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is a finite number, 0 or above."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a number >= 0, got {value!r}")
-
-
-def check_in(name: str, value: float, interval: str) -> None:
-    """Raise ValueError unless `value` is a number in `interval`, written as in "[0, 0.5)"."""
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    above = number and (value >= low if interval[0] == "[" else value > low)
-    below = number and (value <= high if interval[-1] == "]" else value < high)
-    if not (above and below):
-        raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
-
-
-def check_flag(name: str, value: bool) -> None:
-    """Raise TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from spo_kernels.arguments import check_not_negative
 from spo_kernels.losses.bco import BCOPair
 from spo_kernels.losses.composite import Composite, check_objective, widest_coupling
 from spo_kernels.losses.dpo import DPO
-from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, check_not_negative
+from spo_kernels.losses.pairs import Coupling, Objective, PairLogps
 from spo_kernels.losses.sft import SFT
 
 

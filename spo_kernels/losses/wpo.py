@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from spo_kernels.arguments import check_flag
 from spo_kernels.losses.composite import Composite, check_objective
 from spo_kernels.losses.dpo import DPO
 from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, coupling_of
@@ -30,8 +31,7 @@ class WPO(Composite):
 
     def __post_init__(self) -> None:
         check_objective("base", self.base)
-        if not isinstance(self.clamp, bool):
-            raise TypeError(f"clamp must be True or False, got {self.clamp!r}")
+        check_flag("clamp", self.clamp)
 
     def parts(self) -> tuple[Objective, ...]:
         """The base."""

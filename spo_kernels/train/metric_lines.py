@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spo_kernels.arguments import is_number
 from spo_kernels.train.errors import TrainError
 
 
@@ -29,7 +30,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         numbers = (value for name, value in record.items() if name != "split")
-        good = all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers)
+        good = all(is_number(v) for v in numbers)
         return record if good and isinstance(record["step"], int) and isinstance(record["split"], str) else None
     # RecursionError: thousands of brackets.
     except (ValueError, KeyError, AttributeError, RecursionError):

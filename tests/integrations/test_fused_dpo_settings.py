@@ -272,6 +272,7 @@ REFUSED = {
         "spo_inner_steps takes steps on the pairs of a forward",
     ),
     "a workspace": ({"workspace_mib": 0}, "workspace_mib"),
+    "a list of names": ({"objective": "dpo", "objective_args": ["beta"]}, r"objective_args must map .* got \['beta'\]"),
 }
 
 
@@ -281,6 +282,11 @@ def test_refused_at_construction(tmp_path, case):
     ref = settings.get("ref", "other")
     with pytest.raises((ValueError, TypeError), match=message):
         trainer(tmp_path, ref_model=ref, **{key: value for key, value in settings.items() if key != "ref"})
+
+
+def test_args_that_are_a_folder():
+    with pytest.raises(TypeError, match=r"args must be a FusedDPOConfig or a DPOConfig, .* got 'out'"):
+        trl.FusedDPOTrainer(model=None, args="out")
 
 
 @pytest.mark.parametrize(

@@ -60,11 +60,14 @@ def test_sampler_goes_on_where_it_stopped() -> None:
     [
         ({"tokens_per_batch": 0}, "tokens_per_batch must be a whole number of at least 1, got 0"),
         ({"tokens_per_batch": 60}, r"60 tokens does not hold the longest record, \d+ tokens \(shared layout\)"),
-        ({"layout": "auto"}, "layout must be one of padded, packed, shared, got 'auto'"),
+        ({"layout": "auto"}, "layout must be one of 'padded', 'packed', 'shared', got 'auto'"),
         ({"rank": 2, "world_size": 2}, "rank must be at least 0 and below world_size 2, got 2"),
         ({"pairs_per_step": 1, "world_size": 2}, "pairs_per_step must be at least world_size 2, got 1"),
         ({"start": 9}, "start must be at least 0 and at most steps 6, got 9"),
         ({"lengths": []}, "lengths must have one entry at least"),
+        ({"lengths": [12, 40]}, r"tokens of the prompt and of each response .* got lengths\[0\] = 12"),
+        ({"lengths": [(12, 40), (3,)]}, r"got lengths\[1\] = \(3,\)"),
+        ({"lengths": [(12, 4.5)]}, r"got lengths\[0\] = \(12, 4.5\)"),
     ],
 )
 def test_sampler_names_what_is_wrong(wrong: dict[str, object], message: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from spo_kernels.arguments import check_choice
 from spo_kernels.head import inner_model
 from spo_kernels.integrations.hidden import Result, Run, forward_to_head
 from spo_kernels.integrations.layout.rows import PairRow, lay_row
@@ -174,8 +175,7 @@ def hidden_of_pairs(
 
 def check_layout(layout: str) -> None:
     """Raise ValueError unless it is one of LAYOUTS."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    check_choice("layout", layout, LAYOUTS)
 
 
 def _are_pairs(labels: Tensor, input_ids: Any, mask: Any) -> bool:

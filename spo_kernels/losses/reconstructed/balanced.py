@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_choice, check_in, check_positive
+from spo_kernels.arguments import check_choice, check_in, check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps
 from spo_kernels.losses.terms import clipped_ratio, log_ratios, logistic, per_token, scale_gradient
 
 _RATIOS = ("policy_ratio", "ratio_space")

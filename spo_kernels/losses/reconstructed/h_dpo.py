@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, PairLogps, check_positive
+from spo_kernels.arguments import check_positive
+from spo_kernels.losses.pairs import Coupling, PairLogps
 from spo_kernels.losses.terms import logistic
 
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from spo_kernels.arguments import check_choice, check_not_negative
 from spo_kernels.losses.composite import Composite, check_objective
 from spo_kernels.losses.dpo import DPO
-from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, check_choice, check_not_negative, coupling_of
+from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, coupling_of
 from spo_kernels.losses.terms import nll
 
 

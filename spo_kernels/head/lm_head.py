@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spo_kernels.gathered import ShardedHead, gathered, kept_rows
+from spo_kernels.arguments import check_flag, is_number
+from spo_kernels.head.gathered import ShardedHead, gathered, kept_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -78,6 +79,7 @@ class LMHead:
         cap = self.logit_softcap
         if cap is not None and not (_is_finite(cap) and cap >= _LEAST_SOFTCAP):
             raise ValueError(f"logit_softcap must be a number of at least {_LEAST_SOFTCAP:g} or None, got {cap!r}")
+        check_flag("accumulate", self.accumulate)
         if self.vocab_group is not None and self.shard_group is not None:
             raise ValueError("vocab_group and shard_group both say who has the rows: give one of them")
         for name in ("vocab_group", "shard_group", "sequence_group"):
@@ -155,12 +157,24 @@ class LoRA:
         b: `[V, r]`, floating.
         scale: α / r, or α / √r.
         dropout: What hidden states go through first; None for nothing.
+
+    Raises:
+        TypeError, ValueError: The scale is no finite number, or dropout cannot be called. Tensors are checked where
+            the head is used.
     """
 
     a: Tensor
     b: Tensor
     scale: float = 1.0
     dropout: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():  # the scale may be symbolic there
+            return
+        if not _is_finite(self.scale):
+            raise ValueError(f"scale must be a finite number, got {self.scale!r}")
+        if self.dropout is not None and not callable(self.dropout):
+            raise TypeError(f"dropout must be a function or module of hidden states, or None, got {self.dropout!r}")
 
     @property
     def drops(self) -> bool:
@@ -210,7 +224,7 @@ def _active_lora(
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return is_number(value) and abs(value) <= _LARGEST
 
 
 def inner_model(model: Any) -> Any:
