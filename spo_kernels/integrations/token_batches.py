@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +13,8 @@ import numpy as np
 from spo_kernels.arguments import check_choice, check_whole, is_whole
 
 COUNTED = ("padded", "packed", "shared")
+# Tokens of a forward on a CPU at most, where nobody says; more make nothing faster there, see docs/training-speed.md
+CPU_TOKENS = 2048
 # tokens of the prompt, then of each response
 Lengths = Sequence[int]
 
@@ -102,6 +104,12 @@ class TokenBudget:
             if process == rank:
                 mine.append(record)
         return [[mine[i] for i in forward] for forward in self.forwards([lengths[i] for i in mine])]
+
+
+def cpu_budget(layout: str, lengths: Iterable[Lengths]) -> TokenBudget:
+    """What a forward on a CPU holds where nobody says: CPU_TOKENS, or the longest record alone."""
+    cost = TokenBudget(CPU_TOKENS, layout).cost
+    return TokenBudget(max(CPU_TOKENS, *map(cost, lengths)), layout)
 
 
 class TokenBatchSampler:

@@ -22,11 +22,11 @@ from spo_kernels.extras.bilevel import bilevel_value
 from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.integrations.at_head import PairLoss, ResponseLogps, add_at_head
 from spo_kernels.integrations.layout import layout_of
-from spo_kernels.integrations.token_batches import TokenBudget
+from spo_kernels.integrations.token_batches import TokenBudget, cpu_budget
 from spo_kernels.integrations.trl_config import FusedDPOConfig, objective_of
-from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse, refuse_fsdp
+from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse, refuse_fsdp, why_not_split
 from spo_kernels.integrations.trl_metrics import Forward, batch_metrics
-from spo_kernels.integrations.trl_parts import parts_of
+from spo_kernels.integrations.trl_parts import lengths_of, parts_of
 from spo_kernels.integrations.trl_seam import check_dpo_trainer
 from spo_kernels.integrations.wrappers import Sealed
 from spo_kernels.losses.needs import needs_reference, value_normalization
@@ -97,6 +97,9 @@ class FusedDPOTrainer(DPOTrainer):
             raise ValueError("FusedDPOTrainer is for text; use DPOTrainer for data with images")
         if self._columns:
             self.data_collator = WithColumns(self.data_collator, self._columns, self.train_dataset)
+        # a router's loss is a statistic of a forward, and FSDP joins all processes in each
+        joined = self.aux_loss_enabled or getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        self._may_split = not joined and why_not_split(self.args, self._objective) is None
         add_at_head(self.model)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -142,12 +145,14 @@ class FusedDPOTrainer(DPOTrainer):
             yield
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's; with `tokens_per_batch`, in as many forwards and backwards as the batch needs."""
-        if self._tokens is None:
+        """TRL's; with `tokens_per_batch`, and on a CPU, in as many forwards and backwards as the batch needs."""
+        if self._tokens is None and not (self._may_split and inputs["input_ids"].is_cpu):
             return super().training_step(model, inputs, *args, **kwargs)
         further = sorted(set(self._model_inputs(inputs)) - {"input_ids", "attention_mask"})
         layout = layout_of(self.accelerator.unwrap_model(model), self._layout, further=further)
-        parts = parts_of(inputs, TokenBudget(self._tokens, layout))
+        tokens = self._tokens
+        budget = cpu_budget(layout, lengths_of(inputs)) if tokens is None else TokenBudget(tokens, layout)
+        parts = parts_of(inputs, budget)
         losses = []
         try:
             self._parts = len(parts)

@@ -67,21 +67,29 @@ def _check_tokens_per_batch(args: DPOConfig, objective: Objective) -> None:
     if tokens is None:
         return
     TokenBudget(tokens)
+    reason = why_not_split(args, objective)
+    if reason is not None:
+        raise ValueError(f"tokens_per_batch {reason}")
+
+
+def why_not_split(args: DPOConfig, objective: Objective) -> str | None:
+    """Why a batch cannot be computed in several forwards, each of some pairs; None where it can."""
     if coupling_of(objective) == "batch":
-        raise ValueError(
-            f"tokens_per_batch makes forwards of different numbers of pairs, and {objective!r} depends on which pairs "
-            "are in a forward together: leave one of them out"
+        return (
+            f"makes forwards of different numbers of pairs, and {objective!r} depends on which pairs are in a forward "
+            "together: leave one of them out"
         )
-    if args.spo_inner_steps:
-        raise ValueError(
-            "tokens_per_batch makes forwards of different numbers of pairs, and spo_inner_steps takes steps on the "
-            "pairs of a forward: leave one of them out"
+    if getattr(args, "spo_inner_steps", 0):
+        return (
+            "makes forwards of different numbers of pairs, and spo_inner_steps takes steps on the pairs of a forward: "
+            "leave one of them out"
         )
     if args.deepspeed_plugin is not None or args.fsdp or args.n_gpu > 1:
-        raise ValueError(
-            "tokens_per_batch leaves processes with different numbers of forwards, which FSDP, DeepSpeed and "
-            "DataParallel do not take; use DDP"
+        return (
+            "leaves processes with different numbers of forwards, which FSDP, DeepSpeed and DataParallel do not take; "
+            "use DDP"
         )
+    return None
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,20 @@ def parts_of(inputs: Mapping[str, Tensor], budget: TokenBudget) -> list[dict[str
     Raises:
         ValueError: A pair is longer than the budget.
     """
-    real, completion = inputs["attention_mask"], inputs["completion_mask"]
-    pairs = len(real) // 2
-    chosen, rejected = (completion * real).sum(-1).chunk(2)
-    prompts = real[:pairs].sum(-1) - chosen
     try:
-        groups = budget.forwards(torch.stack([prompts, chosen, rejected], 1).tolist())
+        groups = budget.forwards(lengths_of(inputs))
     except ValueError as error:
         raise ValueError(f"tokens_per_batch = {budget.tokens}: {error}; raise it, or lower max_length") from None
+    pairs = len(inputs["attention_mask"]) // 2
     return [_pairs(inputs, group, pairs) for group in groups] if len(groups) > 1 else [dict(inputs)]
+
+
+def lengths_of(inputs: Mapping[str, Tensor]) -> list[list[int]]:
+    """Of each pair the tokens of its prompt and of both responses."""
+    real, completion = inputs["attention_mask"], inputs["completion_mask"]
+    chosen, rejected = (completion * real).sum(-1).chunk(2)
+    prompts = real[: len(chosen)].sum(-1) - chosen
+    return torch.stack([prompts, chosen, rejected], 1).tolist()
 
 
 def _pairs(inputs: Mapping[str, Tensor], group: list[int], pairs: int) -> dict[str, Tensor]:

@@ -1,41 +1,16 @@
-"""How the records of an optimizer step are put in forwards, and become tensors."""
+"""Records of a forward as tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spo_kernels.data import Example
-from spo_kernels.integrations.token_batches import TokenBudget
 
 IGNORE_INDEX = -100
-
-
-def micro_batches(indices: Sequence[int], rank: int, world_size: int, batch_size: int) -> list[list[int]]:
-    """This process's share of a step, in forwards of `batch_size`."""
-    mine = list(indices[rank::world_size])
-    return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-
-
-@dataclass(frozen=True)
-class Forwards:
-    """Forwards of `batch_size` records, or of as many as a budget of tokens holds."""
-
-    batch_size: int
-    budget: TokenBudget | None = None
-
-    def of(
-        self, examples: Sequence[Example], indices: Sequence[int], rank: int = 0, world_size: int = 1
-    ) -> list[list[int]]:
-        """A process's share of some records."""
-        if self.budget is None:
-            return micro_batches(indices, rank, world_size, self.batch_size)
-        share = self.budget.share([examples[i].lengths for i in indices], rank, world_size)
-        return [[indices[i] for i in forward] for forward in share]
 
 
 def collate(examples: Iterable[Example], device: torch.device) -> tuple[Tensor, Tensor]:

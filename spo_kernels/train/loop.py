@@ -18,7 +18,7 @@ from tqdm import tqdm
 from spo_kernels.data import Example
 from spo_kernels.integrations.token_batches import step_indices
 from spo_kernels.losses.state import has_state
-from spo_kernels.train.batches import Forwards, collate
+from spo_kernels.train.batches import collate
 from spo_kernels.train.checkpoint import (
     Checkpoint,
     capture_rng,
@@ -30,6 +30,7 @@ from spo_kernels.train.checkpoint import (
 )
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
+from spo_kernels.train.forwards import Forwards
 from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.metrics import MetricsLog, Window, peak_memory_mib
 from spo_kernels.train.mismatched import MISMATCHED, MismatchedPairs

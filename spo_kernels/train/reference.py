@@ -23,8 +23,9 @@ from spo_kernels import LMHead
 from spo_kernels.data import Example
 from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.integrations.at_head import ResponseLogps
-from spo_kernels.train.batches import IGNORE_INDEX, Forwards, collate
+from spo_kernels.train.batches import IGNORE_INDEX, collate
 from spo_kernels.train.files import whole, writing
+from spo_kernels.train.forwards import Forwards
 from spo_kernels.train.together import together
 from spo_kernels.train.token_logps import TokenPlaces
 

@@ -23,18 +23,16 @@ from transformers.utils.logging import disable_progress_bar
 import spo_kernels
 from spo_kernels import LMHead, backend_info
 from spo_kernels.data import Example
-from spo_kernels.integrations.layout import layout_of
 from spo_kernels.integrations.preference_model import ADAPTERS_OFF
-from spo_kernels.integrations.token_batches import TokenBudget
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
 from spo_kernels.losses.pairs import token_subsets_of
-from spo_kernels.train.batches import Forwards
 from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity
 from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
 from spo_kernels.train.data import check_model_name, dated, load_examples
 from spo_kernels.train.errors import StorageError, TrainError
 from spo_kernels.train.files import whole
+from spo_kernels.train.forwards import Forwards, forwards_of, layout_of_all, may_split
 from spo_kernels.train.inner import InnerSteps, build_inner
 from spo_kernels.train.loop import Split, Trainer
 from spo_kernels.train.mismatched import MismatchedExamples, MismatchedPairs
@@ -138,7 +136,10 @@ def _prepare(
         # DDP's hooks would miss what is added to a gradient, and autocast casts the weight
         kernels["accumulate"] = accelerator.num_processes == 1 and accelerator.mixed_precision == "no"
         policy = Policy(model, objective, reference, config.ld_alpha, config.backward, config.layout, **kernels)
-    forwards = _forwards(config, [model, *([reference] if isinstance(reference, nn.Module) else [])], *examples)
+    models = [model, *([reference] if isinstance(reference, nn.Module) else [])]
+    forwards = forwards_of(config, models, examples)
+    if may_split(config, objective, model, accelerator):
+        forwards = forwards.on_a_cpu(layout_of_all(config, models), examples)
     if accelerator.distributed_type == SHARDED:
         if isinstance(reference, nn.Module):
             shard(reference, accelerator.state.fsdp_plugin)
@@ -223,21 +224,6 @@ def _check_resumed(
         )
 
 
-def _forwards(config: TrainConfig, models: Sequence[nn.Module], *examples: Sequence[Example]) -> Forwards:
-    """How the models, policy or reference or both, are given records."""
-    if config.tokens_per_batch is None:
-        return Forwards(config.batch_size)
-    layouts = ["padded"] if config.stage == "sft" else [layout_of(model, config.layout) for model in models]
-    budget = TokenBudget(config.tokens_per_batch, "padded" if "padded" in layouts else layouts[0])
-    longest = max(budget.cost(example.lengths) for part in examples for example in part)
-    if longest > budget.tokens:
-        raise TrainError(
-            f"--tokens-per-batch {budget.tokens} does not hold the longest record, {longest} tokens ({budget.layout} "
-            "layout); raise it, or lower --max-length"
-        )
-    return Forwards(config.batch_size, budget)
-
-
 def _references(
     config: TrainConfig,
     objective: Objective | None,
@@ -270,7 +256,7 @@ def _references(
             folder,
             warn,
             content,
-            _forwards(config, [other], part),
+            forwards_of(config, [other], [part]),
             config.quiet,
             ld_alpha,
             of_tokens,

@@ -15,7 +15,7 @@ from torch.distributed.utils import _apply_to_tensors
 from trl import DPOConfig, DPOTrainer, TrlParser
 
 from spo_kernels.extras.bilevel import bilevel_value
-from spo_kernels.integrations import trl
+from spo_kernels.integrations import token_batches, trl
 from spo_kernels.integrations.at_head import PairLoss
 from spo_kernels.integrations.transformers import FusedPreferenceModel
 from spo_kernels.integrations.trl_seam import check_dpo_trainer
@@ -146,20 +146,44 @@ def test_statistics_are_saved_and_a_run_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize(("layout", "tokens"), [("auto", 26), ("packed", 40), ("padded", 50)])
-def test_a_budget_of_tokens_leaves_gradient_and_metrics_as_they_are(tmp_path, layout, tokens):
-    """Forwards of one, two or three pairs of four; the reference's as well, columns of the data beside them."""
+@pytest.mark.parametrize(
+    ("layout", "tokens", "asked"), [("auto", 26, True), ("packed", 40, True), ("padded", 50, True), ("auto", 26, False)]
+)
+def test_a_budget_of_tokens_leaves_gradient_and_metrics_as_they_are(tmp_path, monkeypatch, layout, tokens, asked):
+    """Forwards of one, two or three pairs of four; the reference's as well, columns of the data beside them.
+
+    A CPU has a budget where none was asked for, which may be less than a pair's tokens.
+    """
     data = dataset("pairs").add_column("offset", [0.25 * i for i in range(16)])
     settings = {"library": trl, "data": data, "objective": "odpo", "layout": layout, "steps": 3}
     whole = Run("FusedDPO", "llama", tmp_path, **settings)
-    split = Run("FusedDPO", "llama", tmp_path, tokens_per_batch=tokens, **settings)
+    if not asked:
+        monkeypatch.setattr(token_batches, "CPU_TOKENS", tokens)
+    split = Run("FusedDPO", "llama", tmp_path, **settings, **({"tokens_per_batch": tokens} if asked else {}))
     assert len(whole.losses) == 3 and len(split.losses) > 3
     shares = [loss / sum(split.losses) for loss in split.losses]
     assert max(shares) > 1.2 * min(shares)
     split.losses = whole.losses
     assert_same(split, whole)
+    if not asked:
+        return
     with pytest.raises(ValueError, match=r"tokens_per_batch = 3: a forward of 3 tokens does not hold the longest"):
         Run("FusedDPO", "llama", tmp_path, tokens_per_batch=3, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"objective": "bco"}),
+        ("llama", {"objective": "spo", "objective_args": HINGE, "spo_inner_steps": 1, "spo_inner_lr": 0.1}),
+        ("mixtral", {}),
+    ],
+    ids=["coupled", "inner-steps", "router"],
+)
+def test_what_depends_on_a_forward_is_not_split_on_a_cpu(tmp_path, monkeypatch, kind, settings):
+    monkeypatch.setattr(token_batches, "CPU_TOKENS", 1)
+    run = Run("FusedDPO", kind, tmp_path, library=trl, steps=2, **settings)
+    assert len(run.losses) == 2
 
 
 def test_evaluation_reports_trl_s_metrics(tmp_path):

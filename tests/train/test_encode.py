@@ -8,8 +8,9 @@ import torch
 from spo_kernels.data import DataError, Encoding, Example, Examples, as_records, encode
 from spo_kernels.data.tokens import Tokens
 from spo_kernels.integrations.token_batches import step_indices
-from spo_kernels.train.batches import IGNORE_INDEX, collate, micro_batches
+from spo_kernels.train.batches import IGNORE_INDEX, collate
 from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.forwards import micro_batches
 
 from .conftest import build_metaspace, build_tokenizer, pair, scored_ids
 

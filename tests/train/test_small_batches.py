@@ -9,7 +9,8 @@ import torch
 from spo_kernels.integrations.token_batches import step_indices
 from spo_kernels.losses import LOSSES, build_loss
 from spo_kernels.losses.state import has_state
-from spo_kernels.train.batches import IGNORE_INDEX, micro_batches
+from spo_kernels.train.batches import IGNORE_INDEX
+from spo_kernels.train.forwards import micro_batches
 from spo_kernels.train.policy import Policy
 
 from .conftest import Train, read_metrics, read_weights

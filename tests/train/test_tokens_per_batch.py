@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from spo_kernels.integrations import token_batches
 from spo_kernels.integrations.token_batches import TokenBatchSampler, TokenBudget
 from spo_kernels.train.policy import Policy, SFTPolicy
 
@@ -136,3 +138,42 @@ def test_equals_one_big_batch(
 )
 def test_what_does_not_go_together(fails: Fails, options: tuple[object, ...], message: str) -> None:
     assert message in fails(*options)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        (("--loss", "dpo"), 3),
+        (("--loss", "bco"), 6),  # whose loss is of all pairs of a forward
+        (("--loss", "spo", "--spo-penalty", "hinge", "--spo-inner-steps", 1, "--spo-inner-lr", 0.1), 6),
+    ],
+    ids=["split", "coupled", "inner-steps"],
+)
+def test_a_cpu_splits_large_forwards_and_joins_none(
+    train: Train,
+    tmp_path: Path,
+    pairs_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[object, ...],
+    most: int,
+) -> None:
+    """Where no budget is given: gradient and metrics of the whole; no forward has more pairs than was asked for."""
+    forward, seen = Policy.forward, []
+
+    def counted(self: Policy, input_ids: object, labels: object, *rest: object, **more: object) -> object:
+        if self.training and torch.is_grad_enabled():
+            seen.append(len(labels) // 2)  # type: ignore[arg-type]
+        return forward(self, input_ids, labels, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Policy, "forward", counted)
+    given = (*STEPS, *options, "--batch-size", 6, "--grad-accum", 2)
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    assert train(*given, dataset=pairs_file, output_dir=whole) == 0
+    assert seen == [6] * 6
+    seen.clear()
+    monkeypatch.setattr(token_batches, "CPU_TOKENS", 1)
+    assert train(*given, dataset=pairs_file, output_dir=split) == 0
+    assert sum(seen) == 36 and max(seen) <= most and (len(seen) > 6) == (most < 6), seen
+    for a, b in zip(read_metrics(whole), read_metrics(split), strict=True):
+        assert a.keys() == b.keys() and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-4)
