@@ -38,11 +38,11 @@ def check_in(name: str, value: object, interval: str) -> None:
 
 
 def check_whole(name: str, value: object, least: int) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `least`, and fits 64 bits."""
+    """Raise ValueError unless `value` is a whole number of at least `least` and below 2**63."""
     if not is_whole(value) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if value >= 2**63:
-        raise ValueError(f"{name} must fit 64 bits, got {value}")
+        raise ValueError(f"{name} must be a whole number below 2**63, got {value}")
 
 
 def check_flag(name: str, value: object) -> None:

@@ -7,10 +7,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 
 import numpy as np
 
-from spo_kernels.arguments import check_choice, check_whole, is_whole
+from spo_kernels.arguments import check_choice, check_whole
 
 COUNTED = ("padded", "packed", "shared")
 # Tokens of a forward on a CPU at most, where nobody says; more make nothing faster there, see docs/training-speed.md
@@ -112,6 +113,15 @@ def cpu_budget(layout: str, lengths: Iterable[Lengths]) -> TokenBudget:
     return TokenBudget(max(CPU_TOKENS, *map(cost, lengths)), layout)
 
 
+def _are_lengths(value: object) -> bool:
+    """Whether they are a prompt's and at least one response's; NumPy's numbers, which are no ints, are taken too."""
+    try:
+        counts = [index(n) for n in value]  # type: ignore[attr-defined]
+    except TypeError:
+        return False
+    return len(counts) >= 2 and min(counts) >= 0
+
+
 class TokenBatchSampler:
     """Batches of pairs with a budget of tokens each, for a loop of one's own: `DataLoader(batch_sampler=...)`.
 
@@ -163,7 +173,7 @@ class TokenBatchSampler:
         if not len(lengths):
             raise ValueError("lengths must have one entry at least, got none")
         for i, each in enumerate(lengths):
-            if not isinstance(each, Sequence) or len(each) < 2 or not all(is_whole(n) and n >= 0 for n in each):
+            if not _are_lengths(each):
                 raise ValueError(
                     f"lengths must have the tokens of the prompt and of each response for every record, such as "
                     f"(12, 40, 38); got lengths[{i}] = {each!r}"

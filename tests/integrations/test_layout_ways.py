@@ -114,7 +114,7 @@ def test_a_forward_that_is_given_more_stays_padded() -> None:
     positions = torch.arange(batch["labels"].shape[1])[None]
     with pytest.warns(UserWarning, match="its forward is given position_ids"):
         assert lay_pairs(model, **batch, position_ids=positions).row is None
-    with pytest.raises(ValueError, match="layout must be one of auto, padded, packed, shared, got 'packd'"):
+    with pytest.raises(ValueError, match="layout must be one of 'auto', 'padded', 'packed', 'shared', got 'packd'"):
         FusedPreferenceModel(model, layout="packd")
 
 

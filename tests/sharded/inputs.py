@@ -136,7 +136,7 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, fl
     (whose last bit alone is 5e-7). What a sparse backward keeps is not compared: blocks differ.
     """
     assert found.keys() == expected.keys(), (found.keys(), expected.keys())
-    errors, sums = {}, expected.get("pair_logps", torch.zeros(1))
+    errors, minuends = {}, expected.get("reward minuends", torch.zeros(1))
     for name, ours in found.items():
         if name.startswith("sparsity/"):
             continue
@@ -146,7 +146,7 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, fl
         scale = float(theirs.nan_to_num().abs().max())
         if name.startswith("rewards/"):
             rewards = (value for key, value in expected.items() if key.startswith("rewards/") and value.numel())
-            scale = max(scale, 0.1 * float(torch.nn.functional.pad(sums, (0, 1)).abs().max()))
+            scale = max(scale, float(torch.nn.functional.pad(minuends, (0, 1)).abs().max()))
             if name == "rewards/margins":
                 scale = max(scale, *(float(value.nan_to_num().abs().max()) for value in rewards))
         elif name.startswith("logits/") or name in ("mean_logit", "kl"):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spo_kernels import LMHead, fused_spo_loss, linear_kl, linear_logprob, linear_token_loss, sequence_logps
+from spo_kernels.losses.registry import resolve_objective
 from tests.sharded.inputs import Inputs, alone, parts, token_part, worst
 
 # heads of policy and reference
@@ -32,11 +33,12 @@ def pair_loss(loss: Any = "dpo", *, frozen: bool = False, weighted: bool = False
             head.weight.requires_grad_(False)
         # of an objective that draws, the first process's draws count
         torch.manual_seed(0 if head.vocab_group is None else dist.get_rank(head.vocab_group))
+        objective = resolve_objective(loss() if callable(loss) else loss)
         found, metrics = fused_spo_loss(
             hidden,
             head,
             inputs.labels,
-            loss=loss() if callable(loss) else loss,
+            loss=objective,
             ref_hidden=inputs.ref_hidden,
             ref_head=ref_head,
             cu_seqlens=inputs.cu_seqlens,
@@ -45,7 +47,8 @@ def pair_loss(loss: Any = "dpo", *, frozen: bool = False, weighted: bool = False
         )
         if found.requires_grad:
             found.sum().backward()
-        return {"loss": found.detach(), **metrics, **gradients(hidden, head)}
+        minuends = {"reward minuends": getattr(objective, "beta", 1.0) * metrics["pair_logps"]}
+        return {"loss": found.detach(), **metrics, **minuends, **gradients(hidden, head)}
 
     return run
 

@@ -50,6 +50,8 @@ def test_sampler_goes_on_where_it_stopped() -> None:
     steps = list(sampler().by_step())
     assert len(steps) == 6 and all(len({i for batch in batches for i in batch}) == 12 for batches in steps)
     assert list(sampler()) == [batch for batches in steps for batch in batches]
+    of_numpy = TokenBatchSampler(np.array(LENGTHS), 200, pairs_per_step=12, steps=6, seed=3)  # type: ignore[arg-type]
+    assert list(of_numpy.by_step()) == steps
     assert list(sampler(start=4).by_step()) == steps[4:] != steps[:2]
     assert list(sampler(seed=4).by_step()) != steps
     both = [list(sampler(rank=rank, world_size=2).by_step()) for rank in range(2)]
