@@ -2,16 +2,11 @@
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-import spo_kernels
 
 tf = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -28,6 +23,7 @@ from spo_kernels.integrations.transformers import (  # noqa: E402
 from tests.integrations.ddp_ranks import RECORDS, train  # noqa: E402
 from tests.integrations.ddp_ranks import batch_of as with_sums  # noqa: E402
 from tests.integrations.test_transformers import PAIRS, REFERENCE, batch_of, build, full_logits, lora  # noqa: E402
+from tests.processes import Forked, exit_codes, run_module, torchrun  # noqa: E402
 
 WITH_SUMS = [
     {**pair, "ref_chosen_logps": float(REFERENCE[i]), "ref_rejected_logps": float(REFERENCE[3 + i])}
@@ -83,13 +79,10 @@ def test_trainer_accumulates_the_mean(tmp_path: Path) -> None:
 
 def test_two_ranks_under_ddp(tmp_path: Path) -> None:
     """Both end with the same bits, and with what one process makes of all pairs."""
-    root = str(Path(spo_kernels.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = os.pathsep.join([root, str(Path(root) / "tests"), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
-    command += ["--nproc_per_node", "2", "-m", "tests.integrations.ddp_ranks", str(tmp_path)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
+    processes = [
+        Forked(tmp_path, run_module, "tests.integrations.ddp_ranks", tmp_path, **variables) for variables in torchrun(2)
+    ]
+    assert exit_codes(processes, 150) == [0, 0], [process.written for process in processes]
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     model = build("tied")
     expected = full_logits(model, PairCollator(0)(RECORDS)).detach().view(2, 4).T

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.processes import Forked, exit_codes, run_module, torchrun
+
 from .conftest import ENVIRONMENT, Fails, Train, assert_close_weights, assert_same_weights, read_metrics, read_weights
 from .ranks import WATCHDOG
 
@@ -121,8 +123,14 @@ def test_killed_and_resumed(two: tuple[Path, str], job: Any) -> None:
     assert "spo-train: error: another process of this run has ended or cannot be reached; the same command with" in said
     assert not (folder / "dpo-again" / "model.safetensors").exists()
     assert read_metrics(folder / "dpo-again")[-1]["step"] == 5
-    done = launch(folder, [job("dpo", folder / "dpo-again", "--resume")])
-    assert done.returncode == 0, done.stderr
+    (folder / "again.json").write_text(json.dumps([job("dpo", folder / "dpo-again", "--resume")]))
+    # as accelerate's launcher says it, which takes longer than the run
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    again = [
+        Forked(folder, run_module, "tests.train.ranks", folder / "again.json", **variables, **fsdp)
+        for variables in torchrun(2)
+    ]
+    assert exit_codes(again, WATCHDOG + 60) == [0, 0], [process.written for process in again]
     assert_same_weights(folder / "dpo", folder / "dpo-again")
     assert len(read_metrics(folder / "dpo")) == len(read_metrics(folder / "dpo-again"))
 
