@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from accelerate import Accelerator
 from torch import nn
 
 from spo_kernels.data import Example
 from spo_kernels.integrations.layout import layout_of
-from spo_kernels.integrations.token_batches import Lengths, TokenBudget, cpu_budget
+from spo_kernels.integrations.token_batches import TokenBudget, cpu_budget
 from spo_kernels.losses import Objective
 from spo_kernels.losses.pairs import coupling_of
 from spo_kernels.train.config import TrainConfig
@@ -49,10 +49,6 @@ class Forwards:
         share = self.budget.share([examples[i].lengths for i in indices], rank, world_size)
         return [[indices[i] for i in forward] for forward in share]
 
-    def on_a_cpu(self, layout: str, examples: Iterable[Sequence[Example]]) -> Forwards:
-        """The same, where forwards of `batch_size` records would be larger than a CPU is faster with."""
-        return replace(self, most=cpu_budget(layout, lengths_of(examples)))
-
     def _parts(self, examples: Sequence[Example], indices: Sequence[int]) -> list[list[int]]:
         if self.most is None:
             return [list(indices)]
@@ -60,16 +56,27 @@ class Forwards:
         return [[indices[i] for i in part] for part in found]
 
 
-def forwards_of(config: TrainConfig, models: Sequence[nn.Module], examples: Iterable[Sequence[Example]]) -> Forwards:
-    """How the models, policy or reference or both, are given records.
+def forwards_of(
+    config: TrainConfig,
+    models: Sequence[nn.Module],
+    examples: Iterable[Sequence[Example]],
+    *,
+    split: bool = False,
+) -> Forwards:
+    """How the models, policy or reference or both, are given records; `split`: see `may_split`.
 
     Raises:
         TrainError: A record is longer than the budget.
     """
-    if config.tokens_per_batch is None:
+    if config.tokens_per_batch is None and not split:
         return Forwards(config.batch_size)
-    budget = TokenBudget(config.tokens_per_batch, layout_of_all(config, models))
-    longest = max(map(budget.cost, lengths_of(examples)))
+    lengths = [example.lengths for part in examples for example in part]
+    layouts = ["padded"] if config.stage == "sft" else [layout_of(model, config.layout) for model in models]
+    layout = "padded" if "padded" in layouts else layouts[0]
+    if config.tokens_per_batch is None:
+        return Forwards(config.batch_size, most=cpu_budget(layout, lengths))
+    budget = TokenBudget(config.tokens_per_batch, layout)
+    longest = max(map(budget.cost, lengths))
     if longest > budget.tokens:
         raise TrainError(
             f"--tokens-per-batch {budget.tokens} does not hold the longest record, {longest} tokens ({budget.layout} "
@@ -83,14 +90,3 @@ def may_split(config: TrainConfig, objective: Objective | None, model: nn.Module
     together = accelerator.distributed_type == SHARDED or config.spo_inner_steps > 0
     coupled = objective is not None and coupling_of(objective) == "batch"
     return accelerator.device.type == "cpu" and not (together or coupled or router_loss(model) is not None)
-
-
-def layout_of_all(config: TrainConfig, models: Sequence[nn.Module]) -> str:
-    """How tokens of forwards that all models take are counted."""
-    layouts = ["padded"] if config.stage == "sft" else [layout_of(model, config.layout) for model in models]
-    return "padded" if "padded" in layouts else layouts[0]
-
-
-def lengths_of(examples: Iterable[Sequence[Example]]) -> Iterator[Lengths]:
-    """Of each record the tokens of its prompt and of its responses."""
-    return (example.lengths for part in examples for example in part)

@@ -32,7 +32,7 @@ from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
 from spo_kernels.train.data import check_model_name, dated, load_examples
 from spo_kernels.train.errors import StorageError, TrainError
 from spo_kernels.train.files import whole
-from spo_kernels.train.forwards import Forwards, forwards_of, layout_of_all, may_split
+from spo_kernels.train.forwards import Forwards, forwards_of, may_split
 from spo_kernels.train.inner import InnerSteps, build_inner
 from spo_kernels.train.loop import Split, Trainer
 from spo_kernels.train.mismatched import MismatchedExamples, MismatchedPairs
@@ -137,9 +137,7 @@ def _prepare(
         kernels["accumulate"] = accelerator.num_processes == 1 and accelerator.mixed_precision == "no"
         policy = Policy(model, objective, reference, config.ld_alpha, config.backward, config.layout, **kernels)
     models = [model, *([reference] if isinstance(reference, nn.Module) else [])]
-    forwards = forwards_of(config, models, examples)
-    if may_split(config, objective, model, accelerator):
-        forwards = forwards.on_a_cpu(layout_of_all(config, models), examples)
+    forwards = forwards_of(config, models, examples, split=may_split(config, objective, model, accelerator))
     if accelerator.distributed_type == SHARDED:
         if isinstance(reference, nn.Module):
             shard(reference, accelerator.state.fsdp_plugin)
