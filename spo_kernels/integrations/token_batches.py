@@ -14,7 +14,7 @@ import numpy as np
 from spo_kernels.arguments import check_choice, check_whole
 
 COUNTED = ("padded", "packed", "shared")
-# Tokens of a forward on a CPU at most, where nobody says; more make nothing faster there, see docs/training-speed.md
+# tokens of a forward on a CPU at most, where nobody says: times and bytes with more are in docs/training-speed.md
 CPU_TOKENS = 2048
 # tokens of the prompt, then of each response
 Lengths = Sequence[int]
