@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from spo_kernels.backends.contract import Scalar
 from spo_kernels.backends.products import HALF_DTYPES
-from spo_kernels.engine import checks
+from spo_kernels.engine import checks, inputs
 
 DEVICE = torch.device("cuda:0")
 # the size of their result depends on values
@@ -184,6 +184,8 @@ def _factory(function):
 
 def pretend_a_gpu(monkeypatch) -> Gpu:
     """As if there were a GPU; what it is asked for."""
+    # of another type than a plain tensor on a GPU is
+    monkeypatch.setattr(inputs, "why_not_accumulate", lambda weight: None)
     unreadable = checks._unreadable
     monkeypatch.setattr(checks, "_unreadable", lambda t: None if isinstance(t, CudaLike) else unreadable(t))
     properties = SimpleNamespace(total_memory=80 << 30)

@@ -18,12 +18,14 @@ def inputs(place, dtype, trained=True):
     return values
 
 
-def _loss(loss=None, trained=True, shift=False, weights=False, **options):
+def _loss(loss=None, trained=True, shift=False, weights=False, onto=False, **options):
     def call(place, dtype, backend):
         hidden, weight, bias, labels = inputs(place, dtype, trained)
+        if onto:
+            weight.grad = place(torch.ones(weight.shape, dtype=dtype))
         if weights:
             options["token_weights"] = place(torch.linspace(0, 2, labels.numel()).view(labels.shape))
-        head = LMHead(weight, bias, logit_softcap=3.0)
+        head = LMHead(weight, bias, logit_softcap=3.0, accumulate=onto)
         reference = place(torch.linspace(-30, -20, 2 * PAIRS))
         given = {"loss": loss or DPO(beta=0.5), "ref_logps": reference, "shift": shift, "backend": backend}
         value, metrics = fused_spo_loss(hidden, head, labels, **given, **options)
@@ -70,6 +72,8 @@ CALLS = {
     "packed, spo, shifted": (_loss(SPO(DPO()), path="packed", shift=True), LENGTHS),
     "packed, metrics": (_loss(path="packed", token_metrics=True, pair_logps=True), LENGTHS),
     "packed, weights": (_loss(path="packed", weights=True), LENGTHS),
+    "packed, onto a gradient": (_loss(path="packed", onto=True), LENGTHS),
+    "two passes, onto a gradient": (_loss(path="two_pass", onto=True), LENGTHS),
     "factorised": (_loss(path="factorised", workspace_bytes=40_000), LENGTHS),
     "factorised, both sides, shifted": (_loss(SPO(IPO()), path="factorised", shift=True, weights=True), LENGTHS),
     "two passes": (_loss(path="two_pass", token_metrics=True), LENGTHS),

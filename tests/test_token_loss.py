@@ -99,21 +99,33 @@ def test_three_products(monkeypatch, grouped):
     assert meter.flops / one == 4.0
 
 
-@pytest.mark.parametrize(
-    "case", ["frozen", "float16", "a small workspace", "no gradient", "accumulate=True", "nothing counts"]
-)
+@pytest.mark.parametrize("workspace", [None, 40_000], ids=["three products", "two passes"])
+def test_a_head_that_adds_to_its_gradient(workspace):
+    given, labels = leaves(torch.float32, bias=False)
+    hidden, weight = given
+    options = {"backend": "torch", "workspace_bytes": workspace}
+    expected = torch.autograd.grad(1.7 * linear_token_loss(*given, labels, grpo(labels), **options)[0], given)
+    weight.grad = torch.ones_like(weight)
+    kept = weight.grad.data_ptr()
+    one = 2 * int((labels != -100).sum()) * VOCAB * HIDDEN
+    with TensorMeter() as meter:
+        loss, _ = linear_token_loss(hidden, LMHead(weight, accumulate=True), labels, grpo(labels), **options)
+        (1.7 * loss).backward()
+    assert meter.flops / one == (3.0 if workspace is None else 4.0)
+    assert weight.grad.data_ptr() == kept
+    torch.testing.assert_close((hidden.grad, weight.grad - 1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["frozen", "float16", "a small workspace", "no gradient", "nothing counts"])
 def test_elsewhere_the_expression_itself(case):
     dtype = torch.float16 if case == "float16" else torch.float32
     given, labels = leaves(dtype, bias=False)
     options = {"workspace_bytes": 40_000} if case == "a small workspace" else {}
     given[1].requires_grad_(case != "frozen")
-    if case == "accumulate=True":
-        given[1].grad = torch.ones_like(given[1])
     if case == "nothing counts":
         labels.fill_(-100)
-    head = LMHead(given[1], accumulate=case == "accumulate=True")
     with torch.set_grad_enabled(case != "no gradient"):
-        loss, logp = linear_token_loss(given[0], head, labels, grpo(labels), **options)
+        loss, logp = linear_token_loss(*given, labels, grpo(labels), **options)
     assert not logp.requires_grad
     if case == "no gradient":
         assert not loss.requires_grad

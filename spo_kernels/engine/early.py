@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +20,21 @@ from spo_kernels.engine.tokens import TokenRows
 
 def why_not_early(model: ModelInputs) -> str | None:
     """Why gradients cannot be made early, or None where they can."""
-    if model.adds_to_grad:
-        return "a head with accumulate=True adds to weight.grad in the backward"
     if model.streams:
         return "rows of a head with a shard_group pass by in slices"
     if model.hidden.dtype == torch.float16:
         # a scaled loss is what brings them into it, and it comes after the forward
         return "unscaled gradients may lie below float16's range"
     return None
+
+
+class Made(NamedTuple):
+    """What `EarlyWork.make` gives beside gradients."""
+
+    losses: Tensor
+    logps: Tensor
+    # where it was given no `HeadGradient`: writes it, multiplied; called once at most
+    finish_head: Callable[[HeadGradient, Tensor | None], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,9 @@ class EarlyWork:
     wide: torch.dtype
     tokens: TokenRows
     scale: float  # by which the sum of the losses is multiplied
-    # writes gradients of hidden ([rows, H], zero where no token counts) and of the head; gives losses and log-probs
-    make: Callable[[HeadGradient, Tensor | None], tuple[Tensor, Tensor]]
+    # writes gradients of the head, and of hidden ([rows, H], zero where no token counts)
+    make: Callable[[HeadGradient | None, Tensor | None], Made]
+    adds_to_grad: bool  # the head's gradient is left to the backward, which adds it to the one that exists
 
     def run(self, model: ModelInputs) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, differentiable once, and what `make` gives, without gradient."""
@@ -50,7 +59,10 @@ class EarlyWork:
 
 
 class EarlyGradients(torch.autograd.Function):
-    """Loss and gradients together in the forward; the backward multiplies by the upstream gradient."""
+    """Loss and gradients together in the forward; the backward multiplies by the upstream gradient.
+
+    Where the head's is added to a gradient that exists, it is the backward that makes it, of the tile that is kept.
+    """
 
     @staticmethod
     def forward(
@@ -63,14 +75,17 @@ class EarlyGradients(torch.autograd.Function):
             # unscaled gradients wait in it
             allocate = torch.empty_like if work.tokens.fills else torch.zeros_like
             grad_hidden = allocate(rows, memory_format=torch.contiguous_format)
-        head_out = work.head.gradient(work.wide, weight=need_weight, bias=need_bias)
+        head_out = None
+        if work.adds_to_grad:
+            ctx.save_for_backward(hidden, weight)
+        else:
+            head_out = work.head.gradient(work.wide, weight=need_weight, bias=need_bias)
         with without_autocast(hidden.device):
-            losses, logps = work.make(head_out, grad_hidden)
-        ctx.gradients = (
-            None if grad_hidden is None else grad_hidden.view(hidden.shape),
-            head_out.weight,
-            head_out.bias,
+            losses, logps, finish_head = work.make(head_out, grad_hidden)
+        room = (
+            None if finish_head is None else partial(work.head.gradient, work.wide, weight=need_weight, bias=need_bias)
         )
+        ctx.gradients = None if grad_hidden is None else grad_hidden.view(hidden.shape), head_out, finish_head, room
         ctx.weight_dtype, ctx.work = weight.dtype, (work.name, work.again, work.wide, work.backend)
         ctx.mark_non_differentiable(losses, logps)
         return losses.sum() * work.scale, losses, logps
@@ -86,15 +101,26 @@ class EarlyGradients(torch.autograd.Function):
                 f"{name}: the gradients of a loss computed in three products are given out once; "
                 f"to go backward through it again, {again}"
             )
-        hidden, weight, bias = ctx.gradients
+        hidden, head_out, finish_head, room = ctx.gradients
         # held here they would be copied, not taken over, by the parameter's .grad
         ctx.gradients = None
         # a loss's own backward sends 1: a CPU looks, a GPU's kernel passes by the rows whose factor it is
-        if not upstream.is_cpu or upstream.item() != 1.0:
-            for grad in (hidden, weight):
-                if grad is not None:
-                    rows = grad.view(grad.shape[:-1].numel(), grad.shape[-1])
-                    backend.scale_rows(rows, upstream.to(wide).expand(len(rows)).contiguous())
-            if bias is not None:
-                bias.mul_(upstream)
-        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), None
+        factor = None if upstream.is_cpu and upstream.item() == 1.0 else upstream.to(wide)
+        if finish_head is None:
+            _scale_(backend, factor, hidden, head_out.weight)
+            if factor is not None and head_out.bias is not None:
+                head_out.bias.mul_(factor)
+        else:
+            _scale_(backend, factor, hidden)
+            head_out = room(onto=ctx.saved_tensors[1].grad)
+            finish_head(head_out, factor)
+        weight = None if head_out.adds else head_out.weight
+        return hidden, weight, None if head_out.bias is None else head_out.bias.to(ctx.weight_dtype), None
+
+
+def _scale_(backend: Backend, factor: Tensor | None, *gradients: Tensor | None) -> None:
+    """Multiply by a 0-d tensor, where there is one."""
+    for grad in gradients:
+        if grad is not None and factor is not None:
+            rows = grad.view(grad.shape[:-1].numel(), grad.shape[-1])
+            backend.scale_rows(rows, factor.expand(len(rows)).contiguous())

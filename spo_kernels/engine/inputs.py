@@ -74,8 +74,9 @@ class ModelInputs:
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias, base = (None if value is None else value.to(dtype) for value in (bias, base))
         accumulate = head.accumulate and head.weight.requires_grad and not head.lora
-        if accumulate:
-            _check_accumulates(weight_name, head.weight, cast=weight is not head.weight)
+        reason = why_not_accumulate(head.weight) if accumulate else None
+        if reason is not None:
+            raise ValueError(f"{weight_name}: accumulate=True cannot be used: {reason}")
         _check_sharded(f"{prefix}head", head, labels)
         shard: Shard | None = None
         if head.vocab_group is not None:
@@ -231,25 +232,21 @@ def _check_sharded(name: str, head: LMHead, labels: Tensor) -> None:
             )
 
 
-def _check_accumulates(name: str, weight: Tensor, *, cast: bool) -> None:
-    """Raise ValueError where something between the backward and the weight's .grad would be passed by."""
-    reason = None
+def why_not_accumulate(weight: Tensor) -> str | None:
+    """What between a backward and the weight's .grad would be passed by; None where nothing is."""
+    device = weight.device.type
     if not weight.is_leaf:
-        reason = "it is no leaf: its gradient goes on to what it was made of"
-    elif type(weight) not in (Tensor, torch.nn.Parameter):
-        reason = f"it is a {type(weight).__name__}, whose gradient is not a plain tensor"
-    elif cast:
-        reason = "autocast casts it"
-    elif (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        reason = "there are several processes, whose sum of gradients would miss it"
-    elif weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
-        reason = "a hook on it waits for its gradient"
-    if reason is not None:
-        raise ValueError(f"{name}: accumulate=True cannot be used: {reason}")
+        return "it is no leaf: its gradient goes on to what it was made of"
+    if type(weight) not in (Tensor, torch.nn.Parameter):
+        return f"it is a {type(weight).__name__}, whose gradient is not a plain tensor"
+    if torch.is_autocast_enabled(device) and weight.dtype not in (torch.float64, torch.get_autocast_dtype(device)):
+        return "autocast casts it"
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        return "there are several processes, whose sum of gradients would miss it"
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        return "a hook on it waits for its gradient"
+    return None
 
 
 def _check_dtypes(named: dict[str, Tensor]) -> None:

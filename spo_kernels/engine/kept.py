@@ -46,6 +46,7 @@ class KeptTiles:
         self._hidden, self._head, self._backend, self._moments = hidden, head, backend, moments
         self._wide = accumulator_dtype(hidden.dtype)
         self._slices = list(spans(head.vocab, columns))
+        self._left: tuple[Tensor, TokenRows] | None = None  # the tile, scaled, and its tokens
         # of the last run's tokens
         self.logit_sums = LogitSums(head, hidden.new_empty(0, dtype=self._wide), rows) if mean_logits else None
         kept = backend.products.tile_dtype(hidden)
@@ -58,14 +59,15 @@ class KeptTiles:
         self,
         tokens: TokenRows,
         coefficients: Coefficients,
-        head_out: HeadGradient,
+        head_out: HeadGradient | None,
         hidden_out: Tensor | None,
         *,
         accumulate: bool,
     ) -> TokenStats:
         """Statistics of the tokens, and `Σ coefficient * d logp` into `head_out` and `hidden_out`.
 
-        `head_out.weight` may be in the weight's own dtype where nothing is accumulated.
+        `head_out.weight` may be in the weight's own dtype where nothing is accumulated. None leaves it to
+        `finish_head`.
         """
         n, products, head = tokens.count, self._backend.products, self._head
         states = tokens.take(self._hidden, 0, n, products.operand_dtype(self._hidden))
@@ -76,7 +78,8 @@ class KeptTiles:
         share = (upstream / stats.sum).neg_()
         at_label = upstream * label_slope(stats, head.transform)
         total = None if hidden_out is None else states.new_empty(states.shape, dtype=self._wide)
-        weight_sum, single = SliceGradient(head_out, products, self._wide), len(self._slices) == 1
+        weight_sum = None if head_out is None else SliceGradient(head_out, products, self._wide)
+        single = len(self._slices) == 1
         factors = [share] if head.whole and single else share * (torch.stack(maxima) - stats.max).exp()
         # a CPU still has a slice in its cache; a GPU has less to launch where all slices are made ready together
         together = head.whole and (single or not kept.is_cpu)
@@ -93,13 +96,30 @@ class KeptTiles:
             if total is not None:
                 weight = head.rows(columns, states.dtype)
                 products.matmul(part, weight, out=total, accumulate=columns.start > 0)
-            weight_sum.begin(columns, states, n, fresh=not accumulate)
-            weight_sum.add(part, states)
-            weight_sum.finish()
+            if weight_sum is not None:
+                weight_sum.begin(columns, states, n, fresh=not accumulate)
+                weight_sum.add(part, states)
+                weight_sum.finish()
+        if head_out is None:
+            self._left = kept, tokens
         del states  # its bytes are those of the rounded copy that `put` makes
         if hidden_out is not None and total is not None:
             tokens.put(hidden_out, 0, n, head.sum_(total))
         return stats
+
+    def finish_head(self, head_out: HeadGradient, factor: Tensor | None) -> None:
+        """The head's gradient that the last run left, times `factor`, into `head_out`; once."""
+        assert self._left is not None
+        (kept, tokens), self._left = self._left, None
+        products = self._backend.products
+        states = tokens.take(self._hidden, 0, tokens.count, products.operand_dtype(self._hidden))
+        weight_sum = SliceGradient(head_out, products, self._wide)
+        if factor is not None and head_out.adds and head_out.weight is not None and head_out.weight.dtype == self._wide:
+            states = states * factor  # what lies in the gradient already is not to be multiplied
+        for columns in self._slices:
+            weight_sum.begin(columns, states, tokens.count)
+            weight_sum.add(kept if len(self._slices) == 1 else kept[:, columns], states)
+            weight_sum.finish(factor)
 
     def _keep(self, tokens: TokenRows, states: Tensor, kept: Tensor) -> tuple[TokenStats, list[Tensor]]:
         """Fills the tile; statistics of the tokens, and the maxima that the slices are relative to."""

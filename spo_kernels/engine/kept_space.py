@@ -74,6 +74,7 @@ class KeptSpace:
     cell_bytes: int  # of a column in work and one token, beside what is kept of it
     accumulator_bytes: int  # of one accumulator of the weight's gradient
     rounds: Callable[[int], bool]  # whether a product of that many tokens gives the gradient in its own dtype
+    together: bool = False  # one tile has all tokens: it waits for the backward, which adds to the head's gradient
 
     @classmethod
     def of(
@@ -83,6 +84,7 @@ class KeptSpace:
         backend: Backend,
         workspace_bytes: int | None,
         *,
+        adds_to_grad: bool = False,
         temporaries: float | None = None,
         memory: int | None = None,
     ) -> KeptSpace:
@@ -117,7 +119,8 @@ class KeptSpace:
             cast_bytes=trained * wide.itemsize,
             cell_bytes=cell,
             accumulator_bytes=vocab * trained * wide.itemsize,
-            rounds=partial(products.can_round, hidden),
+            rounds=(lambda rows: False) if adds_to_grad else partial(products.can_round, hidden),
+            together=adds_to_grad,
         )
 
     def budget(self, accumulators: int) -> int:
@@ -156,7 +159,8 @@ def plan_groups(
     """The groups of tokens, and their tile, that take the fewest bytes; None where nothing fits.
 
     All together, or in groups of the wanted size, or of what fits where that is less, as even as can be. `largest` is
-    that of the largest part; groups have `least_rows` tokens or more in the mean, unless there is one.
+    that of the largest part; groups have `least_rows` tokens or more in the mean, unless there is one, which with
+    `space.together` is the only way.
     """
     found: list[tuple[Sequence[range], KeptShape]] = []
     shape = space.shape(tokens, 0, sum_apart=False)
@@ -165,7 +169,7 @@ def plan_groups(
     apart = not space.direct
     rows = min(max(space.wanted_rows, largest), space.rows(int(apart)))
     count = min(len(groups(rows)), tokens // least_rows) if rows >= largest else 0
-    if count > 1:
+    if count > 1 and not space.together:
         sizes = range(max(largest, -(-tokens // count)), tokens)
         even = sizes[bisect_left(sizes, True, key=lambda size: len(groups(size)) <= count)]
         shape = space.shape(even, int(apart), sum_apart=apart)

@@ -11,7 +11,7 @@ from torch import Tensor
 from spo_kernels.backends.contract import Backend, TokenStats
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine.checks import is_traced
-from spo_kernels.engine.early import EarlyWork, why_not_early
+from spo_kernels.engine.early import EarlyWork, Made, why_not_early
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.kept import KeptTiles
@@ -52,7 +52,7 @@ def early_token_loss(
     rows = TokenRows.of(tokens, shift, head.first)
     if rows.count == 0:
         return None
-    space = KeptSpace.of(model.hidden, head, backend, execution.workspace_bytes)
+    space = KeptSpace.of(model.hidden, head, backend, execution.workspace_bytes, adds_to_grad=model.adds_to_grad)
     plan = plan_groups(space, rows.count, 1, lambda most: list(_ranges(rows.count, most)), space.least_rows)
     if plan is None:
         return None
@@ -66,6 +66,7 @@ def early_token_loss(
         tokens=rows,
         scale=1.0,
         make=making.gradients,
+        adds_to_grad=model.adds_to_grad,
     )
     loss, _, logp = work.run(model)
     return loss, rows.spread(logp, tokens.labels.shape)
@@ -96,10 +97,11 @@ class _Making:
     tile: KeptShape
     token_loss: TokenLoss
 
-    def gradients(self, head_out: HeadGradient, grad_hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    def gradients(self, head_out: HeadGradient | None, grad_hidden: Tensor | None) -> Made:
         """Losses and log-probabilities of the tokens; see `EarlyWork.make`."""
-        hidden = self.model.hidden.reshape(-1, self.model.hidden.shape[-1])
-        total = head_out.accumulator(self.model.wide) if self.tile.sum_apart else head_out
+        hidden, total = self.model.hidden.reshape(-1, self.model.hidden.shape[-1]), head_out
+        if head_out is not None and self.tile.sum_apart:
+            total = head_out.accumulator(self.model.wide)
         tiles = KeptTiles(hidden, self.model.slices(), self.backend, self.tile, moments=False)
         losses, logps = [], []
         for group in self.groups:
@@ -113,8 +115,9 @@ class _Making:
                 return tokens.masked(slopes)
 
             tiles.run(tokens, coefficients, total, grad_hidden, accumulate=group.start > 0)
-        head_out.copy_(total)
-        return torch.cat(losses), torch.cat(logps)
+        if head_out is not None and total is not None:
+            head_out.copy_(total)
+        return Made(torch.cat(losses), torch.cat(logps), tiles.finish_head if head_out is None else None)
 
     def _differentiate(self, logp: Tensor, group: range) -> tuple[Tensor, Tensor]:
         """The losses of a group's tokens, and each one's derivative.

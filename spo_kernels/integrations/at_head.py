@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from spo_kernels.engine.inputs import why_not_accumulate
 from spo_kernels.head import LMHead, inner_model
 from spo_kernels.integrations.hidden import Run
 from spo_kernels.integrations.layout import lay_pairs
@@ -121,20 +122,23 @@ class PairLoss(OfPairs):
 
     Attributes:
         objective, ref_logps, pair_inputs: As `fused_spo_loss` takes them.
+        accumulate: As in `LMHead`, where nothing stands against it.
     """
 
     objective: Objective = field(kw_only=True)
     ref_logps: Tensor | None = None
     pair_inputs: Mapping[str, Tensor] | None = None
+    accumulate: bool = False
 
     def __call__(self, model: nn.Module, run: Run, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """`{"loss": ...}` with its gradient, metrics, and the router's "aux_loss" where the model gives one."""
         laid = self.lay(model, run, inputs)
 
         def at_head(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            head = LMHead.of(model)
             return fused_spo_loss(
                 self.real_tokens(hidden, laid),
-                LMHead.of(model),
+                replace(head, accumulate=self.accumulate and why_not_accumulate(head.weight) is None),
                 laid.labels,
                 loss=self.objective,
                 ref_logps=laid.of_tokens(self.ref_logps),

@@ -15,7 +15,7 @@ from spo_kernels.arguments import check_choice, check_whole
 
 COUNTED = ("padded", "packed", "shared")
 # tokens of a forward on a CPU at most, where nobody says: times and bytes with more are in docs/training-speed.md
-CPU_TOKENS = 2048
+CPU_TOKENS = 1024
 # tokens of the prompt, then of each response
 Lengths = Sequence[int]
 

@@ -58,7 +58,7 @@ class FusedDPOConfig(DPOConfig):
             `FusedPreferenceModel` and docs/packing.md.
         tokens_per_batch: Tokens in one forward of the training at most, counted as `TokenBudget` does: a device's batch
             is computed in as many forwards as that takes, with the gradient of the whole. None for one forward; on a
-            CPU for 2048 tokens, unless the loss depends on a forward's pairs.
+            CPU for 1024 tokens, unless the loss depends on a forward's pairs.
         sparsity: "exact", "certified" or "unbiased", see `spo_kernels.Sparsity`.
         workspace_mib: Memory for temporaries of the loss in MiB; None for the library's default.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
@@ -180,6 +180,8 @@ class FusedDPOTrainer(DPOTrainer):
             objective=self._objective,
             ref_logps=self._ref_logps(inputs, labels, model),
             pair_inputs=self._pair_inputs(inputs, labels),
+            # of parts alone, whose tiles are small; a wrapper around the model has hooks where gradients arrive
+            accumulate=self._parts > 1 and self.accelerator.distributed_type == DistributedType.NO,
         )
         found = model(**given, at_head=Sealed(call))
         loss = found["loss"]

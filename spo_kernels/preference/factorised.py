@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.backends.contract import TokenStats
+from spo_kernels.engine.early import Made
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.kept import KeptTiles
 from spo_kernels.engine.tokens import TokenRows
@@ -22,11 +23,12 @@ def run(batch: PairBatch, plan: PathPlan) -> Outcome:
     return run_way(batch, plan, _gradients)
 
 
-def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+def _gradients(work: PairWork, head_out: HeadGradient | None, grad_hidden: Tensor | None) -> Made:
     """Pair by pair: unscaled gradients from tiles of whole-vocabulary rows, scaled once both sums are known.
 
     Where the loss is of the margin alone, the rejected response's gradient is subtracted from the chosen one's.
     """
+    assert head_out is not None
     wide = work.batch.policy.wide
     total = work.accumulator(head_out)
     first = total
@@ -58,7 +60,7 @@ def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | Non
         if not margin:
             total.add_(second, slopes[1])
     head_out.copy_(total)
-    return torch.cat(found), sums.flatten()
+    return Made(torch.cat(found), sums.flatten())
 
 
 def _unscaled(

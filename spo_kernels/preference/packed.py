@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.backends.contract import TokenStats
+from spo_kernels.engine.early import Made
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.tokens import TokenRows
 from spo_kernels.preference.batch import PairBatch
@@ -19,9 +20,9 @@ def run(batch: PairBatch, plan: PathPlan) -> Outcome:
     return run_way(batch, plan, _gradients)
 
 
-def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+def _gradients(work: PairWork, head_out: HeadGradient | None, grad_hidden: Tensor | None) -> Made:
     """Group by group: logits, the pairs' coefficients, and gradients from the same tile."""
-    total = work.accumulator(head_out)
+    total = None if head_out is None else work.accumulator(head_out)
     groups = [(pairs, _select(work, pairs)) for pairs in work.plan.groups]
     tiles = work.tiles()
     found: list[tuple[Tensor, Tensor]] = []
@@ -34,10 +35,11 @@ def _gradients(work: PairWork, head_out: HeadGradient, grad_hidden: Tensor | Non
 
         stats = tiles.run(tokens, coefficients, total, grad_hidden, accumulate=number > 0)
         work.count_metrics(tiles, stats, tokens, chosen=sum(work.counts[pairs.start : pairs.stop]))
-    head_out.copy_(total)
-    if len(found) == 1:
-        return found[0][0], found[0][1].flatten()
-    return torch.cat([losses for losses, _ in found]), torch.cat([sums for _, sums in found], dim=1).flatten()
+    if head_out is not None and total is not None:
+        head_out.copy_(total)
+    losses = torch.cat([losses for losses, _ in found])
+    sums = torch.cat([sums for _, sums in found], dim=1).flatten()
+    return Made(losses, sums, tiles.finish_head if head_out is None else None)
 
 
 def _select(work: PairWork, pairs: range) -> TokenRows:

@@ -8,6 +8,9 @@ when its coefficients are known. A loss that sees a pair only through `m = log Ï
 `dW = Î£_pairs c_pair (G_chosen - G_rejected)`, one unscaled gradient; other pairs have two.
 Not for an objective that asks for more than log-probabilities of a pair's tokens (`token_outputs`).
 
+A head that adds to the gradient that exists (`accumulate`) does so in the backward, out of the tile: it takes three
+products where the tiles of all tokens fit together, else two passes.
+
 two_pass (4): logits for the log-probabilities, and again for the gradients. Anything; also a sparse backward, whose
 products are fewer.
 """
@@ -92,7 +95,14 @@ def plan_path(batch: PairBatch, forced: str | None) -> PathPlan:
         return TWO_PASS
     backend, head = load_backend(execution.backend), policy.slices()
     beside = LogitSums.temporaries(head, backend) if batch.token_metrics else None
-    space = KeptSpace.of(policy.hidden, head, backend, execution.workspace_bytes, temporaries=beside)
+    space = KeptSpace.of(
+        policy.hidden,
+        head,
+        backend,
+        execution.workspace_bytes,
+        adds_to_grad=policy.adds_to_grad,
+        temporaries=beside,
+    )
     lengths = batch.host_lengths
     if batch.layout.group is not None:
         # where a process has fewer tokens than another, it still takes the same way in as many steps
@@ -130,7 +140,7 @@ def _packed(problem: PairProblem, least_rows: int) -> PathPlan | None:
 
 
 def _factorised(problem: PairProblem, least_rows: int) -> PathPlan | None:
-    if problem.coupling == "batch" or problem.whole_pairs:
+    if problem.coupling == "batch" or problem.whole_pairs or problem.space.together:
         return None
     space, accumulators = problem.space, problem.accumulators
     rows = min(space.wanted_rows, max(problem.longest, 1), space.rows(accumulators))
@@ -158,6 +168,10 @@ def choose_path(problem: PairProblem, forced: str | None = None) -> PathPlan:
                 why = "its objective couples pairs of the batch"
             elif problem.whole_pairs and forced == "factorised":
                 why = "its objective needs all tokens of a pair at once"
+            elif problem.space.together and forced == "factorised":
+                why = "a head with accumulate=True adds to weight.grad in the backward"
+            elif problem.space.together:
+                why = f"{why} for all tokens, as long as a head with accumulate=True has a weight.grad to add to"
             raise ValueError(f"path = {forced!r} cannot be taken: {why} (workspace_bytes = {problem.space.allowed})")
         return plan
     wanted = min(problem.space.wanted_rows, problem.tokens)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spo_kernels.backends.contract import Backend, TokenStats
 from spo_kernels.backends.registry import load_backend
-from spo_kernels.engine.early import EarlyWork
+from spo_kernels.engine.early import EarlyWork, Made
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.kept import KeptTiles
@@ -168,8 +168,8 @@ class PairWork:
         )
 
 
-# writes gradients of hidden ([rows, H], zero where no token counts) and of the head; gives losses [B] and sums [2B]
-Way = Callable[[PairWork, HeadGradient, Tensor | None], tuple[Tensor, Tensor]]
+# see `EarlyWork.make`; gives losses [B] and sums [2B]
+Way = Callable[[PairWork, HeadGradient | None, Tensor | None], Made]
 
 
 def run_way(batch: PairBatch, plan: PathPlan, way: Way) -> Outcome:
@@ -184,6 +184,7 @@ def run_way(batch: PairBatch, plan: PathPlan, way: Way) -> Outcome:
         tokens=work.tokens,
         scale=batch.scale,
         make=partial(way, work),
+        adds_to_grad=batch.policy.adds_to_grad,
     )
     loss, losses, sums = early.run(batch.policy)
     if work.summaries:

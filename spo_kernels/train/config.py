@@ -163,7 +163,7 @@ class TrainConfig:
     tokens_per_batch: int | None = option(
         None,
         "tokens in one forward at most, per device, in as many forwards as that takes; an optimizer step still has "
-        "batch_size x grad_accum records per device (default: batch_size records in one forward; on a CPU 2048 tokens "
+        "batch_size x grad_accum records per device (default: batch_size records in one forward; on a CPU 1024 tokens "
         "where these are more)",
         "optimization",
     )

@@ -14,6 +14,7 @@ from peft import LoraConfig, PromptTuningConfig
 from torch.distributed.utils import _apply_to_tensors
 from trl import DPOConfig, DPOTrainer, TrlParser
 
+from spo_kernels.engine.kept import KeptTiles
 from spo_kernels.extras.bilevel import bilevel_value
 from spo_kernels.integrations import token_batches, trl
 from spo_kernels.integrations.at_head import PairLoss
@@ -169,6 +170,29 @@ def test_a_budget_of_tokens_leaves_gradient_and_metrics_as_they_are(tmp_path, mo
         return
     with pytest.raises(ValueError, match=r"tokens_per_batch = 3: a forward of 3 tokens does not hold the longest"):
         Run("FusedDPO", "llama", tmp_path, tokens_per_batch=3, **settings)
+
+
+def test_parts_of_a_batch_add_to_one_gradient_of_the_head(tmp_path, monkeypatch):
+    """All but the first; but where something waits for the gradient of each, such as an optimizer in a hook, none."""
+    monkeypatch.setattr(token_batches, "CPU_TOKENS", 1)
+    added, finish_head = [], KeptTiles.finish_head
+
+    def finish(tiles, head_out, factor):
+        added.append(head_out.adds)
+        finish_head(tiles, head_out, factor)
+
+    monkeypatch.setattr(KeptTiles, "finish_head", finish)
+    gradients, seen = [], []
+    for hooked in (False, True):
+        made = trainer(tmp_path)
+        made.current_gradient_accumulation_steps = 1  # what `train` sets
+        weight = made.model.get_output_embeddings().weight
+        if hooked:
+            weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter))
+        made.training_step(made.model, batch_of(made))
+        gradients.append(weight.grad)
+    assert added == [True] * 3 and len(seen) == 4
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
