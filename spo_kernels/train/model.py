@@ -39,6 +39,12 @@ def load_tokenizer(name: str, config: TrainConfig) -> Any:
     return tokenizer
 
 
+def check_dtype(config: TrainConfig) -> None:
+    """Refuse weights that are trained in float16."""
+    if config.dtype == "float16" and not config.lora_r and base_of_adapter(config.model) is None:
+        raise TrainError("--dtype float16: gradients underflow in it; it is for the frozen base of adapters only")
+
+
 def load_model(name: str, config: TrainConfig, device: torch.device, trained: bool = True) -> nn.Module:
     """The model, or the base with the adapter where `name` is one, on its device, with dropout as the options say.
 
@@ -61,8 +67,6 @@ def load_model(name: str, config: TrainConfig, device: torch.device, trained: bo
 def _load(name: str, config: TrainConfig, frozen: bool, device: torch.device) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if config.dtype == "float16" and not frozen:
-        raise TrainError("--dtype float16: gradients underflow in it; it is for the frozen base of adapters only")
     dtype = getattr(torch, config.dtype or ("bfloat16" if config.bf16 and frozen else "float32"))
     try:
         settings = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
@@ -93,13 +97,36 @@ def _load(name: str, config: TrainConfig, frozen: bool, device: torch.device) ->
         raise TrainError(f"model {name!r} can't be loaded ({type(error).__name__}): {error}") from error
 
 
+def lora_targets(config: TrainConfig) -> str | list[str]:
+    """As PEFT takes them."""
+    names = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+    return "all-linear" if names == ["all-linear"] else names
+
+
+def check_targets(model: nn.Module, config: TrainConfig) -> None:
+    """Refuse a name that no module has, before the reference is computed; beside others PEFT would leave it out."""
+    from transformers.pytorch_utils import Conv1D
+
+    targets = lora_targets(config)
+    if not config.lora_r or isinstance(targets, str):
+        return
+    modules = dict(model.named_modules())
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in modules):
+            kinds = (nn.Linear, Conv1D)
+            linear = {name.rpartition(".")[2]: None for name, part in modules.items() if isinstance(part, kinds)}
+            raise TrainError(
+                f"--lora-targets {target}: {type(model).__name__} has no module of that name; its linear ones are "
+                f"{', '.join(linear)}"
+            )
+
+
 def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
     """Wrap the model with fresh adapters; "all-linear" is all but the head."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise TrainError("--lora-r needs the package peft: pip install peft") from error
-    names = [t.strip() for t in config.lora_targets.split(",") if t.strip()]
     try:
         adapted = get_peft_model(
             model,
@@ -107,7 +134,7 @@ def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
                 r=config.lora_r,
                 lora_alpha=config.lora_alpha,
                 lora_dropout=config.lora_dropout,
-                target_modules="all-linear" if names == ["all-linear"] else names,
+                target_modules=lora_targets(config),
                 task_type="CAUSAL_LM",
             ),
         )

@@ -39,6 +39,8 @@ from spo_kernels.train.mismatched import MismatchedExamples, MismatchedPairs
 from spo_kernels.train.model import (
     add_lora,
     check_against_own_logits,
+    check_dtype,
+    check_targets,
     freeze_unused,
     load_model,
     load_tokenizer,
@@ -108,10 +110,12 @@ def _prepare(
             if accelerator.is_local_main_process == encodes:
                 for name in filter(None, (config.model, config.ref_model)):
                     check_model_name(name)
+                check_dtype(config)
                 tokenizer = load_tokenizer(config.model, config)
                 examples = load_examples(config, input_columns(config, objective), tokenizer, warn)
     with together(accelerator):
         model = load_model(config.model, config, accelerator.device)
+        check_targets(model, config)
         _check_fits(model, examples, config.model)
         first = examples[0][0]
         tokens = torch.tensor([*first.prompt, *first.responses[0]], dtype=torch.int64, device=accelerator.device)

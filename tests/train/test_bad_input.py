@@ -214,7 +214,12 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "others' batch": (("--per_device_train_batch_size", 1), "(did you mean --batch-size?)"),
     "underscores": (("--batch_size", 1), "--batch_size (did you mean --batch-size?)"),
     "two unknown": (("--lr", 1, "--zzz", 2), "--lr (did you mean --learning-rate?), --zzz (--help lists"),
-    "float16": (("--dtype", "float16"), "--dtype float16: gradients underflow in it"),
+    # before data are encoded, or even looked for
+    "float16": (("--dtype", "float16", "--dataset", "nowhere"), "--dtype float16: gradients underflow in it"),
+    "lora target": (
+        ("--lora-r", 2, "--lora-targets", "q_proj,qproj"),
+        "--lora-targets qproj: LlamaForCausalLM has no module of that name; its linear ones are q_proj, k_proj",
+    ),
     "dtype": (("--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
     "attention": (("--attn-implementation", "none"), 'attn_implementation="none"` is not supported'),
 }

@@ -1,23 +1,19 @@
 """Two processes compute what one process computes on the same global batch."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .conftest import ENVIRONMENT, Train, assert_close_weights, assert_same_weights, read_metrics
+from tests.processes import Forked, exit_codes, run_module, torchrun
+
+from .conftest import Train, assert_close_weights, assert_same_weights, read_metrics
 from .ranks import WATCHDOG
 
 OPTIONS = ("--max-steps", 4, "--learning-rate", 1e-2, "--logging-steps", 1, "--eval-fraction", 0.3, "--save-steps", 2)
 ONE = ("--batch-size", 4, "--grad-accum", 2)
 TWO = ("--batch-size", 2, "--grad-accum", 2)
-# `accelerate launch --cpu --num_processes 2` starts one process unless there is an MPI; torchrun sets the
-# same variables that accelerate reads.
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc_per_node", "2")
-
 # inner steps are averaged over processes; alpha_dpo_code has running statistics over the pairs of all of them
 RUNS: dict[str, tuple[Any, ...]] = {
     "spo": (),
@@ -44,11 +40,12 @@ def two(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pairs_file: P
     jobs = [job(name, folder / name) for name in RUNS]
     jobs += [job(name, folder / f"{name}-again", "--resume", continues=folder / name) for name in RESUMED]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, *TORCHRUN, "-m", "tests.train.ranks", str(folder / "jobs.json")]
-    # the loopback: a machine's own name may resolve to nothing, or slowly
-    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WATCHDOG + 60)
-    assert done.returncode == 0, done.stderr
+    # as torchrun says it, which imports everything once more; test_fsdp.py has a launcher of its own
+    ranks = [
+        Forked(folder, run_module, "tests.train.ranks", folder / "jobs.json", ACCELERATE_USE_CPU="true", **variables)
+        for variables in torchrun(2)
+    ]
+    assert exit_codes(ranks, WATCHDOG + 60) == [0, 0], [rank.written for rank in ranks]
     return folder
 
 
