@@ -9,7 +9,7 @@ import pytest
 from spo_kernels.backends import build
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # leaks are looked for with ptrace, which containers often forbid
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "OMP_NUM_THREADS": "3"}
 

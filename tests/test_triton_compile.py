@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+# how many variants are compiled at least; of GPUs that no data centre has, each kernel and launch once
+ARCHITECTURES = {"sm_80": 40, "sm_90": 40, "sm_100": 40, "gfx942": 40, "sm_120": 14, "gfx1100": 14}
 # 8 programs of the widest kernel share a multiprocessor of any of them: 99 KiB on sm_120, 64 KiB on gfx942
 SHARED_BYTES = 8192
 # what a thread may put aside in a candidate of the autotuner, which chooses by time; the tables' may not
@@ -26,7 +27,8 @@ def compile_all(architecture):
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SPO_AUTOTUNE")
     }
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(root / "tests" / "triton_aot.py"), architecture]
+    few = ["few"] if ARCHITECTURES[architecture] < 40 else []
+    command = [sys.executable, str(root / "tests" / "triton_aot.py"), architecture, *few]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -52,7 +54,7 @@ def test_an_amd_gpu_gets_the_table_of_its_warps(monkeypatch, warp_size, architec
 def test_every_kernel_and_configuration(architecture):
     rows = compile_all(architecture)
     assert {row["case"].split()[0] for row in rows} == {"tile_stats", "tile_grad", "scale_rows", "pair_loss"}
-    assert len(rows) > 30
+    assert len(rows) >= ARCHITECTURES[architecture]
 
     allowed = {False: 0, True: CANDIDATE_SPILL_BYTES}
     assert [row for row in rows if row["spills"] > allowed[row["candidate"]]] == []
