@@ -33,8 +33,8 @@ class Made(NamedTuple):
 
     losses: Tensor
     logps: Tensor
-    # where it was given no `HeadGradient`: writes it, multiplied; called once at most
-    finish_head: Callable[[HeadGradient, Tensor | None], None] | None = None
+    # where it was given no `HeadGradient`: writes it, multiplied
+    head_later: Callable[[HeadGradient, Tensor | None], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,9 @@ class EarlyGradients(torch.autograd.Function):
         else:
             head_out = work.head.gradient(work.wide, weight=need_weight, bias=need_bias)
         with without_autocast(hidden.device):
-            losses, logps, finish_head = work.make(head_out, grad_hidden)
-        room = (
-            None if finish_head is None else partial(work.head.gradient, work.wide, weight=need_weight, bias=need_bias)
-        )
-        ctx.gradients = None if grad_hidden is None else grad_hidden.view(hidden.shape), head_out, finish_head, room
+            losses, logps, head_later = work.make(head_out, grad_hidden)
+        room = partial(work.head.gradient, work.wide, weight=need_weight, bias=need_bias) if head_later else None
+        ctx.gradients = None if grad_hidden is None else grad_hidden.view(hidden.shape), head_out, head_later, room
         ctx.weight_dtype, ctx.work = weight.dtype, (work.name, work.again, work.wide, work.backend)
         ctx.mark_non_differentiable(losses, logps)
         return losses.sum() * work.scale, losses, logps
@@ -101,19 +99,19 @@ class EarlyGradients(torch.autograd.Function):
                 f"{name}: the gradients of a loss computed in three products are given out once; "
                 f"to go backward through it again, {again}"
             )
-        hidden, head_out, finish_head, room = ctx.gradients
+        hidden, head_out, head_later, room = ctx.gradients
         # held here they would be copied, not taken over, by the parameter's .grad
         ctx.gradients = None
         # a loss's own backward sends 1: a CPU looks, a GPU's kernel passes by the rows whose factor it is
         factor = None if upstream.is_cpu and upstream.item() == 1.0 else upstream.to(wide)
-        if finish_head is None:
+        if head_later is None:
             _scale_(backend, factor, hidden, head_out.weight)
             if factor is not None and head_out.bias is not None:
                 head_out.bias.mul_(factor)
         else:
             _scale_(backend, factor, hidden)
             head_out = room(onto=ctx.saved_tensors[1].grad)
-            finish_head(head_out, factor)
+            head_later(head_out, factor)
         weight = None if head_out.adds else head_out.weight
         return hidden, weight, None if head_out.bias is None else head_out.bias.to(ctx.weight_dtype), None
 

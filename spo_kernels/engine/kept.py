@@ -8,13 +8,14 @@ gradient then is a factor for each slice, `-c exp(m - last m) / Σ`, and `c (1 -
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spo_kernels.backends.contract import Backend, Tile, TokenStats, add_at_labels_
-from spo_kernels.backends.products import accumulator_dtype
+from spo_kernels.backends.products import Products, accumulator_dtype
 from spo_kernels.engine.exact import label_slope, relative
 from spo_kernels.engine.gradients import HeadGradient, SliceGradient
 from spo_kernels.engine.head_slices import HeadSlices
@@ -26,6 +27,29 @@ from spo_kernels.engine.workspace import row_stride, spans, tile_of
 
 # statistics of a tile's tokens to the coefficients that scale the gradients of their log-probabilities
 Coefficients = Callable[[TokenStats], Tensor]
+
+
+@dataclass(frozen=True)
+class HeadLater:
+    """The head's gradient, of a tile that is ready for it."""
+
+    kept: Tensor
+    tokens: TokenRows
+    hidden: Tensor
+    products: Products
+    slices: Sequence[slice]
+
+    def __call__(self, head_out: HeadGradient, factor: Tensor | None) -> None:
+        """Write it, multiplied, to `head_out`."""
+        products, wide = self.products, accumulator_dtype(self.hidden.dtype)
+        states = self.tokens.take(self.hidden, 0, self.tokens.count, products.operand_dtype(self.hidden))
+        if factor is not None and head_out.adds and head_out.weight is not None and head_out.weight.dtype == wide:
+            states = states * factor  # what lies in the gradient already is not to be multiplied
+        weight_sum = SliceGradient(head_out, products, wide)
+        for columns in self.slices:
+            weight_sum.begin(columns, states, self.tokens.count)
+            weight_sum.add(self.kept if len(self.slices) == 1 else self.kept[:, columns], states)
+            weight_sum.finish(factor)
 
 
 class KeptTiles:
@@ -46,7 +70,7 @@ class KeptTiles:
         self._hidden, self._head, self._backend, self._moments = hidden, head, backend, moments
         self._wide = accumulator_dtype(hidden.dtype)
         self._slices = list(spans(head.vocab, columns))
-        self._left: tuple[Tensor, TokenRows] | None = None  # the tile, scaled, and its tokens
+        self.left: HeadLater | None = None  # by the last run
         # of the last run's tokens
         self.logit_sums = LogitSums(head, hidden.new_empty(0, dtype=self._wide), rows) if mean_logits else None
         kept = backend.products.tile_dtype(hidden)
@@ -67,7 +91,7 @@ class KeptTiles:
         """Statistics of the tokens, and `Σ coefficient * d logp` into `head_out` and `hidden_out`.
 
         `head_out.weight` may be in the weight's own dtype where nothing is accumulated. None leaves it to
-        `finish_head`.
+        `left`.
         """
         n, products, head = tokens.count, self._backend.products, self._head
         states = tokens.take(self._hidden, 0, n, products.operand_dtype(self._hidden))
@@ -101,25 +125,11 @@ class KeptTiles:
                 weight_sum.add(part, states)
                 weight_sum.finish()
         if head_out is None:
-            self._left = kept, tokens
+            self.left = HeadLater(kept, tokens, self._hidden, products, self._slices)
         del states  # its bytes are those of the rounded copy that `put` makes
         if hidden_out is not None and total is not None:
             tokens.put(hidden_out, 0, n, head.sum_(total))
         return stats
-
-    def finish_head(self, head_out: HeadGradient, factor: Tensor | None) -> None:
-        """The head's gradient that the last run left, times `factor`, into `head_out`; once."""
-        assert self._left is not None
-        (kept, tokens), self._left = self._left, None
-        products = self._backend.products
-        states = tokens.take(self._hidden, 0, tokens.count, products.operand_dtype(self._hidden))
-        weight_sum = SliceGradient(head_out, products, self._wide)
-        if factor is not None and head_out.adds and head_out.weight is not None and head_out.weight.dtype == self._wide:
-            states = states * factor  # what lies in the gradient already is not to be multiplied
-        for columns in self._slices:
-            weight_sum.begin(columns, states, tokens.count)
-            weight_sum.add(kept if len(self._slices) == 1 else kept[:, columns], states)
-            weight_sum.finish(factor)
 
     def _keep(self, tokens: TokenRows, states: Tensor, kept: Tensor) -> tuple[TokenStats, list[Tensor]]:
         """Fills the tile; statistics of the tokens, and the maxima that the slices are relative to."""

@@ -117,7 +117,7 @@ class _Making:
             tiles.run(tokens, coefficients, total, grad_hidden, accumulate=group.start > 0)
         if head_out is not None and total is not None:
             head_out.copy_(total)
-        return Made(torch.cat(losses), torch.cat(logps), tiles.finish_head if head_out is None else None)
+        return Made(torch.cat(losses), torch.cat(logps), tiles.left)
 
     def _differentiate(self, logp: Tensor, group: range) -> tuple[Tensor, Tensor]:
         """The losses of a group's tokens, and each one's derivative.

@@ -39,7 +39,7 @@ def _gradients(work: PairWork, head_out: HeadGradient | None, grad_hidden: Tenso
         head_out.copy_(total)
     losses = torch.cat([losses for losses, _ in found])
     sums = torch.cat([sums for _, sums in found], dim=1).flatten()
-    return Made(losses, sums, tiles.finish_head if head_out is None else None)
+    return Made(losses, sums, tiles.left)
 
 
 def _select(work: PairWork, pairs: range) -> TokenRows:

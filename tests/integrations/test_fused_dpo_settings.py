@@ -14,7 +14,7 @@ from peft import LoraConfig, PromptTuningConfig
 from torch.distributed.utils import _apply_to_tensors
 from trl import DPOConfig, DPOTrainer, TrlParser
 
-from spo_kernels.engine.kept import KeptTiles
+from spo_kernels.engine.kept import HeadLater
 from spo_kernels.extras.bilevel import bilevel_value
 from spo_kernels.integrations import token_batches, trl
 from spo_kernels.integrations.at_head import PairLoss
@@ -175,13 +175,13 @@ def test_a_budget_of_tokens_leaves_gradient_and_metrics_as_they_are(tmp_path, mo
 def test_parts_of_a_batch_add_to_one_gradient_of_the_head(tmp_path, monkeypatch):
     """All but the first; but where something waits for the gradient of each, such as an optimizer in a hook, none."""
     monkeypatch.setattr(token_batches, "CPU_TOKENS", 1)
-    added, finish_head = [], KeptTiles.finish_head
+    added, later = [], HeadLater.__call__
 
-    def finish(tiles, head_out, factor):
+    def noted(self, head_out, factor):
         added.append(head_out.adds)
-        finish_head(tiles, head_out, factor)
+        later(self, head_out, factor)
 
-    monkeypatch.setattr(KeptTiles, "finish_head", finish)
+    monkeypatch.setattr(HeadLater, "__call__", noted)
     gradients, seen = [], []
     for hooked in (False, True):
         made = trainer(tmp_path)
