@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from test_same_bits import same_bits
+from torch.utils.checkpoint import checkpoint
 
 from spo_kernels import LMHead, linear_logprob
 from spo_kernels.testing import (
@@ -353,3 +354,20 @@ def test_without_grad(backend, mode, outputs):
         del oracle.values[f"{name}.grad"]
     assert_accurate(actual, oracle, full)
     assert not any(value.requires_grad for value in actual.values())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_inside_checkpointing(trained):
+    """Which gives out saved tensors a single time."""
+    batch = random_batch((24,), 64, 8)
+    found = []
+    for inside in (True, False):
+        hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_(trained)
+
+        def loss(hidden, weight=weight):
+            return linear_logprob(hidden, weight, batch.labels).sum()
+
+        value = checkpoint(loss, hidden, use_reentrant=False) if inside else loss(hidden)
+        value.backward()
+        found.append([value.detach(), hidden.grad, weight.grad])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True) if pair[0] is not None)

@@ -168,11 +168,12 @@ class LinearLogprobFunction(torch.autograd.Function):
         rest = [None] * (len(ctx.needs_input_grad) - 3)
         if all(g is None for g in grads):
             return None, None, None, *rest
-        arguments: Any = (*ctx.saved_tensors, *grads, *ctx.options.common(), *needs)
-        if is_traced(ctx.saved_tensors[0]):
+        saved = ctx.saved_tensors  # once: checkpointing gives out each a single time
+        arguments: Any = (*saved, *grads, *ctx.options.common(), *needs)
+        if is_traced(saved[0]):
             found, onto = linear_logprob_bwd_op(*arguments), None
         else:
-            onto = ctx.saved_tensors[1].grad if ctx.options.accumulate and needs[1] else None
+            onto = saved[1].grad if ctx.options.accumulate and needs[1] else None
             found = linear_logprob_bwd(*(*arguments, onto, ctx.options.shard))
         wanted = needs[0], needs[1] and onto is None, needs[2]
         return *(g if want else None for g, want in zip(found, wanted, strict=True)), *rest

@@ -40,9 +40,9 @@ class LMHead:
             no copy of it are made.
         accumulate: Where `weight.grad` exists already, the backward adds the weight's gradient to it slice by slice and
             gives autograd none, so that no second `[V, H]` exists. A loss then takes three products where the workspace
-            holds the tile of all its tokens, which is kept for the backward, else four. For one process and backward()
-            alone: what reads the gradient on its way (DDP, a hook, torch.autograd.grad) would not see it. Without
-            effect under torch.compile.
+            holds the tile of all its tokens, which is kept for the backward, else four. For one process, one thread and
+            backward() without `inputs` alone: what reads the gradient on its way (DDP, a hook, torch.autograd.grad)
+            would not see it. Without effect under torch.compile.
         vocab_group: A process group that shares the rows: its process of rank r has the r-th part of them in `weight`,
             `bias` and the adapters' b, of any sizes, and all have the same hidden states, labels and options. They get
             the same results and the whole gradient of hidden; gradients of weight and bias are of their own rows. See

@@ -146,8 +146,14 @@ class FusedDPOTrainer(DPOTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """TRL's; with `tokens_per_batch`, and on a CPU, in as many forwards and backwards as the batch needs."""
-        if self._tokens is None and not (self._may_split and inputs["input_ids"].is_cpu):
+        hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
+        if self._tokens is None and (hooked or not (self._may_split and inputs["input_ids"].is_cpu)):
             return super().training_step(model, inputs, *args, **kwargs)
+        if hooked:
+            raise ValueError(
+                "tokens_per_batch makes several backwards of a batch, and a hook on a parameter, such as a layer-wise "
+                "optimizer's, would take a step in each: leave one of them out"
+            )
         further = sorted(set(self._model_inputs(inputs)) - {"input_ids", "attention_mask"})
         layout = layout_of(self.accelerator.unwrap_model(model), self._layout, further=further)
         tokens = self._tokens

@@ -38,10 +38,12 @@ def lengths_of(inputs: Mapping[str, Tensor]) -> list[list[int]]:
 
 
 def _pairs(inputs: Mapping[str, Tensor], group: list[int], pairs: int) -> dict[str, Tensor]:
-    """Some pairs of a batch, without columns that are padding in all of them."""
+    """Some pairs of a batch, without columns at its end that are padding in all of them.
+
+    Those in front stay: there are models whose positions count them.
+    """
     width, both = inputs["attention_mask"].shape[1], [*group, *(pairs + i for i in group)]
-    columns = inputs["attention_mask"][both].any(0).nonzero().flatten().tolist()
-    kept = slice(columns[0], columns[-1] + 1)
+    kept = slice(int(inputs["attention_mask"][both].any(0).nonzero().max()) + 1)
 
     def picked(value: Tensor) -> Tensor:
         if len(value) == pairs:

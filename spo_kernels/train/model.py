@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spo_kernels import LMHead, linear_logprob
 from spo_kernels.head import inner_model
 from spo_kernels.integrations.hidden import hidden_states
+from spo_kernels.integrations.layout import layout_of
 from spo_kernels.train.adapters import base_of_adapter, check_tied, load_adapter
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.dropout import switch_off
@@ -97,6 +98,16 @@ def _load(name: str, config: TrainConfig, frozen: bool, device: torch.device) ->
         raise TrainError(f"model {name!r} can't be loaded ({type(error).__name__}): {error}") from error
 
 
+def check_layout(model: nn.Module, config: TrainConfig) -> None:
+    """Refuse a --layout that the model cannot take, before the reference is computed."""
+    if config.stage == "sft" or config.layout == "auto":
+        return
+    try:
+        layout_of(model, config.layout)
+    except ValueError as error:
+        raise TrainError(f"--layout {config.layout}: {error}") from None
+
+
 def lora_targets(config: TrainConfig) -> str | list[str]:
     """As PEFT takes them."""
     names = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
@@ -110,6 +121,10 @@ def check_targets(model: nn.Module, config: TrainConfig) -> None:
     targets = lora_targets(config)
     if not config.lora_r or isinstance(targets, str):
         return
+    if not targets:
+        raise TrainError(
+            f"--lora-targets must name modules of the model, or be all-linear, got {config.lora_targets!r}"
+        )
     modules = dict(model.named_modules())
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in modules):

@@ -40,6 +40,7 @@ from spo_kernels.train.model import (
     add_lora,
     check_against_own_logits,
     check_dtype,
+    check_layout,
     check_targets,
     freeze_unused,
     load_model,
@@ -116,6 +117,7 @@ def _prepare(
     with together(accelerator):
         model = load_model(config.model, config, accelerator.device)
         check_targets(model, config)
+        check_layout(model, config)
         _check_fits(model, examples, config.model)
         first = examples[0][0]
         tokens = torch.tensor([*first.prompt, *first.responses[0]], dtype=torch.int64, device=accelerator.device)
@@ -243,6 +245,7 @@ def _references(
     if config.ref_model is not None:
         other = load_model(config.ref_model, config, accelerator.device, trained=False)
         content = model_hash(other)
+        check_layout(other, config)
         _check_fits(other, examples, config.ref_model)
     reference: nn.Module | str | None = None
     if needed and config.reference == "online":

@@ -173,7 +173,7 @@ def test_a_budget_of_tokens_leaves_gradient_and_metrics_as_they_are(tmp_path, mo
 
 
 def test_parts_of_a_batch_add_to_one_gradient_of_the_head(tmp_path, monkeypatch):
-    """All but the first; but where something waits for the gradient of each, such as an optimizer in a hook, none."""
+    """All but the first; but where something waits for the gradient of each, none."""
     monkeypatch.setattr(token_batches, "CPU_TOKENS", 1)
     added, later = [], HeadLater.__call__
 
@@ -188,11 +188,44 @@ def test_parts_of_a_batch_add_to_one_gradient_of_the_head(tmp_path, monkeypatch)
         made.current_gradient_accumulation_steps = 1  # what `train` sets
         weight = made.model.get_output_embeddings().weight
         if hooked:
-            weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter))
+            weight.register_hook(seen.append)
         made.training_step(made.model, batch_of(made))
         gradients.append(weight.grad)
     assert added == [True] * 3 and len(seen) == 4
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_in_front_is_no_token_of_a_part(tmp_path, monkeypatch):
+    """GPT-2 counts it in its positions: a part has the columns in front that the whole batch has."""
+    model = make_model("gpt2")
+    losses = []
+    for tokens in (10**6, 1):
+        monkeypatch.setattr(token_batches, "CPU_TOKENS", tokens)
+        made = trainer(tmp_path, model=copy.deepcopy(model))
+        made.current_gradient_accumulation_steps = 1
+        batch = batch_of(made)
+        real = batch["attention_mask"].bool()
+        for name, value in batch.items():
+            moved = torch.zeros_like(value)
+            moved[real.flip(-1)] = value[real]
+            batch[name] = moved
+        losses.append(made.training_step(made.model, batch).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_an_optimizer_in_a_hook_takes_a_step_a_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_batches, "CPU_TOKENS", 1)
+    steps = []
+    for tokens in (None, 40):
+        made = trainer(tmp_path, tokens_per_batch=tokens)
+        made.current_gradient_accumulation_steps = 1
+        made.model.get_output_embeddings().weight.register_post_accumulate_grad_hook(steps.append)
+        if tokens is None:
+            made.training_step(made.model, batch_of(made))
+            assert len(steps) == 1
+            continue
+        with pytest.raises(ValueError, match="tokens_per_batch makes several backwards of a batch, and a hook"):
+            made.training_step(made.model, batch_of(made))
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,7 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "two unknown": (("--lr", 1, "--zzz", 2), "--lr (did you mean --learning-rate?), --zzz (--help lists"),
     # before data are encoded, or even looked for
     "float16": (("--dtype", "float16", "--dataset", "nowhere"), "--dtype float16: gradients underflow in it"),
+    "no lora target": (("--lora-r", 2, "--lora-targets", " , "), "--lora-targets must name modules of the model"),
     "lora target": (
         ("--lora-r", 2, "--lora-targets", "q_proj,qproj"),
         "--lora-targets qproj: LlamaForCausalLM has no module of that name; its linear ones are q_proj, k_proj",

@@ -11,7 +11,7 @@ from spo_kernels import LMHead, linear_logprob, sequence_logps
 from spo_kernels.head import logit_transform
 from spo_kernels.integrations.hidden import hidden_states
 from spo_kernels.train.errors import TrainError
-from spo_kernels.train.model import add_lora, check_against_own_logits, check_head, freeze_unused
+from spo_kernels.train.model import add_lora, check_against_own_logits, check_head, check_layout, freeze_unused
 
 from .test_encode import config
 
@@ -147,6 +147,19 @@ def test_lora_on_the_head() -> None:
     check_against_own_logits(model, tokens())
     freeze_unused(model, tokens())
     assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
+
+
+def _bloom() -> Any:
+    """Its positions are those of the row."""
+    return tf.AutoModelForCausalLM.from_config(tf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2))
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_a_layout_that_a_model_cannot_take(layout: str) -> None:
+    check_layout(build("llama"), config(layout=layout))
+    check_layout(_bloom(), config(stage="sft", layout=layout))
+    with pytest.raises(TrainError, match=f"--layout {layout}: .*BloomForCausalLM runs padded batches only"):
+        check_layout(_bloom(), config(layout=layout))
 
 
 def test_unknown_lora_target_is_refused() -> None:
