@@ -46,12 +46,19 @@ class PairCollator:
 
         Raises:
             KeyError: A record lacks a column.
+            ValueError: max_length leaves nothing of a response.
         """
         for record in records:
             if missing := [name for name in COLUMNS if name not in record]:
                 raise KeyError(f"a record lacks {', '.join(missing)} (token ids); it has {', '.join(record)}")
         prompts = [list(record["prompt_ids"]) for _ in SIDES for record in records]
         responses = [list(record[f"{side}_ids"]) for side in SIDES for record in records]
+        longest = max((len(p) for p, r in zip(prompts, responses, strict=True) if r), default=0)
+        if self.max_length is not None and longest >= self.max_length:
+            raise ValueError(
+                f"max_length = {self.max_length} leaves nothing of the response after a prompt of {longest} tokens: "
+                "raise it, or leave such records out"
+            )
         rows = [(p + r)[: self.max_length] for p, r in zip(prompts, responses, strict=True)]
         labels = [([-100] * len(p) + r)[: self.max_length] for p, r in zip(prompts, responses, strict=True)]
         batch = {

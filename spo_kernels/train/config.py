@@ -251,6 +251,10 @@ class TrainConfig:
                 "--tokens-per-batch makes forwards of different numbers of pairs, and --spo-inner-steps takes steps on "
                 "the pairs of a forward: leave one of them out"
             )
+        of_adapters = ("lora_alpha", "lora_dropout", "lora_targets")
+        given = [f.name for f in fields(self) if f.name in of_adapters and getattr(self, f.name) != f.default]
+        if given and not self.lora_r:
+            raise TrainError(f"--{_dashes(given[0])} is of adapters: give their rank, --lora-r, or leave it out")
         if self.sparsity_tolerance is not None and self.sparsity == "exact":
             raise TrainError("--sparsity-tolerance needs --sparsity certified or unbiased")
         return self

@@ -34,7 +34,8 @@ def load_tokenizer(name: str, config: TrainConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     # transformers raises many types; what the user can do is the same for all.
     except Exception as error:
-        raise TrainError(f"tokenizer of {name!r} can't be loaded: {error}") from error
+        absent = "" if Path(name).expanduser().exists() else "; if a local folder was meant, it does not exist"
+        raise TrainError(f"tokenizer of {name!r} can't be loaded: {error}{absent}") from error
     if tokenizer.eos_token_id is None:
         raise TrainError(f"tokenizer of {name!r} has no end-of-sequence token, so responses could not end")
     return tokenizer

@@ -41,6 +41,9 @@ def test_collator() -> None:
     assert "ref_logps" not in PairCollator(9)(PAIRS)
     with pytest.raises(KeyError, match=r"a record lacks rejected_ids \(token ids\); it has prompt_ids, chosen_ids"):
         PairCollator(9)([{"prompt_ids": [1], "chosen_ids": [2]}])
+    with pytest.raises(ValueError, match="max_length = 2 leaves nothing of the response after a prompt of 2 tokens"):
+        PairCollator(9, max_length=2)([{"prompt_ids": [1, 4], "chosen_ids": [2], "rejected_ids": []}])
+    assert PairCollator(9, max_length=2)([{"prompt_ids": [1, 4], "chosen_ids": [], "rejected_ids": []}])
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["", "adapters off"])

@@ -216,6 +216,7 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "two unknown": (("--lr", 1, "--zzz", 2), "--lr (did you mean --learning-rate?), --zzz (--help lists"),
     # before data are encoded, or even looked for
     "float16": (("--dtype", "float16", "--dataset", "nowhere"), "--dtype float16: gradients underflow in it"),
+    "lora without a rank": (("--lora-alpha", 8), "--lora-alpha is of adapters: give their rank, --lora-r, or leave it"),
     "no lora target": (("--lora-r", 2, "--lora-targets", " , "), "--lora-targets must name modules of the model"),
     "lora target": (
         ("--lora-r", 2, "--lora-targets", "q_proj,qproj"),
