@@ -70,7 +70,8 @@ def short_trl(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     reference = {"ref_model": build("llama", seed=1)}
     for name, settings in (("FusedDPOConfig", A_STEP), ("FusedDPOTrainer", reference)):
         monkeypatch.setattr(ours, name, partial(getattr(ours, name), **settings), raising=False)
-    return {"DPOTrainer": partial(trl.DPOTrainer, **reference), "args": trl.DPOConfig("trl", **A_STEP)}
+    monkeypatch.setattr(trl, "DPOTrainer", partial(trl.DPOTrainer, **reference))
+    return {"args": trl.DPOConfig("trl", **A_STEP)}
 
 
 @pytest.fixture
