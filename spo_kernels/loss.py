@@ -13,8 +13,9 @@ from spo_kernels.head import LMHead, sequence_group
 from spo_kernels.losses import Objective
 from spo_kernels.losses.registry import resolve_objective
 from spo_kernels.preference import factorised, packed, two_pass
-from spo_kernels.preference.batch import Given, resolve_batch
+from spo_kernels.preference.given import Given
 from spo_kernels.preference.plan import PATHS, plan_path
+from spo_kernels.preference.resolve import resolve_batch
 from spo_kernels.sparsity import Sparsity
 
 _WAYS = {"packed": packed.run, "factorised": factorised.run, "two_pass": two_pass.run}

@@ -64,7 +64,7 @@ def _kl(place, dtype, backend):
     return [found, hidden.grad, weight.grad, bias.grad]
 
 
-LENGTHS, PLACES = ["batch.py: tolist"], ["tokens.py: nonzero"]
+LENGTHS, PLACES = ["computed.py: tolist"], ["tokens.py: nonzero"]
 # name: the call, and what it waits for
 CALLS = {
     "packed": (_loss(path="packed"), LENGTHS),

@@ -8,7 +8,7 @@ from spo_kernels import fused_spo_loss, linear_kl, linear_logprob, sequence_logp
 from spo_kernels.testing import random_batch
 
 BOUNDS = (0, 4, 11, 17, 24)
-LENGTHS, PLACES = ["batch.py: tolist"], ["tokens.py: nonzero"]
+LENGTHS, PLACES = ["computed.py: tolist"], ["tokens.py: nonzero"]
 # how much of the head's backward a sparse one takes decides what is launched
 SPARSE = ["sparse.py: tolist"]
 

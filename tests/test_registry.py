@@ -86,6 +86,4 @@ def test_names_are_those_of_the_backends():
 
 def test_a_backend_without_the_pair_loss_says_so():
     with pytest.raises(NotImplementedError, match="the torch backend has no kernel for the pair loss"):
-        TorchBackend().pair_loss(
-            *[torch.zeros(2)] * 3, cu_seqlens=None, reference=None, value=None, ignore_index=-100, factor=1.0
-        )
+        TorchBackend().pair_loss(None, None, 1.0)

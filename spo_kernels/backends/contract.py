@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.pair_form import PairForm
+from spo_kernels.backends.pair_form import PairForm, PairTensors
 from spo_kernels.backends.products import Products, accumulator_dtype
 
 # width of the vocabulary blocks whose mass `tile_stats` reports
@@ -288,28 +288,12 @@ class Backend(ABC):
     def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:
         """Multiply each row of `matrix` (a tile's dtype or a product operand's) by its factor, in place."""
 
-    def pair_loss(
-        self,
-        logp: Tensor,
-        labels: Tensor,
-        form: PairForm,
-        *,
-        cu_seqlens: Tensor | None,
-        reference: Tensor | None,
-        value: Tensor | None,
-        ignore_index: int,
-        factor: float,
-    ) -> tuple[Tensor, Tensor]:
+    def pair_loss(self, pairs: PairTensors, form: PairForm, factor: float) -> tuple[Tensor, Tensor]:
         """From token log-probs to the losses of B pairs and each token's coefficient, in one launch.
 
         Args:
-            logp: `[2B, T]`, chosen rows first, or packed `[N]`; float32.
-            labels: The same shape, int64; where it is `ignore_index`, a token does not count.
+            pairs: The pairs.
             form: Which of the formulas.
-            cu_seqlens: `[2B + 1]` bounds of packed sequences, int32 or int64.
-            reference: `[2B]` float32 sequence sums under the reference, or None.
-            value: `[B]` float32, v of the hinge where `form.value` is "input".
-            ignore_index: See `labels`.
             factor: What the coefficients are multiplied by.
 
         Returns:

@@ -8,7 +8,7 @@ from torch import Tensor
 from spo_kernels.backends import cpp_extension
 from spo_kernels.backends.contract import SCALARS, Backend, Scalar, Tile, TokenGrads, TokenStats, mass_blocks
 from spo_kernels.backends.cpp_products import NativeProducts
-from spo_kernels.backends.pair_form import PairCall, PairForm
+from spo_kernels.backends.pair_form import PairCall, PairForm, PairTensors
 from spo_kernels.backends.registration import BackendStatus, Registration
 
 
@@ -128,24 +128,11 @@ class CppBackend(Backend):
         numbers = (matrix.data_ptr(), stride, SCALARS[matrix.dtype], rows, columns)
         self._native.scale_rows(numbers, found, torch.get_num_threads())
 
-    def pair_loss(
-        self,
-        logp: Tensor,
-        labels: Tensor,
-        form: PairForm,
-        *,
-        cu_seqlens: Tensor | None,
-        reference: Tensor | None,
-        value: Tensor | None,
-        ignore_index: int,
-        factor: float,
-    ) -> tuple[Tensor, Tensor]:
+    def pair_loss(self, pairs: PairTensors, form: PairForm, factor: float) -> tuple[Tensor, Tensor]:
         """See `Backend`."""
-        if not logp.is_cpu:
-            raise ValueError(f"the cpp backend takes tensors on the CPU, got one on {logp.device}")
-        call = PairCall.of(
-            logp, labels, form, cu_seqlens=cu_seqlens, reference=reference, value=value, ignore_index=ignore_index
-        )
+        if not pairs.logp.is_cpu:
+            raise ValueError(f"the cpp backend takes tensors on the CPU, got one on {pairs.logp.device}")
+        call = PairCall.of(pairs, form)
         self._native.pair_loss(**call.arguments, factor=factor)
         return call.summary, call.coefficients
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from spo_kernels.backends import cuda_extension
 from spo_kernels.backends.contract import SCALARS, Backend, Tile, TokenGrads, TokenStats
 from spo_kernels.backends.gpu_checks import check_masses, check_out, check_rows, check_tile
-from spo_kernels.backends.pair_form import PairCall, PairForm
+from spo_kernels.backends.pair_form import PairCall, PairForm, PairTensors
 from spo_kernels.backends.products import VendorProducts
 from spo_kernels.backends.registration import BackendStatus, Registration
 
@@ -119,24 +119,11 @@ class CudaBackend(Backend):
                 queue=self._queue(matrix),
             )
 
-    def pair_loss(
-        self,
-        logp: Tensor,
-        labels: Tensor,
-        form: PairForm,
-        *,
-        cu_seqlens: Tensor | None,
-        reference: Tensor | None,
-        value: Tensor | None,
-        ignore_index: int,
-        factor: float,
-    ) -> tuple[Tensor, Tensor]:
+    def pair_loss(self, pairs: PairTensors, form: PairForm, factor: float) -> tuple[Tensor, Tensor]:
         """See `Backend`."""
-        call = PairCall.of(
-            logp, labels, form, cu_seqlens=cu_seqlens, reference=reference, value=value, ignore_index=ignore_index
-        )
-        with self._guard(logp):
-            self._native.pair_loss(**call.arguments, factor=factor, queue=self._queue(logp))
+        call = PairCall.of(pairs, form)
+        with self._guard(pairs.logp):
+            self._native.pair_loss(**call.arguments, factor=factor, queue=self._queue(pairs.logp))
         return call.summary, call.coefficients
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,12 +25,47 @@ class PairForm:
     mean: bool = True  # NLL per token, not per sequence
 
 
-def pair_outputs(logp: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor, Tensor]:
-    """The number of pairs B, `summary [7, B]` and coefficients in the shape of `logp`, both to be filled."""
-    pairs = (logp.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1) // 2
-    # packed tokens that no sequence holds stay 0
-    coefficients = torch.empty_like(logp) if cu_seqlens is None else torch.zeros_like(logp)
-    return pairs, logp.new_empty((7, pairs)), coefficients
+@dataclass(frozen=True)
+class PairTensors:
+    """What a pair-loss kernel reads of B pairs, and the shapes that follow from it."""
+
+    logp: Tensor  # [2B, T], chosen rows first, or packed [N]; float32
+    labels: Tensor  # the same shape, int64; where it is `ignore_index`, a token does not count
+    cu_seqlens: Tensor | None  # [2B + 1] bounds of packed sequences, int32 or int64
+    reference: Tensor | None  # [2B] float32 sequence sums under the reference
+    value: Tensor | None  # [B] float32, v of the hinge where `PairForm.value` is "input"
+    ignore_index: int
+
+    @property
+    def count(self) -> int:
+        """B."""
+        return (self.logp.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1) // 2
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row; 0 where sequences are packed."""
+        return self.logp.shape[-1] if self.cu_seqlens is None else 0
+
+    def contiguous(self) -> PairTensors:
+        """The same, each tensor contiguous."""
+        tensors: dict[str, Any] = {name: x.contiguous() for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """`summary [7, B]` and coefficients in the shape of `logp`, both to be filled."""
+        logp = self.logp
+        # packed tokens that no sequence holds stay 0
+        coefficients = torch.empty_like(logp) if self.cu_seqlens is None else torch.zeros_like(logp)
+        return logp.new_empty((7, self.count)), coefficients
+
+    def check(self) -> None:
+        """Raise ValueError where a tensor has another shape, dtype or device; the message names it."""
+        pairs, floats = self.count, (torch.float32,)
+        _check("logp", self.logp, self.logp.shape, floats, self.logp)
+        _check("labels", self.labels, self.logp.shape, (torch.int64,), self.logp)
+        _check("cu_seqlens", self.cu_seqlens, (2 * pairs + 1,), (torch.int32, torch.int64), self.logp)
+        _check("reference", self.reference, (2 * pairs,), floats, self.logp)
+        _check("value", self.value, (pairs,), floats, self.logp)
 
 
 # the numbers of csrc/pair_terms.h
@@ -44,44 +79,26 @@ class PairCall:
     arguments: dict[str, Any]
     summary: Tensor
     coefficients: Tensor
-    inputs: tuple[Tensor | None, ...]  # alive as long as their addresses are in use
+    pairs: PairTensors  # alive as long as their addresses are in use
 
     @classmethod
-    def of(
-        cls,
-        logp: Tensor,
-        labels: Tensor,
-        form: PairForm,
-        *,
-        cu_seqlens: Tensor | None,
-        reference: Tensor | None,
-        value: Tensor | None,
-        ignore_index: int,
-    ) -> PairCall:
-        """See `Backend.pair_loss`.
-
-        Raises:
-            ValueError: A tensor has another shape, dtype or device; the message names it.
-        """
-        logp, labels = logp.contiguous(), labels.contiguous()
-        pairs, summary, coefficients = pair_outputs(logp, cu_seqlens)
-        bounds, sums, values = (None if x is None else x.contiguous() for x in (cu_seqlens, reference, value))
-        _check("logp", logp, logp.shape, (torch.float32,), logp)
-        _check("labels", labels, logp.shape, (torch.int64,), logp)
-        _check("cu_seqlens", bounds, (2 * pairs + 1,), (torch.int32, torch.int64), logp)
-        _check("reference", sums, (2 * pairs,), (torch.float32,), logp)
-        _check("value", values, (pairs,), (torch.float32,), logp)
+    def of(cls, pairs: PairTensors, form: PairForm) -> PairCall:
+        """Of checked tensors; a ValueError names one that is of another shape, dtype or device."""
+        pairs = pairs.contiguous()
+        pairs.check()
+        summary, coefficients = pairs.outputs()
+        bounds = pairs.cu_seqlens
         arguments = {
-            "logp": logp.data_ptr(),
-            "labels": labels.data_ptr(),
+            "logp": pairs.logp.data_ptr(),
+            "labels": pairs.labels.data_ptr(),
             "bounds": _address(bounds),
             "wide_bounds": bounds is not None and bounds.dtype == torch.int64,
-            "pairs": pairs,
-            "tokens": logp.numel(),
-            "width": logp.shape[-1] if bounds is None else 0,
-            "ignore_index": ignore_index,
-            "reference": _address(sums),
-            "value": _address(values) if form.value == "input" else 0,
+            "pairs": pairs.count,
+            "tokens": pairs.logp.numel(),
+            "width": pairs.width,
+            "ignore_index": pairs.ignore_index,
+            "reference": _address(pairs.reference),
+            "value": _address(pairs.value) if form.value == "input" else 0,
             "beta": form.beta,
             "use_reference": form.use_reference,
             "penalty": _PENALTIES[form.penalty],
@@ -91,7 +108,7 @@ class PairCall:
             "summary": summary.data_ptr(),
             "coefficients": coefficients.data_ptr(),
         }
-        return cls(arguments, summary, coefficients, (logp, labels, bounds, sums, values))
+        return cls(arguments, summary, coefficients, pairs)
 
 
 def _address(tensor: Tensor | None) -> int:

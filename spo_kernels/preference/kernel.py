@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.pair_form import PairForm
+from spo_kernels.backends.pair_form import PairForm, PairTensors
 from spo_kernels.backends.registry import has_pair_loss, load_backend
 from spo_kernels.engine.checks import is_traced
 from spo_kernels.engine.tokens import TokenRows
@@ -45,16 +45,9 @@ def pair_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """See `Backend.pair_loss`."""
-    return load_backend(backend).pair_loss(
-        logp,
-        labels,
-        PairForm(beta, use_reference, penalty, weight, epsilon, value_from, mean),
-        cu_seqlens=cu_seqlens,
-        reference=reference,
-        value=value,
-        ignore_index=ignore_index,
-        factor=factor,
-    )
+    pairs = PairTensors(logp, labels, cu_seqlens, reference, value, ignore_index)
+    form = PairForm(beta, use_reference, penalty, weight, epsilon, value_from, mean)
+    return load_backend(backend).pair_loss(pairs, form, factor)
 
 
 _library.impl("pair_loss", pair_loss, "CompositeExplicitAutograd")

@@ -10,13 +10,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
 from spo_kernels import fused_spo_loss
-from spo_kernels.backends.pair_form import PairForm
+from spo_kernels.backends.pair_form import PairForm, PairTensors
 from spo_kernels.engine.tokens import LabelLayout
 from spo_kernels.losses import DPO, SPO, PairLogps
 from spo_kernels.preference import plan as paths
-from spo_kernels.preference.batch import Given, resolve_batch
+from spo_kernels.preference.given import Given
 from spo_kernels.preference.kernel import PairKernel, kernel_form
 from spo_kernels.preference.outcome import Outcome
+from spo_kernels.preference.resolve import resolve_batch
 from spo_kernels.testing import random_batch
 
 OBJECTIVES = {
@@ -103,9 +104,7 @@ def test_pair_loss_of_extreme_margins(kernels, margin):
     logp = torch.tensor([[margin], [0.0]])
     labels = torch.zeros(2, 1, dtype=torch.int64)
     form = PairForm(beta=1.0, use_reference=False)
-    summary, coefficients = kernels.pair_loss(
-        logp, labels, form, cu_seqlens=None, reference=None, value=None, ignore_index=-100, factor=1.0
-    )
+    summary, coefficients = kernels.pair_loss(PairTensors(logp, labels, None, None, None, -100), form, 1.0)
     z = torch.tensor(margin, dtype=torch.float64)
     expected = torch.stack([-torch.nn.functional.logsigmoid(z), -torch.sigmoid(-z)])
     assert torch.allclose(
@@ -118,9 +117,7 @@ def test_bad_segment_bounds_read_nothing_else(kernels):
     logp, labels = torch.rand(6), torch.zeros(6, dtype=torch.int64)
     cu_seqlens = torch.tensor([-5, 3, 10**12])
     form = PairForm(beta=1.0, use_reference=False)
-    summary, _ = kernels.pair_loss(
-        logp, labels, form, cu_seqlens=cu_seqlens, reference=None, value=None, ignore_index=-100, factor=1.0
-    )
+    summary, _ = kernels.pair_loss(PairTensors(logp, labels, cu_seqlens, None, None, -100), form, 1.0)
     close(summary[5:, 0], torch.stack([logp[:3].sum(), logp[3:].sum()]), 1e-6)
 
 

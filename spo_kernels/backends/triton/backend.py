@@ -5,7 +5,7 @@ from torch import Tensor
 
 from spo_kernels.backends.contract import Backend, Tile, TokenGrads, TokenStats
 from spo_kernels.backends.gpu_checks import check_masses, check_out, check_rows, check_tile
-from spo_kernels.backends.pair_form import PairForm
+from spo_kernels.backends.pair_form import PairForm, PairTensors
 from spo_kernels.backends.products import HALF_DTYPES, VendorProducts
 from spo_kernels.backends.triton import pair_loss as pair_kernel
 from spo_kernels.backends.triton import scale_rows as rows_kernel
@@ -42,26 +42,6 @@ class TritonBackend(Backend):
         check_rows("matrix", matrix, {"factors": factors}, (torch.float32, *HALF_DTYPES))
         rows_kernel.scale_rows(matrix, factors)
 
-    def pair_loss(
-        self,
-        logp: Tensor,
-        labels: Tensor,
-        form: PairForm,
-        *,
-        cu_seqlens: Tensor | None,
-        reference: Tensor | None,
-        value: Tensor | None,
-        ignore_index: int,
-        factor: float,
-    ) -> tuple[Tensor, Tensor]:
+    def pair_loss(self, pairs: PairTensors, form: PairForm, factor: float) -> tuple[Tensor, Tensor]:
         """See `Backend`."""
-        return pair_kernel.pair_loss(
-            logp,
-            labels,
-            form,
-            cu_seqlens=cu_seqlens,
-            reference=reference,
-            value=value,
-            ignore_index=ignore_index,
-            factor=factor,
-        )
+        return pair_kernel.pair_loss(pairs, form, factor)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spo_kernels.backends.pair_form import PairForm, pair_outputs
+from spo_kernels.backends.pair_form import PairForm, PairTensors
 from spo_kernels.backends.triton.config import Launch, architecture_of, resolve
 
 
@@ -138,36 +138,24 @@ def _pair_loss_kernel(
     _store_coefficients(coefficients_ptr, labels_ptr, start_l, stop_l, ignore_index, slope_l * factor, BLOCK)
 
 
-def pair_loss(
-    logp: Tensor,
-    labels: Tensor,
-    form: PairForm,
-    *,
-    cu_seqlens: Tensor | None,
-    reference: Tensor | None,
-    value: Tensor | None,
-    ignore_index: int,
-    factor: float,
-    launch: Launch | None = None,
-) -> tuple[Tensor, Tensor]:
+def pair_loss(pairs: PairTensors, form: PairForm, factor: float, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
     """See `Backend.pair_loss`. `launch` overrides the table."""
-    logp, labels = logp.contiguous(), labels.contiguous()
-    cu_seqlens, reference, value = (None if x is None else x.contiguous() for x in (cu_seqlens, reference, value))
-    pairs, summary, coefficients = pair_outputs(logp, cu_seqlens)
+    pairs = pairs.contiguous()
+    logp, (summary, coefficients) = pairs.logp, pairs.outputs()
     kernel, options = resolve(_pair_loss_kernel, "pair_loss", architecture_of(logp.device), launch)
     with torch.cuda.device_of(logp):
-        kernel[(pairs,)](
+        kernel[(pairs.count,)](
             logp_ptr=logp,
-            labels_ptr=labels,
-            cu_seqlens_ptr=cu_seqlens,
-            reference_ptr=reference,
-            value_ptr=value if form.value == "input" else None,
+            labels_ptr=pairs.labels,
+            cu_seqlens_ptr=pairs.cu_seqlens,
+            reference_ptr=pairs.reference,
+            value_ptr=pairs.value if form.value == "input" else None,
             summary_ptr=summary,
             coefficients_ptr=coefficients,
-            pairs=pairs,
+            pairs=pairs.count,
             tokens=logp.numel(),
-            width=logp.shape[-1] if cu_seqlens is None else 0,
-            ignore_index=ignore_index,
+            width=pairs.width,
+            ignore_index=pairs.ignore_index,
             beta=form.beta,
             weight=form.weight,
             epsilon=form.epsilon,
