@@ -15,6 +15,7 @@ from spo_kernels.__main__ import build_parser as library_parser
 from spo_kernels.commands import extrapolate, plot, rso
 from spo_kernels.train.cli import build_parser
 from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.config_checks import checked
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "spo_kernels": library_parser,
@@ -31,7 +32,7 @@ def commands(block: str) -> list[list[str]]:
 def spo_train(words: list[str]) -> None:
     options = vars(build_parser().parse_args(words))
     options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
-    TrainConfig(**options).check()
+    checked(TrainConfig(**options))
 
 
 def command_of(module: Any) -> Callable[[list[str]], None]:

@@ -19,6 +19,7 @@ from experiments.displacement.runs import _once
 from experiments.displacement.worker import RunFailed, answer_reader
 from spo_kernels.train.cli import build_parser
 from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.config_checks import checked
 from spo_kernels.train.objective import build_objective
 
 TINY = ("--seeds", 1, "--objectives", "dpo", "sft", "--demonstrations", 60, "--pairs", 12, "--heldout", 8)
@@ -110,7 +111,7 @@ def test_every_method_is_what_spo_train_accepts() -> None:
             build_parser().parse_args(["--model", "m", "--dataset", "d", "--output-dir", "o", *method.options])
         )
         config = TrainConfig(**options | {k: tuple(v) for k, v in options.items() if isinstance(v, list)})
-        assert build_objective(config.check()) is not None, method
+        assert build_objective(checked(config)) is not None, method
     assert {Method("dpo", form) for form in FORMS} < set(table(["dpo"], ablation=True))
     assert [m.name for m in table([CONTROL], ablation=True)] == [CONTROL]
 

@@ -68,7 +68,10 @@ class ChatTemplate:
 
         sample = wanted[0][0]
         if not getattr(self._tokenizer, "chat_template", None):
-            raise DataError(f"{sample.where}: the data are chat messages, but the tokenizer has no chat template")
+            raise DataError(
+                f"{sample.where}: the data are chat messages, but the tokenizer has no chat template; take the "
+                "model's instruct version, put its chat_template.jinja into this one's folder, or give strings"
+            )
         source = self.source(sample.tools is not None)
         mark = mark and re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         try:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from spo_kernels.train.config_checks import as_flags
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.files import remove, set_aside, whole
 from spo_kernels.train.sharded import collected, part_of
@@ -147,12 +148,16 @@ def check_identity(
     if old != new:
         warn(f"resumed with {new} a run that began with {old}: it will not end with the same bits")
     ignored = {SOFTWARE, *may_change}
-    # Options first: a changed --seed changes the data too, and is what the user can see.
-    for name in sorted(checkpoint.identity.keys() | identity.keys(), key=lambda n: (" " in n, n)):
-        old, new = checkpoint.identity.get(name), identity.get(name)
-        if name not in ignored and old != new:
-            what = name if " " in name else "--" + name.replace("_", "-")
-            raise TrainError(f"{checkpoint.path}: {what} was {old!r} and is now {new!r}; resume with the old one")
+    changed = {
+        name if " " in name else as_flags([name]): (checkpoint.identity.get(name), identity.get(name))
+        for name in sorted(checkpoint.identity.keys() | identity.keys())
+        if name not in ignored and checkpoint.identity.get(name) != identity.get(name)
+    }
+    # Options where there are any: a changed --seed changes the data too, and is what the user can see.
+    said = [name for name in changed if name.startswith("--")] or list(changed)
+    if said:
+        differences = ", ".join(f"{name} was {changed[name][0]!r} and is now {changed[name][1]!r}" for name in said)
+        raise TrainError(f"{checkpoint.path}: {differences}; resume as the run began")
 
 
 def _verify(path: Path, step: int) -> Checkpoint:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from spo_kernels.data.errors import DataError
 from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.config_checks import checked
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.signals import Stopped, StopSignals
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with StopSignals() as stop:
             options: dict[str, Any] = vars(build_parser().parse_args(arguments))
             options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
-            config = TrainConfig(**options).check()
+            config = checked(TrainConfig(**options))
             _runner()(config, stop)
     # What is said is empty in all processes but one.
     except (TrainError, DataError) as error:

@@ -1,10 +1,8 @@
-"""Every setting of a run, once: the command line, args.json and the checks read this dataclass."""
+"""Every setting of a run, once: the command line, args.json and config_checks.py read this dataclass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
-from datetime import date
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from spo_kernels.data.columns import COLUMNS
@@ -30,9 +28,12 @@ RESUME_MAY_CHANGE = frozenset(
 )
 
 
-def option(default: Any, help: str, group: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is also a command-line option."""
-    metadata = {"help": help, "group": group, "choices": choices}
+def option(default: Any, help: str, group: str, choices: tuple[str, ...] = (), of: str | None = None) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    `of` says which runs read it: those on "pairs" (--stage preference), those of "adapters" (--lora-r), or all.
+    """
+    metadata = {"help": help, "group": group, "choices": choices, "of": of}
     if default is MISSING:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -47,14 +48,20 @@ class TrainConfig:
     output_dir: str = option(MISSING, "folder for the model, metrics.jsonl and checkpoints", "output")
 
     ref_model: str | None = option(
-        None, "reference model: hub id or local folder (default: the model as loaded)", "model"
+        None,
+        "reference model: hub id or local folder (default: the model as loaded)",
+        "model",
+        of="pairs",
     )
     trust_remote_code: bool = option(False, "run Python code that comes with the model", "model")
     lora_r: int = option(0, "rank of LoRA adapters; 0 trains the whole model", "model")
-    lora_alpha: int = option(16, "LoRA scale: adapters are multiplied by alpha / r", "model")
-    lora_dropout: float = option(0.0, "dropout probability in front of the adapters", "model")
+    lora_alpha: int = option(16, "LoRA scale: adapters are multiplied by alpha / r", "model", of="adapters")
+    lora_dropout: float = option(0.0, "dropout probability in front of the adapters", "model", of="adapters")
     lora_targets: str = option(
-        "all-linear", "modules that get adapters, comma separated (all-linear: all but the head)", "model"
+        "all-linear",
+        "modules that get adapters, comma separated (all-linear: all but the head)",
+        "model",
+        of="adapters",
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward to save memory", "model")
     dropout: bool = option(
@@ -78,22 +85,35 @@ class TrainConfig:
         "objective",
         ("sft", "preference"),
     )
-    loss: str = option("spo", f"preference loss, see docs/objectives.md: {', '.join(sorted(LOSSES))}", "objective")
-    base_loss: str | None = option(None, "loss that spo wraps, any of the same (default: dpo)", "objective")
-    beta: float | None = option(
-        None, "scale of the implicit reward (default: the loss's own, 0.1 for dpo)", "objective"
+    loss: str = option(
+        "spo", f"preference loss, see docs/objectives.md: {', '.join(sorted(LOSSES))}", "objective", of="pairs"
     )
-    spo_weight: float | None = option(None, "weight of the spo penalty (default: the loss's own)", "objective")
-    spo_penalty: str | None = option(None, "form of the spo penalty: nll or hinge (default: nll)", "objective")
+    base_loss: str | None = option(None, "loss that spo wraps, any of the same (default: dpo)", "objective", of="pairs")
+    beta: float | None = option(
+        None,
+        "scale of the implicit reward (default: the loss's own, 0.1 for dpo)",
+        "objective",
+        of="pairs",
+    )
+    spo_weight: float | None = option(
+        None, "weight of the spo penalty (default: the loss's own)", "objective", of="pairs"
+    )
+    spo_penalty: str | None = option(
+        None, "form of the spo penalty: nll or hinge (default: nll)", "objective", of="pairs"
+    )
     spo_value: str | None = option(
         None,
         "value in the hinge: reference, or input: column spo_value of the data (default: reference, unless "
         "--spo-inner-steps computes it)",
         "objective",
+        of="pairs",
     )
-    spo_epsilon: float | None = option(None, "slack of the hinge, in nats (default: 0)", "objective")
+    spo_epsilon: float | None = option(None, "slack of the hinge, in nats (default: 0)", "objective", of="pairs")
     spo_normalization: str | None = option(
-        None, "NLL of the chosen response: mean over tokens or sum (default: mean)", "objective"
+        None,
+        "NLL of the chosen response: mean over tokens or sum (default: mean)",
+        "objective",
+        of="pairs",
     )
     spo_inner_steps: int = option(
         0,
@@ -102,31 +122,43 @@ class TrainConfig:
         "all, a copy of the trained weights and of their gradient. A reconstruction, not verified against the paper, "
         "whose single step is 1",
         "objective",
+        of="pairs",
     )
     spo_inner_lr: float | None = option(
-        None, "learning rate of --spo-inner-steps, which need one: the paper's is not known", "objective"
+        None,
+        "learning rate of --spo-inner-steps, which need one: the paper's is not known",
+        "objective",
+        of="pairs",
     )
-    loss_arg: tuple[str, ...] = option((), "any field of the loss as KEY=VALUE; may be repeated", "objective")
+    loss_arg: tuple[str, ...] = option(
+        (), "any field of the loss as KEY=VALUE; may be repeated", "objective", of="pairs"
+    )
     ld_alpha: float | None = option(
         None,
         "LD-DPO: tokens beyond the length of the pair's shorter response count this much in its log-prob, for policy "
         "and reference (default: 1)",
         "objective",
+        of="pairs",
     )
     pair_input: tuple[str, ...] = option(
         (),
         "data column of a number per pair that the loss reads, as NAME=COLUMN, such as offset=score_margin for odpo; "
         "may be repeated (default: the column of that name)",
         "objective",
+        of="pairs",
     )
     reference: str = option(
         "precompute",
         "reference log-probs: computed once and cached on disk, or online with a frozen copy",
         "objective",
         ("precompute", "online"),
+        of="pairs",
     )
     cache_dir: str | None = option(
-        None, "folder of cached log-probs (default: OUTPUT_DIR/reference-cache)", "objective"
+        None,
+        "folder of cached log-probs (default: OUTPUT_DIR/reference-cache)",
+        "objective",
+        of="pairs",
     )
 
     dataset_config: str | None = option(None, "configuration of a hub data set that has several", "data")
@@ -191,6 +223,7 @@ class TrainConfig:
         "see docs/packing.md",
         "kernels",
         LAYOUTS,
+        of="pairs",
     )
     sparsity: str = option(
         "exact",
@@ -213,51 +246,11 @@ class TrainConfig:
         "log gradient ratio, likelihood displacement and lost mass of the pairs, relative to the reference (the "
         "model as loaded, for losses without one), whose log-probs are then precomputed",
         "output",
+        of="pairs",
     )
     logging_steps: int = option(10, "optimizer steps between lines in metrics.jsonl", "output")
     eval_steps: int = option(0, "optimizer steps between evaluations; 0: only before and after training", "output")
     quiet: bool = option(False, "no progress bar", "output")
-
-    def check(self) -> TrainConfig:
-        """Raise TrainError for the first setting that can't be used; otherwise return self."""
-        _check_numbers(self)
-        for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value not in (*choices, f.default):
-                raise TrainError(f"--{_dashes(f.name)} must be one of {', '.join(choices)}, got {value!r}")
-        if self.eval_dataset is not None and self.eval_fraction > 0:
-            raise TrainError("--eval-dataset and --eval-fraction exclude each other: give one of them")
-        _ = self.column_names
-        if self.template_date is not None:
-            try:
-                date.fromisoformat(self.template_date)
-            except ValueError as error:
-                raise TrainError(f"--template-date must be YYYY-MM-DD, got {self.template_date!r}") from error
-        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
-            raise TrainError(
-                f"--max-prompt-length {self.max_prompt_length} leaves no room for a response "
-                f"within --max-length {self.max_length}"
-            )
-        if self.stage == "sft" and self.ref_model is not None:
-            raise TrainError("--ref-model is for --stage preference: sft has no reference")
-        if (self.spo_inner_steps > 0) != (self.spo_inner_lr is not None):
-            raise TrainError("--spo-inner-steps and --spo-inner-lr go together: give both or neither")
-        if self.stage == "sft" and self.spo_inner_steps:
-            raise TrainError("--spo-inner-steps is for --stage preference: sft has no lower level")
-        if self.stage == "sft" and self.ld_alpha is not None:
-            raise TrainError("--ld-alpha is for --stage preference: sft has no pairs")
-        if self.tokens_per_batch is not None and self.spo_inner_steps:
-            raise TrainError(
-                "--tokens-per-batch makes forwards of different numbers of pairs, and --spo-inner-steps takes steps on "
-                "the pairs of a forward: leave one of them out"
-            )
-        of_adapters = ("lora_alpha", "lora_dropout", "lora_targets")
-        given = [f.name for f in fields(self) if f.name in of_adapters and getattr(self, f.name) != f.default]
-        if given and not self.lora_r:
-            raise TrainError(f"--{_dashes(given[0])} is of adapters: give their rank, --lora-r, or leave it out")
-        if self.sparsity_tolerance is not None and self.sparsity == "exact":
-            raise TrainError("--sparsity-tolerance needs --sparsity certified or unbiased")
-        return self
 
     @property
     def column_names(self) -> dict[str, str]:
@@ -280,51 +273,3 @@ class TrainConfig:
     @property
     def workspace_bytes(self) -> int | None:
         return None if self.workspace_mib is None else self.workspace_mib << 20
-
-
-def _at_least(low: float) -> tuple[Callable[[float], bool], str]:
-    return (lambda x: x >= low), f"at least {low:g}"
-
-
-_ABOVE_ZERO: tuple[Callable[[float], bool], str] = ((lambda x: x > 0), "above 0")
-_SHARE: tuple[Callable[[float], bool], str] = ((lambda x: 0 <= x < 1), "at least 0 and below 1")
-_RANGES = {
-    "lora_r": _at_least(0),
-    "lora_alpha": _ABOVE_ZERO,
-    "lora_dropout": _SHARE,
-    "eval_fraction": _SHARE,
-    "max_length": _at_least(2),
-    "max_prompt_length": _at_least(1),
-    "dataset_processes": _at_least(1),
-    "max_steps": _at_least(0),
-    "epochs": _ABOVE_ZERO,
-    "batch_size": _at_least(1),
-    "grad_accum": _at_least(1),
-    "tokens_per_batch": _at_least(1),
-    "learning_rate": _at_least(0),
-    "warmup_steps": _at_least(0),
-    "weight_decay": _at_least(0),
-    "max_grad_norm": _at_least(0),
-    "seed": _at_least(0),
-    "ld_alpha": _at_least(0),
-    "spo_inner_steps": _at_least(0),
-    "spo_inner_lr": _ABOVE_ZERO,
-    "workspace_mib": _at_least(1),
-    "sparsity_tolerance": ((lambda x: 0 < x < 1), "between 0 and 1"),
-    "save_steps": _at_least(0),
-    "keep_checkpoints": _at_least(0),
-    "logging_steps": _at_least(1),
-    "eval_steps": _at_least(0),
-}
-
-
-def _check_numbers(config: TrainConfig) -> None:
-    for name, (inside, expected) in _RANGES.items():
-        value = getattr(config, name)
-        # `inside` is False for NaN too.
-        if value is not None and not inside(value):
-            raise TrainError(f"--{_dashes(name)} must be {expected}, got {value}")
-
-
-def _dashes(name: str) -> str:
-    return name.replace("_", "-")

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from spo_kernels.losses import Objective, build_loss
-from spo_kernels.losses.needs import needs_inputs, needs_value
+from spo_kernels.losses.needs import needs_inputs, needs_reference, needs_value
 from spo_kernels.losses.pairs import coupling_of, token_outputs_of, token_subsets_of
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
@@ -52,6 +52,8 @@ def build_objective(config: TrainConfig) -> Objective | None:
         )
     if config.spo_inner_steps and not needs_value(objective):
         raise TrainError("--spo-inner-steps needs --spo-penalty hinge: the gradient of nll has no value in it")
+    if config.ref_model is not None and not config.diagnostics and not needs_reference(objective):
+        raise TrainError(f"--loss {config.loss} has no reference: --ref-model would not be read; leave it out")
     if "kl" in token_outputs_of(objective) and config.reference != "online":
         raise TrainError(
             f"--loss {config.loss} compares whole distributions with the reference's, not log-probs of tokens, "

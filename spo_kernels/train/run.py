@@ -150,6 +150,11 @@ def _prepare(
         shard(policy, accelerator.state.fsdp_plugin, methods=("log_ratios",) if objective else ())
     trainer = _trainer(config, accelerator, policy, splits, output, identity, forwards, build_inner(config, objective))
     trainer.warn = warn
+    if config.warmup_steps >= trainer.max_steps:
+        warn(
+            f"--warmup-steps {config.warmup_steps} is no less than the run's {trainer.max_steps} steps: it ends before "
+            "--learning-rate is reached"
+        )
     set_seed(config.seed, device_specific=True)
     return trainer, tokenizer
 

@@ -27,6 +27,7 @@ from spo_kernels.losses import (
 )
 from spo_kernels.testing import random_batch
 from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.config_checks import checked
 from spo_kernels.train.objective import build_objective
 
 from .cases import CASES
@@ -120,7 +121,7 @@ def test_every_form_from_the_command_line(row):
     given = {key: str(json.dumps(value)) for key, value in CASES[row].hyperparameters.items()}
     loss_arg = tuple(f"{key}={value}" for key, value in given.items())
     options = {"loss": CASES[row].name, "loss_arg": loss_arg, "reference": "online"}
-    config = TrainConfig(model="m", dataset="d", output_dir="o", **options).check()
+    config = checked(TrainConfig(model="m", dataset="d", output_dir="o", **options))
     assert build_objective(config) == build_loss(CASES[row].name, **CASES[row].hyperparameters)
 
 

@@ -55,6 +55,10 @@ RECORDS: dict[str, tuple[Any, str]] = {
         {**GOOD, "chosen": [{"role": "assistant", "content": "x"}]},
         "all columns must be strings, or all chat messages; here prompt is a string, chosen is messages",
     ),
+    "sft data": (
+        {"prompt": "x", "completion": "y"},
+        "no column 'chosen'; the record has 'prompt', 'completion'; records with these are for --stage sft",
+    ),
     "nothing shared": (
         {"chosen": "cat", "rejected": "dog"},
         "no column 'prompt', and chosen and rejected do not begin",
@@ -76,7 +80,11 @@ def test_bad_record_names_file_and_line(fails: Fails, tmp_path: Path, name: str)
 
 
 SFT_RECORDS: dict[str, tuple[Any, str]] = {
-    "preference data": (GOOD, "no column 'completion'; the record has 'prompt', 'chosen', 'rejected'"),
+    "preference data": (
+        GOOD,
+        "no column 'completion'; the record has 'prompt', 'chosen', 'rejected'; "
+        "records with these are for --stage preference",
+    ),
     "one message": (
         {"messages": [{"role": "user", "content": "x"}]},
         "messages must be a list of at least two",
@@ -204,7 +212,15 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "tiny fraction": (("--eval-fraction", 0.001), "--eval-fraction 0.001 of"),
     "prompt limit": (("--max-prompt-length", 1024), "--max-prompt-length 1024 leaves no room for a response"),
     "two eval sets": (("--eval-fraction", 0.1, "--eval-dataset", "x.jsonl"), "exclude each other"),
-    "sft reference": (("--stage", "sft", "--ref-model", "x"), "sft has no reference"),
+    "sft reference": (
+        ("--stage", "sft", "--ref-model", "x", "--layout", "padded", "--loss-arg", "a=1"),
+        "--stage sft has no pairs, no preference loss and no reference: --ref-model, --loss-arg, --layout would not be",
+    ),
+    "sft loss": (("--stage", "sft", "--loss", "dpo"), "no reference: --loss would not be read; leave it out, or train"),
+    "unread reference": (
+        ("--loss", "simpo", "--ref-model", "x"),
+        "--loss simpo has no reference: --ref-model would not",
+    ),
     "backend": (("--backend", "tpu"), "--backend tpu: unknown; the backends are torch, cpp"),
     "not a number": (("--batch-size", "many"), "argument --batch-size: invalid int value: 'many'"),
     "not a choice": (("--stage", "rl"), "argument --stage: invalid choice: 'rl'"),
@@ -216,7 +232,7 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "two unknown": (("--lr", 1, "--zzz", 2), "--lr (did you mean --learning-rate?), --zzz (--help lists"),
     # before data are encoded, or even looked for
     "float16": (("--dtype", "float16", "--dataset", "nowhere"), "--dtype float16: gradients underflow in it"),
-    "lora without a rank": (("--lora-alpha", 8), "--lora-alpha is of adapters: give their rank, --lora-r, or leave it"),
+    "lora without a rank": (("--lora-alpha", 8), "--lora-alpha: of adapters; give their rank, --lora-r, or leave it"),
     "no lora target": (("--lora-r", 2, "--lora-targets", " , "), "--lora-targets must name modules of the model"),
     "lora target": (
         ("--lora-r", 2, "--lora-targets", "q_proj,qproj"),

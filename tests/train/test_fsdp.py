@@ -25,16 +25,17 @@ mixed_precision: 'no'
 num_machines: 1
 num_processes: 2
 """
-OPTIONS = ("--learning-rate", 5e-4, "--schedule", "constant", "--logging-steps", 1, "--loss", "dpo", "--beta", 1)
+OPTIONS = ("--learning-rate", 5e-4, "--schedule", "constant", "--logging-steps", 1)
+DPO = ("--loss", "dpo", "--beta", 1)
 ONE, TWO = ("--batch-size", 4), ("--batch-size", 2)
 # of 13 records to evaluate the second process has 3 batches, the first 4
 TEN = ("--max-steps", 10, "--save-steps", 5, "--eval-fraction", 0.27)
 FEW = ("--max-steps", 3, "--save-steps", 2, "--grad-accum", 2)
-KTO = ("--loss", "kto", "--loss-arg", "kl=mismatched", "--eval-fraction", 0.27)
+KTO = ("--loss", "kto", "--beta", 1, "--loss-arg", "kl=mismatched", "--eval-fraction", 0.27)
 RUNS: dict[str, tuple[Any, ...]] = {
-    "dpo": TEN,
-    "copy": (*FEW, "--loss", "tdpo", "--loss-arg", "variant=tdpo2", "--reference", "online"),
-    "adapters": (*FEW, "--lora-r", 4, "--reference", "online", "--gradient-checkpointing", "--weight-decay", 0.1),
+    "dpo": (*DPO, *TEN),
+    "copy": (*FEW, "--loss", "tdpo", "--beta", 1, "--loss-arg", "variant=tdpo2", "--reference", "online"),
+    "adapters": (*DPO, *FEW, "--lora-r", 4, "--reference", "online", "--gradient-checkpointing", "--weight-decay", 0.1),
     "kto": (*FEW, *KTO),
     "sft": (*FEW, "--stage", "sft"),
 }

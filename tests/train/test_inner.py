@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "dpo": (("--loss", "dpo", *INNER[2:6]), "--spo-inner-steps is for --loss spo, got --loss dpo"),
     "nll": (INNER[2:6], "--spo-inner-steps needs --spo-penalty hinge"),
     "two values": ((*INNER, "--spo-value", "reference"), "--spo-value reference names another"),
-    "sft": (("--stage", "sft", *INNER[2:6]), "--spo-inner-steps is for --stage preference"),
+    "sft": (("--stage", "sft", *INNER[2:6]), "--spo-inner-steps, --spo-inner-lr would not be read"),
 }
 
 

@@ -79,7 +79,7 @@ INPUT_ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "wrong input": (("--loss", "odpo", "--pair-input", "of=x"), "the loss reads no input 'of'; it reads: offset"),
     "no column": (("--loss", "odpo", "--pair-input", "offset"), "--pair-input must be NAME=COLUMN, got 'offset'"),
-    "sft": (("--stage", "sft", "--pair-input", "offset=x"), "the loss reads no input 'offset'; it reads: none"),
+    "sft": (("--stage", "sft", "--pair-input", "offset=x"), "--pair-input would not be read; leave it out"),
     "bad hyperparameter": (("--loss", "simpo", "--loss-arg", "gamma=-1"), "--loss simpo: gamma must be"),
     "text for a number": (("--loss", "simpo", "--loss-arg", "gamma=much"), "--loss simpo: gamma must be"),
     "whole distributions": (("--loss", "tdpo"), "--loss tdpo compares whole distributions with the reference's"),
@@ -151,4 +151,4 @@ def test_ld_alpha_and_inner_steps(train: Train, tmp_path: Path) -> None:
 
 def test_bad_ld_alpha(fails: Fails) -> None:
     assert "--ld-alpha must be at least 0, got -0.5" in fails("--ld-alpha", -0.5)
-    assert "--ld-alpha is for --stage preference" in fails("--stage", "sft", "--ld-alpha", 0.5)
+    assert "--ld-alpha would not be read" in fails("--stage", "sft", "--ld-alpha", 0.5)
