@@ -110,6 +110,7 @@ def _table(tested: list[Found]) -> Iterator[str]:
             f"{each.milliseconds:>8.0f}{each.torch_milliseconds:>8.0f}  {'right' if each.accurate else 'WRONG'}"
         )
     yield f"errors against float64; right: a sum within {LARGEST_SUM_ERROR} nat, gradients within rounding"
+    yield "times: linear_logprob takes four products, torch three with all logits kept; a loss takes three here too"
 
 
 def _advice(found: dict[str, BackendStatus], versions: dict[str, str | None], tested: list[Found]) -> Iterator[str]:

@@ -96,8 +96,8 @@ def test_two_ranks_under_ddp(tmp_path: Path) -> None:
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
-def saved_model(folder: Path) -> Any:
-    """A model with a tokenizer on disk, and its pairs."""
+def saved_model(folder: Path) -> tuple[str, str]:
+    """Where a model with its tokenizer is, and a file of 12 pairs."""
     from tests.train.conftest import build_tokenizer, pair
 
     tokenizer = build_tokenizer(chat=False)
@@ -108,24 +108,20 @@ def saved_model(folder: Path) -> Any:
     torch.manual_seed(0)
     tf.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    pairs = [pair(i) for i in range(12)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    return tokenizer, pairs
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(pair(i)) + "\n" for i in range(12)))
+    return str(folder / "model"), str(pairs)
 
 
 def test_the_examples_run_and_learn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer, pairs = saved_model(tmp_path)
-    before = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model, pairs = saved_model(tmp_path)
+    before = tf.AutoModelForCausalLM.from_pretrained(model)
     settings = {"max_steps": 3, "learning_rate": 1e-2, "use_cpu": True, "save_strategy": "no"}
-    model, data = str(tmp_path / "model"), str(tmp_path / "pairs.jsonl")
-    transformers_trainer.main(model, data, str(tmp_path / "trainer"), **settings)
+    transformers_trainer.main(model, pairs, str(tmp_path / "trainer"), **settings)
     after = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "trainer")
     assert not torch.equal(after.get_output_embeddings().weight, before.get_output_embeddings().weight)
 
-    records = [
-        {f"{key}_ids": tokenizer(row[key]).input_ids for key in ("prompt", "chosen", "rejected")} for row in pairs
-    ]
-    accelerate_loop.main(model, records, str(tmp_path / "loop"), epochs=2, rate=1e-2)
+    accelerate_loop.main(model, pairs, str(tmp_path / "loop"), epochs=2, rate=1e-2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss")]
     assert len(lines) == 6 and lines[0].startswith("loss 0.6931") and not lines[-1].startswith("loss 0.6931")
     assert (tmp_path / "loop" / "adapter_model.safetensors").exists()
