@@ -9,6 +9,7 @@ from spo_kernels.losses import SPO, DrDPO, WeightedSum, build_loss, needs_inputs
 from spo_kernels.losses.draws import draw_without_replacement, uniforms
 from spo_kernels.losses.state import RunningState, batch_moments, gathered
 from spo_kernels.testing import random_batch
+from tests.processes import Forked, exit_codes
 
 from .batch_forms import beta_kept, splitmix64, uniform_numbers
 from .closed_forms import Points, logsig
@@ -202,4 +203,5 @@ def _beta_dpo_of_two_processes(rank):
 
 
 def test_statistics_are_of_all_processes(tmp_path):
-    torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
+    ranks = [Forked(tmp_path, _process, rank, tmp_path) for rank in range(2)]
+    assert exit_codes(ranks, 120) == [0, 0], "\n".join(rank.written[1] for rank in ranks)
