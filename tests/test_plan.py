@@ -201,6 +201,15 @@ def test_few_tokens_have_wider_tiles_on_a_gpu():
         assert tiles(tokens, exponentials=True).columns == writing
 
 
+@pytest.mark.parametrize("width, workspace", [(16384, None), (4096, 8 * MIB), (1024, MIB)])
+def test_wide_hidden_states_leave_a_tile_its_rows(width, workspace):
+    """Columns that take all of the budget left one row, in 11 times the time of a trained head."""
+    head = Head(32768, width, torch.float32, torch.device("cpu"))
+    policy = head.policy(1024)
+    tile = plan_tiles(1024, policy.hidden, policy.slices(), head.backend(), workspace, exponentials=True)
+    assert tile.rows >= 32 and tile.columns >= 128 and tile.bytes <= (workspace or 32 * MIB)
+
+
 @pytest.mark.parametrize(
     "head, gradient, memory, expected",
     [

@@ -115,7 +115,9 @@ def plan_tiles(
         )
     most = _MAX_ROWS.get(device, _MAX_ROWS["cuda"])
     rows = max(1, most if head.streams else min(tokens, most))
-    while rows > 1 and (budget - rows * row) // (rows * cell + column) < min(vocab, _MIN_COLUMNS):
+    # where so many columns take more than half of the budget by themselves, rows would get what is left: one, or few
+    least = min(vocab, _MIN_COLUMNS, max(1, budget // (2 * column)))
+    while rows > 1 and (budget - rows * row) // (rows * cell + column) < least:
         rows = (rows + 1) // 2
     writes = backend.products.tile_dtype(hidden) != accumulator_dtype(hidden.dtype)
     capped = writes or workspace_bytes is None
