@@ -178,7 +178,8 @@ else:
 
 def test_a_missing_backend_says_why(tmp_path):
     """Nothing built and no compiler: automatic choice falls back, an explicit one is an error with the reason."""
-    bare = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    bare = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
+    bare |= {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", _WITHOUT_NATIVE_CODE], capture_output=True, text=True, env=bare)
     assert run.returncode == 0, run.stderr
 

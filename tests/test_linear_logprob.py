@@ -275,11 +275,19 @@ def test_each_combination_of_gradients(backend, trained, outputs):
     assert_accurate(actual, oracle, eager)
 
 
+EVERY_FLOW = ("lse", "entropy", "log_sum_p2")
+ALL_TRANSFORMS = dict(logit_scale=0.5, logit_softcap=3.0)
+
+
 @pytest.mark.parametrize(
-    ("transform", "shift"), [({}, False), (dict(logit_scale=0.5, logit_softcap=3.0), True)], ids=["plain", "all"]
+    ("trained", "outputs", "transform", "shift"),
+    [
+        *((trained, EVERY_FLOW, ALL_TRANSFORMS, True) for trained in subsets(PARAMETERS)[1:]),
+        *((PARAMETERS, outputs, {}, False) for outputs in ((), EVERY_FLOW)),
+        (PARAMETERS, (), ALL_TRANSFORMS, True),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("outputs", [(), ("lse", "entropy", "log_sum_p2")], ids=["logp", "all-outputs"])
-@pytest.mark.parametrize("trained", subsets(PARAMETERS)[1:], ids="-".join)
 def test_gradcheck(trained, outputs, transform, shift):
     batch = random_batch((2, 4), 7, 3, dtype=torch.float64, bias=True, ignored=0.3)
     leaves = [getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight", "bias")]

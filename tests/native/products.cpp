@@ -1,4 +1,4 @@
-// Every product that this machine can run, on operands that end where their memory ends; built with sanitizers by
+// Every product that this machine can run, on operands that end where their memory ends; called by
 // tests/test_sanitizers.py. Values are multiples of 1/8 of at most 1, so that every sum is exact in float.
 
 #include <algorithm>
