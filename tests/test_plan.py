@@ -133,11 +133,12 @@ def test_a_run_takes_the_bytes_of_the_plan(monkeypatch, dtype, path, lengths, lo
     "backend, dtype, columns",
     [
         ("torch", torch.float32, VOCAB),
-        ("torch", torch.bfloat16, 1024),  # of which each is cast
-        ("cpp", torch.float32, 1024),  # the tests' environment asks for its own products
+        ("torch", torch.bfloat16, 2048),  # of which each is cast
+        ("cpp", torch.float32, VOCAB),  # the library's own: the tests' environment asks for them
+        ("cpp", torch.bfloat16, 2048),  # whose gradient is cast
     ],
 )
-def test_torchs_products_take_all_columns_at_once(backend, dtype, columns):
+def test_columns_that_take_no_memory_are_multiplied_at_once(backend, dtype, columns):
     if not backend_info()[backend].available:
         pytest.skip(backend_info()[backend].detail)
     hidden, weight, labels = torch.zeros(20, HIDDEN, dtype=dtype), torch.zeros(VOCAB, HIDDEN, dtype=dtype), [0] * 20
@@ -231,12 +232,12 @@ SHAPES = [(2, 512, 1024, 32768), (1, 256, 768, 50257), (4, 512, 512, 32000)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pairs, tokens, width, vocab", SHAPES)
 def test_three_products_by_default_on_a_cpu(pairs, tokens, width, vocab, dtype):
-    """In no more than 1.2 times what logits of the dtype of the products would take."""
+    """In no more than 1.3 times what logits of the dtype of the products would take; 2048 columns in work are a part."""
     made = forecast(DPO(), [tokens] * 2 * pairs, Head(vocab, width, dtype, torch.device("cpu")))
     like = torch.empty(0, dtype=dtype)
     kept = load_backend("cpp" if backend_info()["cpp"].available else "torch").products.tile_dtype(like)
     assert made.plan.products == 3
-    assert made.workspace <= 1.2 * 2 * pairs * tokens * vocab * kept.itemsize
+    assert made.workspace <= 1.3 * 2 * pairs * tokens * vocab * kept.itemsize
 
 
 def test_the_command(capsys):

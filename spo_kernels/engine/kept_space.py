@@ -19,8 +19,10 @@ from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.workspace import block_columns, row_stride, whole_blocks
 
-# CPU: slices of 2048 tokens' logits, of the weight and of its gradient stay in the cache that a product left them in
-_COLUMNS = {"cpu": 1024}
+# CPU, where a slice's weight, products or gradient are cast, in bytes on top of the tile's. Narrower ones cost more of
+# the products' packing (1024: 2 to 5 % more time), and more moments at which threads wait for each other: beside a busy
+# process on two cores 1024 slowed a trained head 2.0 times, 2048 1.7 times (bfloat16, Intel with AVX-512)
+_COLUMNS = {"cpu": 2048}
 # Rows of a tile, at which going through the weight and its gradient again for every tile is cheap. GPU, by calculation:
 # an accumulator's 8 bytes an element take as long as 2048 rows' product at 330 operations a byte.
 _WANTED_ROWS = {"cpu": 1024, "cuda": 2048}
@@ -99,10 +101,11 @@ class KeptSpace:
         cell = backend.cell_bytes(hidden, temporaries) - kept.itemsize
         columns = partial(block_columns, device.type, vocab, exponentials=True) if kept != wide else lambda rows: vocab
         copied = head.copied_bytes(narrow)
-        # Torch's products are the faster the wider they are, where that takes no more memory: with all of V at once a
-        # trained head takes 0.83 to 0.89 of the time (float32, Intel with AVX-512, three shapes), as long on AMD Zen 3
-        slices = copied > 0 or products.own_product(hidden.dtype) is not None
-        most = _COLUMNS.get(device.type, vocab) if slices else vocab
+        # Products are the faster the wider they are, where that takes no more memory: with all of V at once a trained
+        # head takes 0.83 to 0.89 of the time in torch's products, 0.91 to 0.92 in the library's own (float32, Intel with
+        # AVX-512, three shapes); as long in torch's on AMD Zen 3
+        cast = copied > 0 or kept != wide or stored != wide.itemsize
+        most = _COLUMNS.get(device.type, vocab) if cast else vocab
         return cls(
             allowed=workspace_bytes,
             given=given,
