@@ -232,7 +232,7 @@ SHAPES = [(2, 512, 1024, 32768), (1, 256, 768, 50257), (4, 512, 512, 32000)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pairs, tokens, width, vocab", SHAPES)
 def test_three_products_by_default_on_a_cpu(pairs, tokens, width, vocab, dtype):
-    """In no more than 1.3 times what logits of the dtype of the products would take; 2048 columns in work are a part."""
+    """In no more than 1.3 times what logits of the dtype of the products would take, with the columns in work."""
     made = forecast(DPO(), [tokens] * 2 * pairs, Head(vocab, width, dtype, torch.device("cpu")))
     like = torch.empty(0, dtype=dtype)
     kept = load_backend("cpp" if backend_info()["cpp"].available else "torch").products.tile_dtype(like)

@@ -102,8 +102,8 @@ class KeptSpace:
         columns = partial(block_columns, device.type, vocab, exponentials=True) if kept != wide else lambda rows: vocab
         copied = head.copied_bytes(narrow)
         # Products are the faster the wider they are, where that takes no more memory: with all of V at once a trained
-        # head takes 0.83 to 0.89 of the time in torch's products, 0.91 to 0.92 in the library's own (float32, Intel with
-        # AVX-512, three shapes); as long in torch's on AMD Zen 3
+        # head takes 0.83 to 0.89 of the time in torch's products, 0.91 to 0.92 in the library's own (float32, three
+        # shapes, Intel with AVX-512); as long in torch's on AMD Zen 3
         cast = copied > 0 or kept != wide or stored != wide.itemsize
         most = _COLUMNS.get(device.type, vocab) if cast else vocab
         return cls(
