@@ -199,7 +199,7 @@ def test_virtual_tokens_are_right_or_refused(config: Any) -> None:
 @pytest.mark.parametrize(("path", "workspace"), [("factorised", 8 << 20), ("two_pass", 256 << 10)])
 def test_no_gradient_of_the_weight_and_no_copy(path: str, workspace: int) -> None:
     """Beside the budget: the adapter's gradients, and extended hidden states with theirs. A trained head has dW."""
-    vocab, width, rank = 4096, 64, 4
+    vocab, width, rank = 8192, 64, 4
     torch.manual_seed(0)
     hidden, labels = torch.randn(4, 24, width), torch.randint(vocab, (4, 24))
     weight, a, b = torch.randn(vocab, width) / 8, torch.randn(rank, width) / 8, torch.randn(vocab, rank)
