@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spo_kernels.train.config_checks import as_flags
+from spo_kernels.train.config import as_flags
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.files import remove, set_aside, whole
 from spo_kernels.train.sharded import collected, part_of

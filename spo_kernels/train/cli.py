@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from spo_kernels.data.errors import DataError
-from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.config import TrainConfig, as_flags
 from spo_kernels.train.config_checks import checked
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.signals import Stopped, StopSignals
@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_option(group: argparse._ArgumentGroup, f: Field[Any], hint: Any) -> None:
-    flag = "--" + f.name.replace("_", "-")
+    flag = as_flags([f.name])
     text = f.metadata["help"].replace("%", "%%")
     if hint is bool:
         group.add_argument(flag, action="store_true", help=f"{text} (default: off)")

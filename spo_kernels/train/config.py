@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
@@ -37,6 +38,11 @@ def option(default: Any, help: str, group: str, choices: tuple[str, ...] = (), o
     if default is MISSING:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def as_flags(names: Iterable[str]) -> str:
+    """Options by the names of their fields: "lora_r" is "--lora-r"."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import date
 
-from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.config import TrainConfig, as_flags
 from spo_kernels.train.errors import TrainError
 
 
@@ -23,11 +23,6 @@ def checked(config: TrainConfig) -> TrainConfig:
         except ValueError as error:
             raise TrainError(f"--template-date must be YYYY-MM-DD, got {config.template_date!r}") from error
     return config
-
-
-def as_flags(names: Iterable[str]) -> str:
-    """Options by the names of their fields: "lora_r" is "--lora-r"."""
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _check_choices(config: TrainConfig) -> None:

@@ -152,8 +152,8 @@ def _prepare(
     trainer.warn = warn
     if config.warmup_steps >= trainer.max_steps:
         warn(
-            f"--warmup-steps {config.warmup_steps} is no less than the run's {trainer.max_steps} steps: it ends before "
-            "--learning-rate is reached"
+            f"--warmup-steps {config.warmup_steps} is no less than the run's {trainer.max_steps} steps, which end "
+            "before --learning-rate is reached"
         )
     set_seed(config.seed, device_specific=True)
     return trainer, tokenizer

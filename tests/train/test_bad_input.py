@@ -177,7 +177,10 @@ def test_chat_data_without_a_template(fails: Fails, tmp_path: Path, model_dir: P
     rows = [{"prompt": [user], "chosen": [user], "rejected": [{**user, "content": "y"}]}]
     path = write_jsonl(tmp_path / "chat.jsonl", rows)
     message = fails(dataset=path, model=model)
-    assert f"{path}:1: the data are chat messages, but the tokenizer has no chat template" in message
+    assert (
+        f"{path}:1: the data are chat messages, but the tokenizer has no chat template; take the model's instruct"
+        in message
+    )
 
 
 def test_template_that_raises(fails: Fails, tmp_path: Path, model_dir: Path) -> None:

@@ -261,6 +261,13 @@ def test_finished_run_goes_on_for_epochs(train: Train, tmp_path: Path, fails: Fa
     assert "--epochs was 2.0 and is now 1.0" in fails(*OPTIONS, "--resume", *epochs, "--epochs", 1, "--max-steps", 0)
 
 
+def test_a_warm_up_that_never_ends_is_warned_of(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(*OPTIONS, "--max-steps", 2, "--warmup-steps", 2) == 0
+    assert "--warmup-steps 2 is no less than the run's 2 steps, which end before" in capsys.readouterr().err
+    assert train(*OPTIONS, "--max-steps", 3, "--warmup-steps", 2, "--resume") == 0
+    assert "--warmup-steps" not in capsys.readouterr().err
+
+
 def test_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 3, {"w": torch.ones(2)}, {}, {}, keep=0)
     with pytest.raises(TrainError, match="checkpoint-3 exists already and is not overwritten"):
