@@ -22,6 +22,19 @@ def test_recipes_name_every_file():
     assert listed == found
 
 
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+def test_changed_header_is_compiled_again(tmp_path):
+    source, header, library = tmp_path / "say.cpp", tmp_path / "say.h", tmp_path / "say"
+    source.write_text('#include "say.h"\nint main() { return WHAT; }\n')
+    commands = {"compile": {".cpp": f"{build.compiler()} -c $in -o $out"}, "link": f"{build.compiler()} $in -o $out"}
+    recipe = build.Recipe("say", tmp_path, sources=("say.cpp",), headers=("say.h",), identity=(), **commands)
+    for value in (3, 4):
+        header.write_text(f"#define WHAT {value}\n")
+        os.utime(header, (header.stat().st_mtime + value,) * 2)  # also where a file system's clock is coarse
+        build.run_ninja(recipe, tmp_path, library)
+        assert subprocess.run([library]).returncode == value
+
+
 @pytest.mark.parametrize(
     ("text", "flags"),
     [

@@ -109,6 +109,19 @@ def test_same_bits_for_any_number_of_threads(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [70, 700], ids=["panels packed for all", "own panels"])
+def test_threads_ahead_of_each_other(name, n):
+    """Several blocks of rows and of K; more threads than cores are held up anywhere, and the others go on."""
+    a, b = torch.randn(4500, 2100).t(), torch.randn(4500, n)
+    expected = torch.empty(2100, n)
+    multiply(name, a, b, expected, threads=1)
+    for _ in range(10):
+        out = torch.empty(2100, n)
+        multiply(name, a, b, out, threads=7)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 def test_non_finite_values_come_through(name, value):
     a, b = torch.ones(8, 5), torch.ones(5, 66)

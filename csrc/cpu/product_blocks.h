@@ -1,9 +1,9 @@
 // Blocking and packing of a product, as templates over a micro-kernel; included by one file per instruction set.
 //
-// Rows and K are cut into blocks. For each, rows of A are packed with K side by side (shared, read from L3 or L2) where
-// they do not lie like that already, then every thread takes panels of kColumns columns of B, packs each into its own
-// buffer (L2) and multiplies it by kRows rows of A at a time, accumulated in registers over the K block. Where B has
-// too few columns for that, its panels are packed before, for all threads, which then take parts of A's rows.
+// Rows and K are cut into blocks, each a step. In it rows of A are packed with K side by side (shared, read from L3 or
+// L2) where they do not lie like that already, then every thread takes panels of kColumns columns of B, packs each into
+// its own buffer (L2) and multiplies it by kRows rows of A at a time, accumulated in registers over the K block. Where
+// B has too few columns for that, its panels are packed before, for all threads, which then take parts of A's rows.
 //
 // What is packed consists of units of 4 bytes: kStep values of k of one row of A or column of B ("lane"). A vector of
 // units is loaded along k of one lane, or along lanes at one step of k, whichever lie side by side in the operand;
@@ -18,6 +18,7 @@
 #include <cstring>
 
 #include "product.h"
+#include "team.h"
 
 namespace spo {
 namespace {
@@ -182,35 +183,44 @@ inline void with_source(const Operand& from, const Axis& lane_axis, const Axis& 
   }
 }
 
-// How many tasks of a thread's share were taken; on a cache line of its own.
-struct alignas(64) Share {
-  int64_t taken;
-};
+// How a product is cut: steps of a block of rows and of K, and in each of them tasks for a team of threads.
+template <typename Kernel>
+struct Cut {
+  static constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepth = Kernel::kDepth;
+  static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(typename Kernel::Packed));
 
-// Runs tasks of a team: each thread its own share, in order, and then what the others have left. A share is the same in
-// every call, so that a panel of C that is added to is in the cache of the thread that wrote it last; but a thread that
-// another program holds up does not hold up the rest. Beyond a barrier shares are reset for their next use.
-template <typename Run>
-inline void deal(int64_t tasks, int thread, int threads, Share* shares, const Run& run) {
-  for (int i = 0; i < threads; ++i) {
-    const int owner = (thread + i) % threads;
-    const int64_t first = tasks * owner / threads, count = tasks * (owner + 1) / threads - first;
-    for (;;) {
-      int64_t task;
-#pragma omp atomic capture
-      task = shares[owner].taken++;
-      if (task >= count) break;
-      run(first + task);
-    }
-  }
-}
+  int threads;
+  int64_t column_panels, block, k_steps, steps;
+  bool share, in_place;  // whether panels of B are packed for all threads, and rows of A not at all
+  int64_t chunks, chunk;
+  int64_t a_size, b_size, a_block, b_block;
+
+  Cut(const Operand& a, const ProductShape& shape, int most)
+      : threads(static_cast<int>(smaller(most, 1 + shape.m * shape.n * shape.k / kThreadWork))),
+        column_panels(pieces(shape.n, kColumns)),
+        block(rounded_up(pieces(shape.m, pieces(shape.m, kBlockRows)), kRows)),
+        k_steps(pieces(shape.k, kDepth)),
+        steps(pieces(shape.m, block) * k_steps),
+        share(threads > 1 && column_panels < 4 * threads),
+        in_place(a.scalar == Kernel::kScalar && a.column_stride == 1 && shape.k % Kernel::kStep == 0),
+        // fewer column panels than threads could share: cut the rows too, so that every thread has work
+        chunks(share ? smaller(pieces(4 * threads, column_panels), block / kRows) : 1),
+        chunk(rounded_up(pieces(block, chunks), kRows)),
+        // one line more than needed, so that rows do not fall on the same sets of L1
+        a_size(rounded_up(smaller(kDepth, shape.k), kLine) + kLine),
+        b_size(kColumns * (a_size - kLine)),
+        a_block(in_place ? 0 : block * a_size),
+        b_block(share ? column_panels * b_size : 0) {}
+
+  int64_t buffers() const { return smaller(2, steps); }
+  int64_t packed() const { return buffers() * (a_block + b_block) + (share ? 0 : threads * b_size); }
+};
 
 template <typename Kernel, typename Out>
 void product(const Operand& a, const Operand& b, const Result& c, const ProductShape& shape, bool accumulate,
              int threads) {
   using Packed = typename Kernel::Packed;
   constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepth = Kernel::kDepth, kStep = Kernel::kStep;
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Packed));
   const Axis a_axis{a.row_stride, a.rows, 0}, c_axis{c.row_stride, c.rows, 0};
   auto* out = static_cast<Out*>(c.data);
   if (shape.m == 0 || shape.n == 0) return;
@@ -219,74 +229,60 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
       std::memset(out + c_axis(row), 0, static_cast<size_t>(shape.n) * sizeof(Out));
     return;
   }
-  threads = static_cast<int>(smaller(threads, 1 + shape.m * shape.n * shape.k / kThreadWork));
-  const int64_t column_panels = pieces(shape.n, kColumns);
-  const int64_t block = rounded_up(pieces(shape.m, pieces(shape.m, kBlockRows)), kRows);
-  // fewer column panels than threads could share: cut the rows too, so that every thread has work
-  const int64_t wanted = 4 * threads;
-  const bool share = threads > 1 && column_panels < wanted;
-  const int64_t chunks = share ? smaller(pieces(wanted, column_panels), block / kRows) : 1;
-  const int64_t chunk = rounded_up(pieces(block, chunks), kRows);
-  // one line more than needed, so that rows do not fall on the same sets of L1
-  const int64_t padded = rounded_up(smaller(kDepth, shape.k), kLine), a_size = padded + kLine;
-  const int64_t b_size = kColumns * padded;
-  const bool in_place = a.scalar == Kernel::kScalar && a.column_stride == 1 && shape.k % kStep == 0;
-  const int64_t a_total = in_place ? 0 : block * a_size, b_total = (share ? column_panels : threads) * b_size;
-  const int64_t share_bytes = 3 * threads * static_cast<int64_t>(sizeof(Share));
-  auto* shares =
-      static_cast<Share*>(product_scratch(share_bytes + (a_total + b_total) * static_cast<int64_t>(sizeof(Packed))));
-  Share *b_shares = shares, *a_shares = shares + threads, *c_shares = shares + 2 * threads;
-  auto* a_rows = reinterpret_cast<Packed*>(shares + 3 * threads);
-  Packed* b_panels = a_rows + a_total;
-  std::memset(shares, 0, static_cast<size_t>(share_bytes));
+  const Cut<Kernel> cut(a, shape, threads);
+  const int64_t reads = cut.column_panels * cut.chunks, state = Steps::bytes(cut.steps, reads, cut.threads);
+  auto* scratch = static_cast<char*>(product_scratch(state + cut.packed() * static_cast<int64_t>(sizeof(Packed))));
+  const Steps steps(scratch, cut.steps, reads, cut.threads);
+  Packed* a_blocks = reinterpret_cast<Packed*>(scratch + state);
+  Packed* b_blocks = a_blocks + cut.buffers() * cut.a_block;
 
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(cut.threads)
   {
 #ifdef _OPENMP
     const int thread = omp_get_thread_num(), team = omp_get_num_threads();
 #else
     const int thread = 0, team = 1;
 #endif
-    Packed* own_panel = b_panels + (share ? 0 : thread) * b_size;
-    const auto pack_b = [&](int64_t panel, int64_t k, int64_t depth, Packed* to) {
-      const int64_t column = panel * kColumns;
-      with_source<Kernel>(b, {b.column_stride, nullptr, column}, {b.row_stride, b.rows, k},
-                          smaller(kColumns, shape.n - column), depth, [&](const auto& part) { part.pack_panel(to); });
-    };
-    for (int64_t first = 0; first < shape.m; first += block)
-      for (int64_t k = 0; k < shape.k; k += kDepth) {
-        const int64_t depth = smaller(kDepth, shape.k - k), rows = smaller(block, shape.m - first);
-        const int64_t shared = share ? column_panels : 0, across = pieces(depth, kPackDepth);
-        const int64_t packs = in_place ? 0 : pieces(rows, kPackLanes) * across;
-        c_shares[thread].taken = 0;
-        deal(shared, thread, team, b_shares, [&](int64_t task) { pack_b(task, k, depth, b_panels + task * b_size); });
-        deal(packs, thread, team, a_shares, [&](int64_t task) {
-          const int64_t row = task / across * kPackLanes, inner = task % across * kPackDepth;
-          with_source<Kernel>(a, {a.row_stride, a.rows, first + row}, {a.column_stride, nullptr, k + inner},
-                              smaller(kPackLanes, rows - row), smaller(kPackDepth, depth - inner),
-                              [&](const auto& part) { part.pack_rows(a_rows + row * a_size + inner, a_size); });
-        });
-#pragma omp barrier
-        a_shares[thread].taken = b_shares[thread].taken = 0;
-        deal(column_panels * chunks, thread, team, c_shares, [&](int64_t task) {
-          const int64_t panel = task / chunks, column = panel * kColumns, begin = task % chunks * chunk;
-          if (!share) pack_b(panel, k, depth, own_panel);
-          const Packed* b_panel = share ? b_panels + panel * b_size : own_panel;
-          for (int64_t row = begin; row < smaller(begin + chunk, rows); row += kRows) {
-            const int64_t count = smaller(kRows, rows - row);
-            const Packed* a_at[kRows];
-            Out* c_at[kRows];
-            for (int64_t i = 0; i < kRows; ++i) {
-              const int64_t at = row + smaller(i, count - 1);
-              a_at[i] = in_place ? static_cast<const Packed*>(a.data) + a_axis(first + at) + k : a_rows + at * a_size;
-              c_at[i] = out + c_axis(first + at) + column;
-            }
-            Kernel::multiply(a_at, b_panel, pieces(depth, kStep), c_at, count, smaller(kColumns, shape.n - column),
-                             accumulate || k > 0);
+    Packed* own_panel = b_blocks + thread * cut.b_size;
+    for (int64_t step = 0; step < cut.steps; ++step) {
+      const int64_t first = step / cut.k_steps * cut.block, rows = smaller(cut.block, shape.m - first);
+      const int64_t k = step % cut.k_steps * kDepth, depth = smaller(kDepth, shape.k - k);
+      const int64_t panels = cut.share ? cut.column_panels : 0, across = pieces(depth, kPackDepth);
+      const int64_t packs = panels + (cut.in_place ? 0 : pieces(rows, kPackLanes) * across);
+      Packed* a_rows = a_blocks + step % 2 * cut.a_block;
+      Packed* b_panels = b_blocks + step % 2 * cut.b_block;
+      const auto pack_panel = [&](int64_t panel, Packed* to) {
+        const int64_t column = panel * kColumns;
+        with_source<Kernel>(b, {b.column_stride, nullptr, column}, {b.row_stride, b.rows, k},
+                            smaller(kColumns, shape.n - column), depth, [&](const auto& part) { part.pack_panel(to); });
+      };
+      const auto pack = [&](int64_t task) {
+        if (task < panels) return pack_panel(task, b_panels + task * cut.b_size);
+        const int64_t row = (task - panels) / across * kPackLanes, inner = (task - panels) % across * kPackDepth;
+        with_source<Kernel>(a, {a.row_stride, a.rows, first + row}, {a.column_stride, nullptr, k + inner},
+                            smaller(kPackLanes, rows - row), smaller(kPackDepth, depth - inner),
+                            [&](const auto& part) { part.pack_rows(a_rows + row * cut.a_size + inner, cut.a_size); });
+      };
+      const auto multiply = [&](int64_t task) {
+        const int64_t panel = task / cut.chunks, column = panel * kColumns, begin = task % cut.chunks * cut.chunk;
+        if (!cut.share) pack_panel(panel, own_panel);
+        const Packed* b_panel = cut.share ? b_panels + panel * cut.b_size : own_panel;
+        for (int64_t row = begin; row < smaller(begin + cut.chunk, rows); row += kRows) {
+          const int64_t count = smaller(kRows, rows - row);
+          const Packed* a_at[kRows];
+          Out* c_at[kRows];
+          for (int64_t i = 0; i < kRows; ++i) {
+            const int64_t at = row + smaller(i, count - 1);
+            a_at[i] =
+                cut.in_place ? static_cast<const Packed*>(a.data) + a_axis(first + at) + k : a_rows + at * cut.a_size;
+            c_at[i] = out + c_axis(first + at) + column;
           }
-        });
-#pragma omp barrier
-      }
+          Kernel::multiply(a_at, b_panel, pieces(depth, kStep), c_at, count, smaller(kColumns, shape.n - column),
+                           accumulate || k > 0);
+        }
+      };
+      steps.run(step, packs, thread, team, pack, multiply);
+    }
   }
 }
 

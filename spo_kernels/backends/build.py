@@ -38,6 +38,7 @@ HEADERS = (
     "csrc/cpu/product.h",
     "csrc/cpu/product_avx512.h",
     "csrc/cpu/product_blocks.h",
+    "csrc/cpu/team.h",
     "csrc/cpu/tiles.h",
     "csrc/pair_terms.h",
     "csrc/scalar.h",
@@ -311,7 +312,11 @@ def run_ninja(recipe: Recipe, folder: Path, library: Path) -> str:
     for suffix, command in recipe.compile.items():
         lines += [f"rule compile{suffix}", f"  command = {command}"]
     lines += ["rule link", f"  command = {recipe.link}"]
-    lines += [f"build {target}: compile{Path(name).suffix} {recipe.root / name}" for name, target in objects.items()]
+    headers = " ".join(str(recipe.root / name) for name in recipe.headers)
+    lines += [
+        f"build {target}: compile{Path(name).suffix} {recipe.root / name} | {headers}"
+        for name, target in objects.items()
+    ]
     lines += [f"build {library}: link {' '.join(objects.values())}", ""]
     (folder / "build.ninja").write_text("\n".join(lines))
     result = subprocess.run([ninja, "-C", str(folder)], capture_output=True, text=True)

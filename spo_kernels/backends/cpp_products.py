@@ -22,7 +22,7 @@ class NativeProducts(VendorProducts):
     of the time); not measured elsewhere. Half precision: wherever the vendor would need an upcast.
     """
 
-    row_bytes = 4096  # the panels of `a`: 512 floats or 2048 bfloat16 a row
+    row_bytes = 4096  # the panels of `a`: twice 512 floats or once 2048 bfloat16 a row
 
     def __init__(self, native: Any) -> None:
         self._native = native

@@ -21,7 +21,7 @@ from spo_kernels.engine.workspace import block_columns, row_stride, whole_blocks
 
 # CPU, where a slice's weight, products or gradient are cast, in bytes on top of the tile's. Narrower ones cost more of
 # the products' packing (1024: up to 5 % more time), and more moments at which threads wait for each other: beside a
-# busy process on two cores 1024 slowed a trained head 2.0 times, 2048 1.7 times (bfloat16, Intel with AVX-512)
+# busy process on two cores 1024 slowed a trained head 1.89 times, 2048 1.75 times (bfloat16, Intel with AVX-512)
 _COLUMNS = {"cpu": 2048}
 # Rows of a tile, at which going through the weight and its gradient again for every tile is cheap. GPU, by calculation:
 # an accumulator's 8 bytes an element take as long as 2048 rows' product at 330 operations a byte.
