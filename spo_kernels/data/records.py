@@ -226,7 +226,10 @@ def _reason(source: str, config: str | None, error: Exception) -> str:
         given = "it has several configurations" if config is None else f"no configuration {config!r}"
         return f"{given}; --dataset-config takes one of {', '.join(configs)}"
     hint = "" if configs or Path(source).exists() else "; if a local file was meant, it does not exist"
-    return f"can't be loaded ({type(error).__name__}: {str(error).splitlines()[0]}){hint}"
+    told = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if error.__cause__ is not None:  # "An error occurred while generating the dataset" alone helps nobody
+        told += f": {type(error.__cause__).__name__}: {' '.join(str(error.__cause__).split())[:300]}"
+    return f"can't be loaded ({told}){hint}"
 
 
 def _read_ranges(path: Path, starts: Sequence[int], lengths: Sequence[int]) -> Iterator[bytes]:

@@ -148,6 +148,15 @@ def test_unknown_hub_data_set(fails: Fails) -> None:
     assert "if a local file was meant, it does not exist" in message
 
 
+def test_folder_of_files_that_differ(fails: Fails, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    write_jsonl(folder / "b.jsonl", [{"prompt": "a", "answer": "b"}])
+    message = fails(dataset=folder)
+    assert "can't be loaded (DatasetGenerationError" in message and "answer: string" in message
+
+
 def test_prompt_over_the_limit(fails: Fails, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [GOOD, {**GOOD, "prompt": "say " * 30}])
     message = fails("--max-prompt-length", 20, dataset=path)
