@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from spo_kernels import backend_info, fused_spo_loss
+from spo_kernels import LMHead, backend_info, fused_spo_loss
 from spo_kernels import loss as loss_module
 from spo_kernels.__main__ import main
 from spo_kernels.backends.registry import load_backend
@@ -148,20 +148,32 @@ def test_columns_that_take_no_memory_are_multiplied_at_once(backend, dtype, colu
 
 
 @pytest.mark.parametrize(
-    "workspace_bytes, path", [(None, "packed"), (24 * MIB, "packed"), (20 * MIB, "factorised"), (10 * MIB, "two_pass")]
+    "workspace_bytes, path, accumulate",
+    [
+        (None, "packed", False),
+        (24 * MIB, "packed", False),
+        (20 * MIB, "factorised", False),
+        (10 * MIB, "two_pass", False),
+        (24 * MIB, "packed", True),
+        (20 * MIB, "two_pass", True),
+    ],
 )
-def test_a_forecast_is_what_a_call_plans(monkeypatch, workspace_bytes, path):
+def test_a_forecast_is_what_a_call_plans(monkeypatch, workspace_bytes, path, accumulate):
     lengths, found = [900, 800], []
     labels = torch.randint(VOCAB, (2, 900))
     labels[1, 800:] = -100
     hidden, weight = torch.randn(2, 900, HIDDEN, requires_grad=True), torch.randn(VOCAB, HIDDEN, requires_grad=True)
+    if accumulate:
+        weight.grad = torch.zeros_like(weight)
+    head = LMHead(weight, accumulate=accumulate)
     monkeypatch.setattr(loss_module, "plan_path", lambda *given: found.append(plan_path(*given)) or found[0])
     with TensorMeter() as meter:
         value, _ = fused_spo_loss(
-            hidden, weight, labels, loss="dpo", ref_logps=torch.zeros(2), workspace_bytes=workspace_bytes
+            hidden, head, labels, loss="dpo", ref_logps=torch.zeros(2), workspace_bytes=workspace_bytes
         )
         value.backward()
-    made = forecast(DPO(), lengths, Head(VOCAB, HIDDEN, torch.float32, torch.device("cpu")), workspace_bytes)
+    shapes = Head(VOCAB, HIDDEN, torch.float32, torch.device("cpu"))
+    made = forecast(DPO(), lengths, shapes, workspace_bytes, adds_to_grad=accumulate)
     assert found == [made.plan] and made.plan.path == path
     assert meter.peak <= made.workspace + hidden.nbytes + weight.nbytes + PER_TOKEN * labels.numel()
 

@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", default="spo", help="an objective's name (default: spo)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=here, help=f"(default: {here})")
     parser.add_argument("--memory-gib", type=float, help="of a GPU that is not here")
+    parser.add_argument(
+        "--accumulate", action="store_true", help="LMHead(accumulate=True), in a call that adds to its weight.grad"
+    )
     parser.add_argument("--workspace-mib", type=_positive, help="workspace_bytes of the call (default: the library's)")
 
 
@@ -56,7 +59,13 @@ def describe(arguments: argparse.Namespace) -> str:
         None if memory is None else int(memory * GIB),
     )
     mib = arguments.workspace_mib
-    found = forecast(resolve_objective(arguments.loss), lengths, head, None if mib is None else mib << 20)
+    found = forecast(
+        resolve_objective(arguments.loss),
+        lengths,
+        head,
+        None if mib is None else mib << 20,
+        adds_to_grad=arguments.accumulate,
+    )
     return "\n".join(_lines(found, sum(lengths), head))
 
 

@@ -54,8 +54,17 @@ class Forecast:
     given: int  # inputs and gradients
 
 
-def forecast(objective: Objective, lengths: list[int], head: Head, workspace_bytes: int | None = None) -> Forecast:
+def forecast(
+    objective: Objective,
+    lengths: list[int],
+    head: Head,
+    workspace_bytes: int | None = None,
+    *,
+    adds_to_grad: bool = False,
+) -> Forecast:
     """The plan of one call; `lengths` are of the responses' tokens that count, chosen first.
+
+    `adds_to_grad`: the head has `accumulate=True` and a `weight.grad`.
 
     Raises:
         ValueError: `workspace_bytes` is too small.
@@ -63,7 +72,9 @@ def forecast(objective: Objective, lengths: list[int], head: Head, workspace_byt
     tokens, backend = sum(lengths), head.backend()
     policy = head.policy(tokens)
     hidden, weight = policy.hidden, policy.weight
-    space = KeptSpace.of(hidden, policy.slices(), backend, workspace_bytes, memory=head.memory)
+    space = KeptSpace.of(
+        hidden, policy.slices(), backend, workspace_bytes, adds_to_grad=adds_to_grad, memory=head.memory
+    )
     problem = pair_problem(objective, lengths, space, whole_pairs=token_subsets_of(objective) is not None)
     why = why_two_passes(policy, objective)
     plan = choose_path(problem) if why is None else TWO_PASS
