@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ from spo_kernels.integrations.at_head import PairLoss, ResponseLogps, add_at_hea
 from spo_kernels.integrations.layout import layout_of
 from spo_kernels.integrations.token_batches import TokenBudget, cpu_budget
 from spo_kernels.integrations.trl_config import FusedDPOConfig, objective_of
-from spo_kernels.integrations.trl_inputs import WithColumns, input_columns, refuse, refuse_fsdp, why_not_split
+from spo_kernels.integrations.trl_inputs import (
+    WithColumns,
+    input_columns,
+    refuse,
+    refuse_data,
+    refuse_fsdp,
+    why_not_split,
+)
 from spo_kernels.integrations.trl_metrics import Forward, batch_metrics
 from spo_kernels.integrations.trl_parts import lengths_of, parts_of
 from spo_kernels.integrations.trl_seam import check_dpo_trainer
@@ -80,6 +88,9 @@ class FusedDPOTrainer(DPOTrainer):
         self._columns = input_columns(args, self._objective)
         self._referenced = ref_model is not None or needs_reference(self._objective) or not _has_objective(args)
         refuse(args, self._objective, self._referenced)
+        data = signature(DPOTrainer).bind_partial(model, ref_model, args, *positional, **named).arguments
+        for name in ("train_dataset", "eval_dataset"):
+            refuse_data(name, data.get(name))
         self._sparsity = as_sparsity(getattr(args, "sparsity", "exact"))
         self._layout = getattr(args, "layout", "auto")
         self._tokens = getattr(args, "tokens_per_batch", None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from trl import DPOConfig
 
@@ -48,6 +49,19 @@ def refuse(args: DPOConfig, objective: Objective, referenced: bool) -> None:
         raise ValueError(f"sync_ref_model=True needs a reference, and {objective!r} has none")
     if getattr(args, "spo_inner_steps", 0) and args.deepspeed_plugin is not None:
         raise ValueError("spo_inner_steps changes the model's weights, which DeepSpeed shards; use DDP")
+
+
+def refuse_data(name: str, data: Any) -> None:
+    """Raise ValueError for a data set, or a dict of them, that is empty or has no responses."""
+    if isinstance(data, Mapping):
+        for split, part in data.items():
+            refuse_data(f"{name}[{split!r}]", part)
+    elif isinstance(data, Dataset):
+        missing = [column for column in ("chosen", "rejected") if column not in data.column_names]
+        if missing:
+            raise ValueError(f"{name} has no column {' and no '.join(missing)}; its columns are {data.column_names}")
+        if len(data) == 0:
+            raise ValueError(f"{name} is empty")
 
 
 def refuse_fsdp(args: DPOConfig, plugin: Any) -> None:

@@ -43,13 +43,13 @@ def config(folder, kind=trl.FusedDPOConfig, **settings):
     return kind(str(folder), **{**defaults, "per_device_train_batch_size": 4, "learning_rate": 5e-4, **settings})
 
 
-def trainer(folder, *, data=None, model=None, ref_model="other", adapter=None, **settings):
+def trainer(folder, *, data=None, eval_dataset=None, model=None, ref_model="other", adapter=None, **settings):
     return trl.FusedDPOTrainer(
         model or make_model("llama"),
         make_model("llama", seed=1) if ref_model == "other" else ref_model,
         config(folder, **settings),
         train_dataset=dataset("pairs") if data is None else data,
-        eval_dataset=dataset("pairs").select(range(6)),
+        eval_dataset=dataset("pairs").select(range(6)) if eval_dataset is None else eval_dataset,
         processing_class=make_tokenizer(),
         peft_config=adapter,
     )
@@ -265,6 +265,19 @@ def test_refused_at_construction(tmp_path, case):
     ref = settings.get("ref", "other")
     with pytest.raises((ValueError, TypeError), match=message):
         trainer(tmp_path, ref_model=ref, **{key: value for key, value in settings.items() if key != "ref"})
+
+
+@pytest.mark.parametrize(
+    "which, change, message",
+    [
+        ("data", lambda data: data.select([]), "train_dataset is empty"),
+        ("data", lambda data: data.rename_column("chosen", "chose"), "train_dataset has no column chosen; .*'chose'"),
+        ("eval_dataset", lambda data: {"a": data, "b": data.select([])}, r"eval_dataset\['b'\] is empty"),
+    ],
+)
+def test_data_without_pairs_are_refused(tmp_path, which, change, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **{which: change(dataset("pairs"))})
 
 
 def test_args_that_are_a_folder():
