@@ -243,7 +243,6 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
 #else
     const int thread = 0, team = 1;
 #endif
-    Packed* own_panel = b_blocks + thread * cut.b_size;
     for (int64_t step = 0; step < cut.steps; ++step) {
       const int64_t first = step / cut.k_steps * cut.block, rows = smaller(cut.block, shape.m - first);
       const int64_t k = step % cut.k_steps * kDepth, depth = smaller(kDepth, shape.k - k);
@@ -265,8 +264,8 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
       };
       const auto multiply = [&](int64_t task) {
         const int64_t panel = task / cut.chunks, column = panel * kColumns, begin = task % cut.chunks * cut.chunk;
-        if (!cut.share) pack_panel(panel, own_panel);
-        const Packed* b_panel = cut.share ? b_panels + panel * cut.b_size : own_panel;
+        Packed* b_panel = cut.share ? b_panels + panel * cut.b_size : b_blocks + thread * cut.b_size;
+        if (!cut.share) pack_panel(panel, b_panel);
         for (int64_t row = begin; row < smaller(begin + cut.chunk, rows); row += kRows) {
           const int64_t count = smaller(kRows, rows - row);
           const Packed* a_at[kRows];

@@ -1,8 +1,7 @@
 // How a team of threads goes through steps of tasks without a barrier between them.
 //
 // At a barrier everyone waits for a thread that another program holds up. Here a thread that finds no task left in a
-// step goes on with the next one, and waits only for what its task needs: on two cores with a busy neighbour that is
-// most of what barriers cost.
+// step goes on with the next one, and waits only for what its task needs.
 //
 // No standard library here: an inline function compiled for one instruction set could replace another file's.
 #pragma once
@@ -24,7 +23,7 @@ struct alignas(64) Counter {
 inline void add(Counter& counter) { __atomic_fetch_add(&counter.value, 1, __ATOMIC_RELEASE); }
 
 inline void wait_for(const int64_t& value, int64_t wanted) {
-  constexpr int kSpins = 1000;  // tens of microseconds; a thread that computes is hardly ever behind by more
+  constexpr int kSpins = 1000;  // tens of microseconds, before the core is offered to others
   for (int spins = 0; __atomic_load_n(&value, __ATOMIC_ACQUIRE) != wanted; ++spins) {
     if (spins < kSpins) {
       _mm_pause();
