@@ -13,8 +13,17 @@ from torch import Tensor
 from spo_kernels.engine.checks import is_traced
 from spo_kernels.engine.head_slices import Shard
 from spo_kernels.engine.inputs import Execution, ModelInputs
+from spo_kernels.engine.op_arguments import (
+    Asked,
+    CallOptions,
+    ForBackward,
+    ForLabels,
+    ModelTensors,
+    Statistics,
+    Upstream,
+    split,
+)
 from spo_kernels.engine.ops import (
-    ForwardResult,
     linear_logprob_bwd,
     linear_logprob_bwd_op,
     linear_logprob_fwd,
@@ -24,27 +33,21 @@ from spo_kernels.engine.row_stream import RowStream
 from spo_kernels.engine.tokens import Tokens
 from spo_kernels.sparsity import EXACT, Sparsity
 
-OUTPUTS = ("lse", "correct", "entropy", "log_sum_p2", "dropped_mass", "kept_share", "mean_logit")
-_WITH_GRADIENT = ("lse", "entropy", "log_sum_p2")
+OUTPUTS = ForLabels._fields[1:]
+_WITH_GRADIENT = Statistics._fields
 
 
 @dataclass(frozen=True)
 class LogprobOptions:
     """What the function needs beside tensors."""
 
-    shift: bool
-    workspace_bytes: int | None
-    backend: str
+    call: CallOptions
     sparsity: Sparsity
     moments: bool  # entropy and log Σ p² are wanted
     mean: bool  # the mean logit is wanted
     differentiable: tuple[str, ...]  # optional outputs that carry a gradient
     accumulate: bool = False  # into the weight's .grad, where it exists
     shard: Shard | None = None  # the weight is a part of a head
-
-    def common(self) -> tuple[Any, ...]:
-        """`ops.OPTIONS`."""
-        return self.shift, self.workspace_bytes, self.backend
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,7 @@ class LogprobCall:
         if not named or any(name not in OUTPUTS for name in outputs):
             raise ValueError(f"outputs = {outputs!r}: expected a sequence of names from {', '.join(OUTPUTS)}")
         options = LogprobOptions(
-            shift=shift,
-            workspace_bytes=execution.workspace_bytes,
-            backend=execution.backend,
+            call=CallOptions(shift, execution.workspace_bytes, execution.backend),
             sparsity=execution.sparsity,
             moments="entropy" in outputs or "log_sum_p2" in outputs,
             mean="mean_logit" in outputs,
@@ -106,48 +107,29 @@ class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         """Arguments: `ModelInputs.tensors()`, `Tokens` and options. Returns logp and all of `OUTPUTS`."""
-        hidden, weight, bias, transform, base, *tokens, options = arguments
+        *tensors, options = arguments
+        model, tokens = split(tensors, ModelTensors, Tokens)
         recompute = bool(options.differentiable) or any(ctx.needs_input_grad[1:3])
         sparsity = options.sparsity if any(ctx.needs_input_grad[:3]) else EXACT
         exact = sparsity.mode == "exact"
+        asked = Asked(
+            moments=options.moments,
+            mean=options.mean,
+            need_logp_grad=ctx.needs_input_grad[0] and (exact or not recompute),
+            sparsity=sparsity.mode,
+            tolerance=sparsity.tolerance,
+            seed=sparsity.seed,
+        )
         # an op's boundary costs 10 us, which matters to a small call; traces need it
-        run: Any = linear_logprob_fwd_op if is_traced(hidden) else partial(linear_logprob_fwd, shard=options.shard)
-        found = ForwardResult(
-            *run(
-                hidden,
-                weight,
-                bias,
-                transform,
-                base,
-                *tokens,
-                *options.common(),
-                options.moments,
-                options.mean,
-                ctx.needs_input_grad[0] and (exact or not recompute),
-                sparsity.mode,
-                sparsity.tolerance,
-                sparsity.seed,
-            )
-        )
+        traced = is_traced(model.hidden)
+        run: Any = linear_logprob_fwd_op if traced else partial(linear_logprob_fwd, shard=options.shard)
+        found, made = split(run(*model, *tokens, *options.call, *asked), ForLabels, ForBackward)
         # with a frozen head hidden need not outlive the forward: what is kept is its finished gradient
-        kept = hidden if recompute or not exact else found.logp_grad
-        ctx.save_for_backward(
-            kept,
-            weight,
-            bias,
-            transform,
-            base,
-            *tokens,
-            found.lse,
-            found.entropy,
-            found.log_sum_p2,
-            found.logp_grad,
-            found.codes,
-            found.code_counts,
-            found.sparse,
-        )
+        kept = model.hidden if recompute or not exact else made.logp_grad
+        statistics = Statistics(found.lse, found.entropy, found.log_sum_p2)
+        ctx.save_for_backward(*model._replace(hidden=kept), *tokens, *statistics, *made)
         ctx.options = options
-        outputs = dict(zip(OUTPUTS, found[1 : 1 + len(OUTPUTS)], strict=True))
+        outputs = dict(zip(OUTPUTS, found[1:], strict=True))
         ctx.mark_non_differentiable(*(v for name, v in outputs.items() if name not in options.differentiable))
         ctx.set_materialize_grads(False)
         return found.logp, *outputs.values()
@@ -163,17 +145,17 @@ class LinearLogprobFunction(torch.autograd.Function):
         grad_logp, *extras = upstream
         # torch.compile passes zeros, not None, where nothing flows: they would cost a product
         named = {k: g for k, g in zip(OUTPUTS, extras, strict=True) if k in ctx.options.differentiable}
-        grads = (grad_logp, *(named.get(name) for name in _WITH_GRADIENT))
+        grads = Upstream(grad_logp, *(named.get(name) for name in _WITH_GRADIENT))
         needs = ctx.needs_input_grad[:3]
         rest = [None] * (len(ctx.needs_input_grad) - 3)
         if all(g is None for g in grads):
             return None, None, None, *rest
         saved = ctx.saved_tensors  # once: checkpointing gives out each a single time
-        arguments: Any = (*saved, *grads, *ctx.options.common(), *needs)
+        arguments: Any = (*saved, *grads, *ctx.options.call, *needs)
         if is_traced(saved[0]):
             found, onto = linear_logprob_bwd_op(*arguments), None
         else:
             onto = saved[1].grad if ctx.options.accumulate and needs[1] else None
-            found = linear_logprob_bwd(*(*arguments, onto, ctx.options.shard))
+            found = linear_logprob_bwd(*arguments, onto=onto, shard=ctx.options.shard)
         wanted = needs[0], needs[1] and onto is None, needs[2]
         return *(g if want else None for g, want in zip(found, wanted, strict=True)), *rest

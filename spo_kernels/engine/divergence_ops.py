@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,27 +13,32 @@ from spo_kernels.engine import divergence
 from spo_kernels.engine.checks import is_traced, without_autocast
 from spo_kernels.engine.head_slices import Shard
 from spo_kernels.engine.inputs import Execution, ModelInputs
-from spo_kernels.engine.ops import MODEL, OPTIONS, TOKENS, gradients_fake, gradients_of, like_hidden, plane_of
-from spo_kernels.engine.tokens import UNGRAPHED, TokenRows, Tokens
+from spo_kernels.engine.op_arguments import CallOptions, Gradients, ModelTensors, Needs, schema, split
+from spo_kernels.engine.ops import gradients_fake, gradients_of, like_hidden, plane_of
+from spo_kernels.engine.tokens import UNGRAPHED, Tokens
 
-_BOTH = f"{MODEL}, {MODEL.replace('Tensor ', 'Tensor ref_').replace('Tensor? ', 'Tensor? ref_')}, {TOKENS}, {OPTIONS}"
+
+class KLKept(NamedTuple):
+    """What a backward reads of the forward, and the upstream gradient."""
+
+    ref_lse: Tensor
+    lse: Tensor
+    grad: Tensor
+
+
+_FORWARD = (ModelTensors, ModelTensors, Tokens, CallOptions)
+_BOTH = f"{schema(ModelTensors)}, {schema(ModelTensors, prefix='ref_')}, {schema(Tokens, CallOptions)}"
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
 _library.define(f"linear_kl_fwd({_BOTH}) -> (Tensor kl, Tensor ref_lse, Tensor lse)", tags=UNGRAPHED)
-_library.define(
-    f"linear_kl_bwd({_BOTH}, Tensor ref_lse, Tensor lse, Tensor grad, bool need_hidden, bool need_weight,"
-    " bool need_bias) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
-    tags=UNGRAPHED,
-)
+_library.define(f"linear_kl_bwd({_BOTH}, {schema(KLKept, Needs)}) -> ({schema(Gradients)})", tags=UNGRAPHED)
 
 
-def _models(*arguments: Any, shard: Shard | None) -> tuple[divergence.Models, TokenRows, Tensor]:
-    """The ops' common arguments as the walk takes them; the tokens, and labels."""
-    found, (shift, workspace_bytes, backend) = Tokens(*arguments[10:15]), arguments[15:]
-    policy, reference = (
-        plane_of(*model, found, shift, backend, shard)  # type: ignore[call-arg]
-        for model in (arguments[:5], arguments[5:10])
-    )
-    return divergence.Models(policy, reference, workspace_bytes), policy.tokens, found.labels
+def _models(
+    policy: ModelTensors, reference: ModelTensors, tokens: Tokens, options: CallOptions, shard: Shard | None
+) -> divergence.Models:
+    """The ops' common arguments as the walk takes them."""
+    planes = [plane_of(model, tokens, options, shard) for model in (policy, reference)]
+    return divergence.Models(planes[0], planes[1], options.workspace_bytes)
 
 
 @torch.no_grad()
@@ -42,26 +47,26 @@ def linear_kl_fwd(*arguments: Any, shard: Shard | None = None) -> tuple[Tensor, 
 
     `shard`, which the op does not have, is of both heads.
     """
-    models, tokens, labels = _models(*arguments, shard=shard)
-    with without_autocast(labels.device):
-        found = divergence.forward(models)
-    kl, ref_lse, lse = (tokens.spread(values, labels.shape) for values in found)
+    policy, reference, tokens, options = split(arguments, *_FORWARD)
+    models, shape = _models(policy, reference, tokens, options, shard), tokens.labels.shape
+    with without_autocast(policy.hidden.device):
+        kl, ref_lse, lse = (models.policy.tokens.spread(values, shape) for values in divergence.forward(models))
     return kl, ref_lse, lse
 
 
 @torch.no_grad()
-def linear_kl_bwd(*arguments: Any, shard: Shard | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def linear_kl_bwd(*arguments: Any, shard: Shard | None = None) -> Gradients:
     """Gradients of hidden, weight and bias, empty where they are not needed."""
-    *common, ref_lse, lse, grad, need_hidden, need_weight, need_bias = arguments
-    models, tokens, labels = _models(*common, shard=shard)
-    hidden, weight = common[:2]
-    grad_hidden = like_hidden(hidden, tokens, hidden.dtype) if need_hidden else hidden.new_empty(0)
-    head_out = models.policy.head.gradient(models.policy.wide, weight=need_weight, bias=need_bias)
-    hidden_out = grad_hidden.view(-1, hidden.shape[-1]) if need_hidden else None
-    with without_autocast(labels.device):
-        ref_lse, lse, grad = (tokens.gather(values) for values in (ref_lse, lse, grad))
+    model, reference, tokens, options, kept, needs = split(arguments, *_FORWARD, KLKept, Needs)
+    models = _models(model, reference, tokens, options, shard)
+    policy, hidden = models.policy, model.hidden
+    grad_hidden = like_hidden(hidden, policy.tokens, hidden.dtype) if needs.need_hidden else hidden.new_empty(0)
+    head_out = policy.head.gradient(policy.wide, weight=needs.need_weight, bias=needs.need_bias)
+    hidden_out = grad_hidden.view(policy.hidden.shape) if needs.need_hidden else None
+    with without_autocast(hidden.device):
+        ref_lse, lse, grad = map(policy.tokens.gather, kept)
         divergence.backward(models, ref_lse, lse, grad, hidden_out, head_out)
-    return grad_hidden, *gradients_of(head_out, weight)
+    return Gradients(grad_hidden, *gradients_of(head_out, model.weight))
 
 
 for _op in (linear_kl_fwd, linear_kl_bwd):
@@ -69,16 +74,17 @@ for _op in (linear_kl_fwd, linear_kl_bwd):
 
 
 @torch.library.register_fake("spo_kernels::linear_kl_fwd", lib=_library)
-def _fwd_fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    labels, dtype = rest[9], accumulator_dtype(hidden.dtype)
-    kl, ref_lse, lse = (torch.empty(labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
+def _fwd_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    model, _, tokens, _ = split(arguments, *_FORWARD)
+    hidden, dtype = model.hidden, accumulator_dtype(model.hidden.dtype)
+    kl, ref_lse, lse = (torch.empty(tokens.labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
     return kl, ref_lse, lse
 
 
 @torch.library.register_fake("spo_kernels::linear_kl_bwd", lib=_library)
-def _bwd_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, need_hidden, need_weight, need_bias = rest
-    return gradients_fake(hidden, weight, need_hidden, need_weight, need_bias)
+def _bwd_fake(*arguments: Any) -> Gradients:
+    model, *_, needs = split(arguments, *_FORWARD, KLKept, Needs)
+    return gradients_fake(model, needs)
 
 
 _fwd = torch.ops.spo_kernels.linear_kl_fwd.default
@@ -90,8 +96,8 @@ def kl_divergence(
 ) -> Tensor:
     """`linear_kl` of resolved inputs: `[labels' shape]`, differentiable in the policy's."""
     tensors = (*policy.tensors(), *reference.detach().tensors())
-    options = (shift, execution.workspace_bytes, execution.backend)
-    kl: Tensor = LinearKLFunction.apply(*tensors, *tokens, *options, policy.shard)
+    options = CallOptions(shift, execution.workspace_bytes, execution.backend)
+    kl: Tensor = LinearKLFunction.apply(*tensors, *tokens, options, policy.shard)
     return kl
 
 
@@ -101,8 +107,7 @@ class LinearKLFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """Arguments: the ops', and the shard of both heads. Returns the divergences, shaped like labels."""
-        *tensors, shift, workspace_bytes, backend, ctx.shard = arguments
-        ctx.options = (shift, workspace_bytes, backend)
+        *tensors, ctx.options, ctx.shard = arguments
         run: Any = _fwd if is_traced(tensors[0]) else partial(linear_kl_fwd, shard=ctx.shard)
         kl, ref_lse, lse = run(*tensors, *ctx.options)
         ctx.save_for_backward(*tensors, ref_lse, lse)

@@ -14,6 +14,7 @@ from spo_kernels.backends.registry import choose_backend
 from spo_kernels.engine.checks import FLOAT_DTYPES, capturing, check_tensor, check_workspace_bytes, is_traced
 from spo_kernels.engine.collectives import check_same
 from spo_kernels.engine.head_slices import HeadSlices, Shard
+from spo_kernels.engine.op_arguments import ModelTensors
 from spo_kernels.engine.row_stream import RowStream
 from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.head import LMHead, as_head
@@ -133,10 +134,10 @@ class ModelInputs:
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-        """As ops take them: hidden, weight, bias, scale and softcap (0 for none) as float64 `[2]` on the CPU, base.
+    def tensors(self) -> ModelTensors:
+        """As ops take them; a softcap of 0 for none.
 
-        The numbers are a tensor, since a graph is compiled anew for every value of a float that crosses into an op.
+        Scale and softcap are in a tensor: a graph is compiled anew for every value of a float that crosses into an op.
         """
         numbers = (self.logit_scale, 0.0 if self.logit_softcap is None else self.logit_softcap)
         if torch.compiler.is_compiling():
@@ -144,7 +145,7 @@ class ModelInputs:
             transform = torch.stack([torch.ones((), dtype=torch.float64) * number for number in numbers])
         else:
             transform = torch.tensor(numbers, dtype=torch.float64)
-        return self.hidden, self.weight, self.bias, transform, self.base
+        return ModelTensors(self.hidden, self.weight, self.bias, transform, self.base)
 
     def slices(self) -> HeadSlices:
         """The head as the engine sees it."""

@@ -6,12 +6,12 @@ The schema belongs to Python; a tensor that was not asked for comes back empty (
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_kernels.backends.contract import TokenGrads
+from spo_kernels.backends.contract import TokenGrads, TokenStats
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine import exact
@@ -19,49 +19,37 @@ from spo_kernels.engine.checks import without_autocast
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices, Shard
 from spo_kernels.engine.logit_sums import LogitSums
-from spo_kernels.engine.sparse import kept_slices, possible, probe, sparse_forward
+from spo_kernels.engine.op_arguments import (
+    Asked,
+    CallOptions,
+    ForBackward,
+    ForLabels,
+    Gradients,
+    ModelTensors,
+    Needs,
+    Statistics,
+    Upstream,
+    schema,
+    split,
+)
+from spo_kernels.engine.sparse import SparseForward, kept_slices, possible, probe, sparse_forward
 from spo_kernels.engine.sparse_blocks import KeptBlocks
 from spo_kernels.engine.tokens import UNGRAPHED, TokenRows, Tokens
 from spo_kernels.engine.workspace import block_width, plan_tiles, spans
 from spo_kernels.sparsity import Sparsity
 
-MODEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor transform, Tensor? base"
-TOKENS = "Tensor labels, Tensor counted, Tensor positions, Tensor total, Tensor listed"
-OPTIONS = "bool shift, int? workspace_bytes, str backend"
+_FORWARD = (ModelTensors, Tokens, CallOptions, Asked)
+_BACKWARD = (ModelTensors, Tokens, Statistics, ForBackward, Upstream, CallOptions, Needs)
 
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
 _library.define(
-    f"linear_logprob_fwd({MODEL}, {TOKENS}, {OPTIONS}, bool moments, bool mean, bool need_logp_grad,"
-    " str sparsity, float tolerance, int seed)"
-    " -> (Tensor logp, Tensor lse, Tensor correct, Tensor entropy, Tensor log_sum_p2, Tensor dropped_mass,"
-    " Tensor kept_share, Tensor mean_logit, Tensor logp_grad, Tensor codes, Tensor code_counts, Tensor sparse)",
+    f"linear_logprob_fwd({schema(*_FORWARD)}) -> ({schema(ForLabels, ForBackward)})",
     tags=UNGRAPHED,
 )
 _library.define(
-    f"linear_logprob_bwd({MODEL}, {TOKENS}, Tensor lse, Tensor entropy, Tensor log_sum_p2, Tensor logp_grad,"
-    " Tensor codes, Tensor code_counts, Tensor sparse,"
-    " Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_log_sum_p2,"
-    f" {OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
-    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    f"linear_logprob_bwd({schema(*_BACKWARD)}) -> ({schema(Gradients)})",
     tags=UNGRAPHED,
 )
-
-
-class ForwardResult(NamedTuple):
-    """What the forward op returns; the first eight are per label, the rest is for the backward."""
-
-    logp: Tensor
-    lse: Tensor
-    correct: Tensor
-    entropy: Tensor
-    log_sum_p2: Tensor
-    dropped_mass: Tensor
-    kept_share: Tensor
-    mean_logit: Tensor
-    logp_grad: Tensor  # d logp / d hidden, if it was finished
-    codes: Tensor  # see `KeptBlocks`
-    code_counts: Tensor  # [blocks] int64 on the CPU: tokens of each
-    sparse: Tensor  # 0-d bool on the CPU: whether the backward is sparse, and codes are filled
 
 
 def logp_grad_dtype(hidden: Tensor) -> torch.dtype:
@@ -80,20 +68,11 @@ def _codes_shape(labels: Tensor, weight: Tensor, sparsity: Sparsity) -> tuple[in
     return -(-weight.shape[0] // width), labels.numel()
 
 
-def plane_of(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    transform: Tensor,
-    base: Tensor | None,
-    tokens: Tokens,
-    shift: bool,
-    backend: str,
-    shard: Shard | None,
-) -> exact.Plane:
+def plane_of(model: ModelTensors, tokens: Tokens, options: CallOptions, shard: Shard | None) -> exact.Plane:
     """What an op's arguments say is to be walked."""
-    head, rows = HeadSlices.of(weight, bias, transform, base, shard), hidden.reshape(-1, hidden.shape[-1])
-    return exact.Plane(rows, head, TokenRows.of(tokens, shift, head.first), load_backend(backend))
+    head = HeadSlices.of(model.weight, model.bias, model.transform, model.base, shard)
+    rows = model.hidden.reshape(-1, model.hidden.shape[-1])
+    return exact.Plane(rows, head, TokenRows.of(tokens, options.shift, head.first), load_backend(options.backend))
 
 
 def like_hidden(hidden: Tensor, tokens: TokenRows, dtype: torch.dtype) -> Tensor:
@@ -103,155 +82,119 @@ def like_hidden(hidden: Tensor, tokens: TokenRows, dtype: torch.dtype) -> Tensor
 
 
 @torch.no_grad()
-def linear_logprob_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    transform: Tensor,
-    base: Tensor | None,
-    labels: Tensor,
-    counted: Tensor,
-    positions: Tensor,
-    total: Tensor,
-    listed: Tensor,
-    shift: bool,
-    workspace_bytes: int | None,
-    backend: str,
-    moments: bool,
-    mean: bool,
-    need_logp_grad: bool,
-    sparsity: str,
-    tolerance: float,
-    seed: int,
-    shard: Shard | None = None,
-) -> tuple[Tensor, ...]:
+def linear_logprob_fwd(*arguments: Any, shard: Shard | None = None) -> tuple[Tensor, ...]:
     """Token log-probabilities and softmax statistics; see the schema and `linear_logprob`.
 
     Over all processes' classes where `shard` is given, which the op does not have.
     """
-    tokens = Tokens(labels, counted, positions, total, listed)
-    plane = plane_of(hidden, weight, bias, transform, base, tokens, shift, backend, shard)
-    rows = plane.tokens
-    logp_grad = hidden.new_empty(0, dtype=logp_grad_dtype(hidden))
-    if need_logp_grad:
-        logp_grad = like_hidden(hidden, rows, logp_grad.dtype)
-    beside = LogitSums.temporaries(plane.head, plane.backend) if mean else None
-    shape = plan_tiles(
-        rows.count,
-        plane.hidden,
-        plane.head,
-        plane.backend,
-        workspace_bytes,
-        exponentials=need_logp_grad,
-        temporaries=beside,
-    )
-    wanted = Sparsity(sparsity, tolerance, seed)
-    codes = labels.new_empty(_codes_shape(labels, weight, wanted), dtype=torch.uint8)
-    code_counts = torch.zeros(codes.shape[:1], dtype=torch.int64)
-    with without_autocast(hidden.device):
-        logit_sums = LogitSums(plane.head, hidden.new_empty(0, dtype=plane.wide), rows.count) if mean else None
-        # with a frozen head the exact way costs two products, both of them here: worth a look before
-        sparse = codes.numel() > 0 and rows.mask is None and possible(shape, plane.head.widest)
-        sparse = sparse and (not need_logp_grad or probe(plane, shape, wanted))
-        if sparse:
-            found = sparse_forward(plane, shape, wanted, codes, moments=moments, logit_sums=logit_sums)
-            stats, sparse = found.stats, need_logp_grad or found.pays
-        else:
-            gradient = logp_grad.view(-1, hidden.shape[-1]) if need_logp_grad else None
-            stats = exact.forward(plane, shape, moments=moments, logp_grad=gradient, logit_sums=logit_sums)
+    model, tokens, options, asked = split(arguments, *_FORWARD)
+    plane = plane_of(model, tokens, options, shard)
+    rows, labels = plane.tokens, tokens.labels
+    logp_grad = model.hidden.new_empty(0, dtype=logp_grad_dtype(model.hidden))
+    if asked.need_logp_grad:
+        logp_grad = like_hidden(model.hidden, rows, logp_grad.dtype)
+    codes = labels.new_empty(_codes_shape(labels, model.weight, asked.choice), dtype=torch.uint8)
+    with without_autocast(model.hidden.device):
+        stats, chosen, mean_logit = _walk(plane, options.workspace_bytes, asked, logp_grad, codes)
     lse = stats.lse
-    entropy, log_sum_p2 = (stats.entropy, stats.log_sum_p2) if moments else (None, None)
     dropped_mass = kept_share = None
-    if wanted.mode != "exact":
+    code_counts = torch.zeros(codes.shape[:1], dtype=torch.int64)
+    if chosen is not None:
+        dropped_mass, kept_share, code_counts = chosen.dropped_mass, chosen.kept_share, torch.tensor(chosen.kept.counts)
+    elif asked.sparsity != "exact":
         dropped_mass, kept_share = torch.zeros_like(lse), torch.ones_like(lse)
-    if sparse:
-        code_counts = torch.tensor(found.kept.counts)
-        dropped_mass, kept_share = found.dropped_mass, found.kept_share
-    values = (
-        stats.label_logit - lse,
-        lse,
-        stats.label_logit == stats.max,
-        entropy,
-        log_sum_p2,
-        dropped_mass,
-        kept_share,
-        None if logit_sums is None else logit_sums.means(rows.count),
+    values = {
+        "logp": stats.label_logit - lse,
+        "lse": lse,
+        "correct": stats.label_logit == stats.max,
+        "entropy": stats.entropy if asked.moments else None,
+        "log_sum_p2": stats.log_sum_p2 if asked.moments else None,
+        "dropped_mass": dropped_mass,
+        "kept_share": kept_share,
+        "mean_logit": mean_logit,
+    }
+    outputs = {k: lse.new_empty(0) if v is None else rows.spread(v, labels.shape) for k, v in values.items()}
+    return *ForLabels(**outputs), *ForBackward(logp_grad, codes, code_counts, torch.tensor(chosen is not None))
+
+
+def _walk(
+    plane: exact.Plane, workspace_bytes: int | None, asked: Asked, logp_grad: Tensor, codes: Tensor
+) -> tuple[TokenStats, SparseForward | None, Tensor | None]:
+    """Statistics, what a sparse backward is to read (None: it is exact), and mean logits.
+
+    Fills `logp_grad` where it is asked for and the backward is exact, `codes` where it is sparse.
+    """
+    beside = LogitSums.temporaries(plane.head, plane.backend) if asked.mean else None
+    early, count = asked.need_logp_grad, plane.tokens.count
+    shape = plan_tiles(
+        count, plane.hidden, plane.head, plane.backend, workspace_bytes, exponentials=early, temporaries=beside
     )
-    outputs = (lse.new_empty(0) if v is None else rows.spread(v, labels.shape) for v in values)
-    return ForwardResult._make((*outputs, logp_grad, codes, code_counts, torch.tensor(sparse)))
+    like = plane.hidden.new_empty(0, dtype=plane.wide)
+    logit_sums = LogitSums(plane.head, like, count) if asked.mean else None
+    # with a frozen head the exact way costs two products, both of them here: worth a look before
+    sparse = codes.numel() > 0 and plane.tokens.mask is None and possible(shape, plane.head.widest)
+    found = None
+    if sparse and (not early or probe(plane, shape, asked.choice)):
+        found = sparse_forward(plane, shape, asked.choice, codes, moments=asked.moments, logit_sums=logit_sums)
+        stats = found.stats
+    else:
+        gradient = logp_grad.view(plane.hidden.shape) if early else None
+        stats = exact.forward(plane, shape, moments=asked.moments, logp_grad=gradient, logit_sums=logit_sums)
+    pays = found is not None and (early or found.pays)
+    return stats, found if pays else None, None if logit_sums is None else logit_sums.means(count)
 
 
 @torch.no_grad()
 def linear_logprob_bwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    transform: Tensor,
-    base: Tensor | None,
-    labels: Tensor,
-    counted: Tensor,
-    positions: Tensor,
-    total: Tensor,
-    listed: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    log_sum_p2: Tensor,
-    logp_grad: Tensor,
-    codes: Tensor,
-    code_counts: Tensor,
-    sparse: Tensor,
-    grad_logp: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_log_sum_p2: Tensor | None,
-    shift: bool,
-    workspace_bytes: int | None,
-    backend: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    onto: Tensor | None = None,
-    shard: Shard | None = None,
+    *arguments: Any, onto: Tensor | None = None, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for upstream gradients of logp and of the optional outputs; see `linear_logprob`.
 
     The weight's is added to `onto` where that is given; it and `shard` are not the op's.
     """
-    tokens = Tokens(labels, counted, positions, total, listed)
-    plane = plane_of(hidden, weight, bias, transform, base, tokens, shift, backend, shard)
-    rows = plane.tokens
-    grads = TokenGrads(
-        lse_value=lse,
-        logp=grad_logp,
-        lse=grad_lse,
-        entropy=grad_entropy,
-        entropy_value=entropy if grad_entropy is not None else None,
-        log_sum_p2=grad_log_sum_p2,
-        log_sum_p2_value=log_sum_p2 if grad_log_sum_p2 is not None else None,
-    ).map(rows.gather)
-    if rows.mask is not None:
-        # e^(logit - inf) = 0 for any logit
-        grads = replace(grads, lse_value=grads.lse_value.masked_fill(~rows.mask, torch.inf))
+    model, tokens, statistics, made, upstream, options, needs = split(arguments, *_BACKWARD)
+    plane = plane_of(model, tokens, options, shard)
+    rows, hidden = plane.tokens, model.hidden
+    grads = _token_grads(statistics, upstream, rows)
 
-    grad_hidden = like_hidden(hidden, rows, hidden.dtype) if need_hidden else hidden.new_empty(0)
-    hidden_out = grad_hidden.view(-1, hidden.shape[-1]) if need_hidden else None
-    head_out = plane.head.gradient(plane.wide, weight=need_weight, bias=need_bias, onto=onto)
+    grad_hidden = like_hidden(hidden, rows, hidden.dtype) if needs.need_hidden else hidden.new_empty(0)
+    hidden_out = grad_hidden.view(plane.hidden.shape) if needs.need_hidden else None
+    head_out = plane.head.gradient(plane.wide, weight=needs.need_weight, bias=needs.need_bias, onto=onto)
     # by its shape: of a process without tokens it is empty, and with a streamed head all are to do the same
-    made = logp_grad.shape == hidden.shape
-    finished = grads.only_logp and hidden_out is not None and made and not sparse
-    if finished and hidden_out is not None and grads.logp is not None:
-        _scale_rows(logp_grad.view(-1, hidden.shape[-1]), grads.logp, rows, out=hidden_out)
-    if need_weight or need_bias or (need_hidden and not finished):
-        shape = plan_tiles(rows.count, plane.hidden, plane.head, plane.backend, workspace_bytes, exponentials=False)
+    ready = made.logp_grad.shape == hidden.shape and grads.only_logp and not made.sparse
+    if ready and hidden_out is not None and grads.logp is not None:
+        _scale_rows(made.logp_grad.view(plane.hidden.shape), grads.logp, rows, out=hidden_out)
+        hidden_out = None
+    if needs.need_weight or needs.need_bias or (needs.need_hidden and not ready):
+        shape = plan_tiles(
+            rows.count, plane.hidden, plane.head, plane.backend, options.workspace_bytes, exponentials=False
+        )
         slices = None
-        if sparse:
-            width = block_width(labels.numel(), weight.shape[0], labels.device.type)
+        if made.sparse:
+            width = block_width(tokens.labels.numel(), plane.head.vocab, hidden.device.type)
             shape = shape.of_blocks(width)
-            kept = KeptBlocks(codes, code_counts.tolist(), width)
-            slices = kept_slices(kept, rows.count, plane.head.vocab, shape.rows, lse.dtype)
+            kept = KeptBlocks(made.codes, made.code_counts.tolist(), width)
+            slices = kept_slices(kept, rows.count, plane.head.vocab, shape.rows, statistics.lse.dtype)
         with without_autocast(hidden.device):
-            exact.backward(plane, grads, shape, None if finished else hidden_out, head_out, slices)
-    return grad_hidden, *gradients_of(head_out, weight)
+            exact.backward(plane, grads, shape, hidden_out, head_out, slices)
+    return Gradients(grad_hidden, *gradients_of(head_out, model.weight))
+
+
+def _token_grads(statistics: Statistics, upstream: Upstream, rows: TokenRows) -> TokenGrads:
+    """The upstream gradients of the tokens that count, and the values that their factors are made of."""
+    grads = TokenGrads(
+        lse_value=statistics.lse,
+        logp=upstream.grad_logp,
+        lse=upstream.grad_lse,
+        entropy=upstream.grad_entropy,
+        entropy_value=statistics.entropy if upstream.grad_entropy is not None else None,
+        log_sum_p2=upstream.grad_log_sum_p2,
+        log_sum_p2_value=statistics.log_sum_p2 if upstream.grad_log_sum_p2 is not None else None,
+    ).map(rows.gather)
+    if rows.mask is None:
+        return grads
+    # e^(logit - inf) = 0 for any logit
+    return replace(grads, lse_value=grads.lse_value.masked_fill(~rows.mask, torch.inf))
 
 
 def gradients_of(head_out: HeadGradient, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,67 +217,47 @@ for _op in (linear_logprob_fwd, linear_logprob_bwd):
 
 
 @torch.library.register_fake("spo_kernels::linear_logprob_fwd", lib=_library)
-def _fwd_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    transform: Tensor,
-    base: Tensor | None,
-    labels: Tensor,
-    counted: Tensor,
-    positions: Tensor,
-    total: Tensor,
-    listed: Tensor,
-    shift: bool,
-    workspace_bytes: int | None,
-    backend: str,
-    moments: bool,
-    mean: bool,
-    need_logp_grad: bool,
-    sparsity: str,
-    tolerance: float,
-    seed: int,
-) -> tuple[Tensor, ...]:
-    wanted = Sparsity(sparsity, tolerance, seed)
-    wide, device = accumulator_dtype(hidden.dtype), hidden.device
+def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    model, tokens, _, asked = split(arguments, *_FORWARD)
+    hidden, wide, chosen = model.hidden, accumulator_dtype(model.hidden.dtype), asked.sparsity != "exact"
 
-    def per_label(asked: bool, dtype: torch.dtype = wide) -> Tensor:
-        return torch.empty(labels.shape if asked else (0,), dtype=dtype, device=device)
+    def per_label(wanted: bool, dtype: torch.dtype = wide) -> Tensor:
+        return torch.empty(tokens.labels.shape if wanted else (0,), dtype=dtype, device=hidden.device)
 
-    chosen = wanted.mode != "exact"
-    codes = _codes_shape(labels, weight, wanted)
-    grad_shape = hidden.shape if need_logp_grad else (0,)
-    return ForwardResult(
+    codes = _codes_shape(tokens.labels, model.weight, asked.choice)
+    grad_shape = hidden.shape if asked.need_logp_grad else (0,)
+    values = ForLabels(
         logp=per_label(True),
         lse=per_label(True),
         correct=per_label(True, torch.bool),
-        entropy=per_label(moments),
-        log_sum_p2=per_label(moments),
+        entropy=per_label(asked.moments),
+        log_sum_p2=per_label(asked.moments),
         dropped_mass=per_label(chosen),
         kept_share=per_label(chosen),
-        mean_logit=per_label(mean),
-        logp_grad=torch.empty(grad_shape, dtype=logp_grad_dtype(hidden), device=device),
-        codes=torch.empty(codes, dtype=torch.uint8, device=device),
+        mean_logit=per_label(asked.mean),
+    )
+    return *values, *ForBackward(
+        logp_grad=torch.empty(grad_shape, dtype=logp_grad_dtype(hidden), device=hidden.device),
+        codes=torch.empty(codes, dtype=torch.uint8, device=hidden.device),
         code_counts=torch.empty(codes[:1], dtype=torch.int64, device="cpu"),
         sparse=torch.empty((), dtype=torch.bool, device="cpu"),
     )
 
 
-def gradients_fake(
-    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients_fake(model: ModelTensors, needs: Needs) -> Gradients:
     """Shapes of what a backward op returns."""
-    return (
-        torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
-        torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=hidden.device),
-        torch.empty(weight.shape[:1] if need_bias else (0,), dtype=weight.dtype, device=hidden.device),
+    hidden, weight = model.hidden, model.weight
+    return Gradients(
+        torch.empty(hidden.shape if needs.need_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
+        torch.empty(weight.shape if needs.need_weight else (0,), dtype=weight.dtype, device=hidden.device),
+        torch.empty(weight.shape[:1] if needs.need_bias else (0,), dtype=weight.dtype, device=hidden.device),
     )
 
 
 @torch.library.register_fake("spo_kernels::linear_logprob_bwd", lib=_library)
-def _bwd_fake(hidden: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    *_, need_hidden, need_weight, need_bias = rest
-    return gradients_fake(hidden, weight, bool(need_hidden), bool(need_weight), bool(need_bias))
+def _bwd_fake(*arguments: Any) -> Gradients:
+    model, *_, needs = split(arguments, *_BACKWARD)
+    return gradients_fake(model, needs)
 
 
 linear_logprob_fwd_op = torch.ops.spo_kernels.linear_logprob_fwd.default
