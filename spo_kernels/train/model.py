@@ -16,7 +16,7 @@ from spo_kernels import LMHead, linear_logprob
 from spo_kernels.head import inner_model
 from spo_kernels.integrations.hidden import hidden_states
 from spo_kernels.integrations.layout import layout_of
-from spo_kernels.train.adapters import base_of_adapter, check_tied, load_adapter
+from spo_kernels.train.adapters import base_of_adapter, load_adapter
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.dropout import switch_off
 from spo_kernels.train.errors import TrainError
@@ -107,58 +107,6 @@ def check_layout(model: nn.Module, config: TrainConfig) -> None:
         layout_of(model, config.layout)
     except ValueError as error:
         raise TrainError(f"--layout {config.layout}: {error}") from None
-
-
-def lora_targets(config: TrainConfig) -> str | list[str]:
-    """As PEFT takes them."""
-    names = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
-    return "all-linear" if names == ["all-linear"] else names
-
-
-def check_targets(model: nn.Module, config: TrainConfig) -> None:
-    """Refuse a name that no module has, before the reference is computed; beside others PEFT would leave it out."""
-    from transformers.pytorch_utils import Conv1D
-
-    targets = lora_targets(config)
-    if not config.lora_r or isinstance(targets, str):
-        return
-    if not targets:
-        raise TrainError(
-            f"--lora-targets must name modules of the model, or be all-linear, got {config.lora_targets!r}"
-        )
-    modules = dict(model.named_modules())
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in modules):
-            kinds = (nn.Linear, Conv1D)
-            linear = {name.rpartition(".")[2]: None for name, part in modules.items() if isinstance(part, kinds)}
-            raise TrainError(
-                f"--lora-targets {target}: {type(model).__name__} has no module of that name; its linear ones are "
-                f"{', '.join(linear)}"
-            )
-
-
-def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Wrap the model with fresh adapters; "all-linear" is all but the head."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise TrainError("--lora-r needs the package peft: pip install peft") from error
-    try:
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=config.lora_r,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=lora_targets(config),
-                task_type="CAUSAL_LM",
-            ),
-        )
-        check_tied(adapted, f"--lora-targets {config.lora_targets}")
-        check_head(adapted)
-        return adapted
-    except ValueError as error:
-        raise TrainError(f"--lora-targets {config.lora_targets}: {error}") from error
 
 
 def check_head(model: nn.Module) -> None:

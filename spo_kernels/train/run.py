@@ -35,13 +35,12 @@ from spo_kernels.train.files import whole
 from spo_kernels.train.forwards import Forwards, forwards_of, may_split
 from spo_kernels.train.inner import InnerSteps, build_inner
 from spo_kernels.train.loop import Split, Trainer
+from spo_kernels.train.lora import add_lora, check_adapters
 from spo_kernels.train.mismatched import MismatchedExamples, MismatchedPairs
 from spo_kernels.train.model import (
-    add_lora,
     check_against_own_logits,
     check_dtype,
     check_layout,
-    check_targets,
     freeze_unused,
     load_model,
     load_tokenizer,
@@ -116,7 +115,9 @@ def _prepare(
                 examples = load_examples(config, input_columns(config, objective), tokenizer, warn)
     with together(accelerator):
         model = load_model(config.model, config, accelerator.device)
-        check_targets(model, config)
+        if config.gradient_checkpointing:
+            _checkpoint_activations(model)
+        check_adapters(model, config)
         check_layout(model, config)
         _check_fits(model, examples, config.model)
         first = examples[0][0]
@@ -130,7 +131,8 @@ def _prepare(
                 temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     splits, reference = _references(config, objective, model, examples, accelerator, warn, identity["model content"])
-    model = _trainable(model, config)
+    if config.lora_r:
+        model = add_lora(model, config)
     freeze_unused(model, tokens)
     if accelerator.is_main_process:
         warn_of_space(model, output, warn)
@@ -292,18 +294,16 @@ def _references(
     return splits, reference
 
 
-def _trainable(model: Any, config: TrainConfig) -> nn.Module:
-    """Adapters and checkpointing."""
-    if config.gradient_checkpointing:
-        # transformers renamed it in 5.x; the old name warns there.
-        new = getattr(model, "activation_checkpointing_enable", None)
-        enable = new or model.gradient_checkpointing_enable
-        try:
-            # Non-reentrant: it keeps gradients flowing below frozen layers, and works under DDP.
-            enable({"use_reentrant": False})
-        except ValueError as error:
-            raise TrainError(f"--gradient-checkpointing: {error}") from error
-    return add_lora(model, config) if config.lora_r else model
+def _checkpoint_activations(model: Any) -> None:
+    """Forwards without gradients, as a reference's are, stay as they were."""
+    # transformers renamed it in 5.x; the old name warns there.
+    new = getattr(model, "activation_checkpointing_enable", None)
+    enable = new or model.gradient_checkpointing_enable
+    try:
+        # Non-reentrant: it keeps gradients flowing below frozen layers, and works under DDP.
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise TrainError(f"--gradient-checkpointing: {error}") from error
 
 
 def _trainer(

@@ -11,6 +11,10 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
+from spo_kernels.train import run
+from spo_kernels.train.config import TrainConfig
+from spo_kernels.train.lora import check_adapters
+
 from .conftest import Fails, Train, build_tokenizer, read_metrics
 
 peft = pytest.importorskip("peft")
@@ -182,9 +186,28 @@ def test_adapted_head(
     assert all(torch.equal(before[n], after[n]) == ("base_layer" in n) for n in before)
 
 
-def test_new_adapters_on_tied_embeddings_are_refused(fails: Fails) -> None:
-    message = fails("--lora-r", 4, "--lora-targets", "q_proj,embed_tokens")
-    assert "--lora-targets q_proj,embed_tokens: an adapter on the embeddings, which are tied to the head" in message
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("q_proj,embed_tokens", "an adapter on the embeddings, which are tied to the head"),
+        ("lm_head", "an adapter on the head, which is tied to the embeddings"),
+        ("q_proj,input_layernorm", "Target module LlamaRMSNorm"),
+    ],
+)
+def test_new_adapters_are_refused_before_the_reference(
+    fails: Fails, monkeypatch: pytest.MonkeyPatch, targets: str, expected: str
+) -> None:
+    monkeypatch.setattr(run, "reference_logps", lambda *_, **__: pytest.fail("the reference was computed"))
+    assert f"--lora-targets {targets}: {expected}" in fails("--lora-r", 4, "--lora-targets", targets)
+
+
+def test_trying_adapters_changes_nothing(model_dir: Path) -> None:
+    model = tf.AutoModelForCausalLM.from_pretrained(model_dir)
+    before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.get_rng_state()
+    check_adapters(model, TrainConfig(model="", dataset="", output_dir="", lora_r=4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[n]) and p.requires_grad for n, p in model.named_parameters())
+    assert not any("lora" in name for name, _ in model.named_modules())
 
 
 def test_new_adapters_on_embeddings_of_their_own(train: Train, tmp_path: Path, untied: Path) -> None:

@@ -11,7 +11,8 @@ from spo_kernels import LMHead, linear_logprob, sequence_logps
 from spo_kernels.head import logit_transform
 from spo_kernels.integrations.hidden import hidden_states
 from spo_kernels.train.errors import TrainError
-from spo_kernels.train.model import add_lora, check_against_own_logits, check_head, check_layout, freeze_unused
+from spo_kernels.train.lora import add_lora
+from spo_kernels.train.model import check_against_own_logits, check_head, check_layout, freeze_unused
 
 from .test_encode import config
 
