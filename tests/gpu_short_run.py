@@ -10,9 +10,10 @@ import torch
 
 from spo_kernels import LMHead, fused_spo_loss, linear_logprob
 from spo_kernels.backends.contract import LogitTransform, Tile, TokenGrads, TokenStats, mass_blocks
+from spo_kernels.backends.pair_form import PairTensors
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.losses import DPO, SPO
-from spo_kernels.preference.kernel import kernel_form, pair_loss
+from spo_kernels.preference.kernel import kernel_form
 
 
 def run_loss(backend: str, device: str) -> None:
@@ -75,7 +76,8 @@ def run_pairs(backend: str, device: str) -> None:
         form = kernel_form(objective, True, False)
         assert form is not None
         for values, classes, cu_seqlens in ((logp, labels, None), (logp.flatten(), labels.flatten(), bounds)):
-            summary, slopes = pair_loss(values, classes, cu_seqlens, reference, None, -100, 1.0, *form, backend)
+            pairs = PairTensors(values, classes, cu_seqlens, reference, None, -100)
+            summary, slopes = load_backend(backend).pair_loss(pairs, form, 1.0)
             assert summary.isfinite().all() and slopes.isfinite().all()
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class PairForm:
+class PairForm(NamedTuple):
     """`-log σ(beta * margin) + weight * penalty`, per pair; the formulas stand in `triton/pair_loss.py`.
 
     The margin is the policy's difference of sequence log-probs, chosen minus rejected. NLL is the chosen sequence's.
@@ -21,23 +20,22 @@ class PairForm:
     penalty: str = "none"  # "none", "nll": NLL, or "hinge": max(0, NLL - v - epsilon)
     weight: float = 0.0
     epsilon: float = 0.0
-    value: str = "reference"  # v of the hinge: the "reference"'s NLL, or an "input" for each pair
+    value_from: str = "reference"  # v of the hinge: the "reference"'s NLL, or an "input" for each pair
     mean: bool = True  # NLL per token, not per sequence
 
 
-@dataclass(frozen=True)
-class PairTensors:
+class PairTensors(NamedTuple):
     """What a pair-loss kernel reads of B pairs, and the shapes that follow from it."""
 
     logp: Tensor  # [2B, T], chosen rows first, or packed [N]; float32
     labels: Tensor  # the same shape, int64; where it is `ignore_index`, a token does not count
     cu_seqlens: Tensor | None  # [2B + 1] bounds of packed sequences, int32 or int64
     reference: Tensor | None  # [2B] float32 sequence sums under the reference
-    value: Tensor | None  # [B] float32, v of the hinge where `PairForm.value` is "input"
+    value: Tensor | None  # [B] float32, v of the hinge where `PairForm.value_from` is "input"
     ignore_index: int
 
     @property
-    def count(self) -> int:
+    def pairs(self) -> int:
         """B."""
         return (self.logp.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1) // 2
 
@@ -48,19 +46,19 @@ class PairTensors:
 
     def contiguous(self) -> PairTensors:
         """The same, each tensor contiguous."""
-        tensors: dict[str, Any] = {name: x.contiguous() for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **tensors)
+        tensors: dict[str, Any] = {name: x.contiguous() for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**tensors)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """`summary [7, B]` and coefficients in the shape of `logp`, both to be filled."""
         logp = self.logp
         # packed tokens that no sequence holds stay 0
         coefficients = torch.empty_like(logp) if self.cu_seqlens is None else torch.zeros_like(logp)
-        return logp.new_empty((7, self.count)), coefficients
+        return logp.new_empty((7, self.pairs)), coefficients
 
     def check(self) -> None:
         """Raise ValueError where a tensor has another shape, dtype or device; the message names it."""
-        pairs, floats = self.count, (torch.float32,)
+        pairs, floats = self.pairs, (torch.float32,)
         _check("logp", self.logp, self.logp.shape, floats, self.logp)
         _check("labels", self.labels, self.logp.shape, (torch.int64,), self.logp)
         _check("cu_seqlens", self.cu_seqlens, (2 * pairs + 1,), (torch.int32, torch.int64), self.logp)
@@ -93,12 +91,12 @@ class PairCall:
             "labels": pairs.labels.data_ptr(),
             "bounds": _address(bounds),
             "wide_bounds": bounds is not None and bounds.dtype == torch.int64,
-            "pairs": pairs.count,
+            "pairs": pairs.pairs,
             "tokens": pairs.logp.numel(),
             "width": pairs.width,
             "ignore_index": pairs.ignore_index,
             "reference": _address(pairs.reference),
-            "value": _address(pairs.value) if form.value == "input" else 0,
+            "value": _address(pairs.value) if form.value_from == "input" else 0,
             "beta": form.beta,
             "use_reference": form.use_reference,
             "penalty": _PENALTIES[form.penalty],

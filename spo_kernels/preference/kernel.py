@@ -15,48 +15,31 @@ from torch import Tensor
 from spo_kernels.backends.pair_form import PairForm, PairTensors
 from spo_kernels.backends.registry import has_pair_loss, load_backend
 from spo_kernels.engine.checks import is_traced
+from spo_kernels.engine.op_arguments import schema, split
 from spo_kernels.engine.tokens import TokenRows
 from spo_kernels.losses import DPO, SPO, Objective
 from spo_kernels.preference.batch import PairBatch
 
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
 _library.define(
-    "pair_loss(Tensor logp, Tensor labels, Tensor? cu_seqlens, Tensor? reference, Tensor? value, int ignore_index,"
-    " float factor, float beta, bool use_reference, str penalty, float weight, float epsilon, str value_from,"
-    " bool mean, str backend) -> (Tensor summary, Tensor coefficients)"
+    f"pair_loss({schema(PairTensors, PairForm)}, float factor, str backend) -> (Tensor summary, Tensor coefficients)"
 )
 
 
-def pair_loss(
-    logp: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    reference: Tensor | None,
-    value: Tensor | None,
-    ignore_index: int,
-    factor: float,
-    beta: float,
-    use_reference: bool,
-    penalty: str,
-    weight: float,
-    epsilon: float,
-    value_from: str,
-    mean: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _pair_loss(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See `Backend.pair_loss`."""
-    pairs = PairTensors(logp, labels, cu_seqlens, reference, value, ignore_index)
-    form = PairForm(beta, use_reference, penalty, weight, epsilon, value_from, mean)
+    *given, factor, backend = arguments
+    pairs, form = split(given, PairTensors, PairForm)
     return load_backend(backend).pair_loss(pairs, form, factor)
 
 
-_library.impl("pair_loss", pair_loss, "CompositeExplicitAutograd")
+_library.impl("pair_loss", _pair_loss, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("spo_kernels::pair_loss", lib=_library)
-def _pair_loss_fake(logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None, *rest: object) -> tuple[Tensor, Tensor]:
-    sequences = logp.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return logp.new_empty((7, sequences // 2)), torch.empty_like(logp, memory_format=torch.contiguous_format)
+def _pair_loss_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    (pairs,) = split(arguments, PairTensors)
+    return pairs.logp.new_empty((7, pairs.pairs)), torch.empty_like(pairs.logp, memory_format=torch.contiguous_format)
 
 
 _op = torch.ops.spo_kernels.pair_loss.default
@@ -68,44 +51,49 @@ class PairLossFunction(torch.autograd.Function):
     """Sum of `factor * loss` over pairs; its gradient was computed with it."""
 
     @staticmethod
-    def forward(ctx: Any, logp: Tensor, factor: float, *rest: Any) -> tuple[Tensor, Tensor]:
-        """Returns the loss and the kernel's summary, the latter without gradient."""
-        labels, cu_seqlens, reference, value, ignore_index, *form = rest
-        run = _op if is_traced(logp) else pair_loss
-        summary, coefficients = run(logp, labels, cu_seqlens, reference, value, ignore_index, 1.0, *form)
+    def forward(ctx: Any, logp: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Arguments: `PairTensors`, form, backend and factor. Returns the loss, and the summary without gradient."""
+        *tensors, form, backend, ctx.factor = (logp, *arguments)
+        # the op is not given the factor, with which it would be compiled anew for every number of pairs
+        run = _op if is_traced(logp) else _pair_loss
+        summary, coefficients = run(*tensors, *form, 1.0, backend)
         ctx.save_for_backward(coefficients)
-        # not given to the op, which would be compiled anew for every number of pairs
-        ctx.factor = factor
-        ctx.arguments = 2 + len(rest)
+        ctx.arguments = len(arguments)
         ctx.mark_non_differentiable(summary)
-        return summary[0].sum() * factor, summary
+        return summary[0].sum() * ctx.factor, summary
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of logp."""
         (coefficients,) = ctx.saved_tensors
-        return (coefficients * (grad * ctx.factor), *[None] * (ctx.arguments - 1))
+        return (coefficients * (grad * ctx.factor), *[None] * ctx.arguments)
 
 
-def kernel_form(objective: Objective, has_reference: bool, has_value: bool) -> tuple[Any, ...] | None:
-    """The kernel's arguments for an objective, or None where it does not apply."""
+def kernel_form(objective: Objective, has_reference: bool, has_value: bool) -> PairForm | None:
+    """What the kernel is to compute for an objective, or None where it does not apply."""
     base = objective.base if type(objective) is SPO else objective
     if type(base) is not DPO or not (has_reference or base.reference_free):
         return None
-    form = (base.beta, not base.reference_free)
+    form = PairForm(base.beta, not base.reference_free)
     if type(objective) is not SPO:
-        return (*form, "none", 0.0, 0.0, "reference", True)
+        return form
     if objective.penalty == "hinge" and not (has_reference if objective.value == "reference" else has_value):
         return None
-    mean = objective.normalization == "mean"
-    return (*form, objective.penalty, objective.weight, objective.epsilon, objective.value, mean)
+    return form._replace(
+        penalty=objective.penalty,
+        weight=objective.weight,
+        epsilon=objective.epsilon,
+        value_from=objective.value,
+        mean=objective.normalization == "mean",
+    )
 
 
 @dataclass(frozen=True)
 class PairKernel:
     """The kernel for one batch. Its summary is `Outcome.summary`."""
 
-    form: tuple[Any, ...]
+    form: PairForm
+    backend: str
 
     @classmethod
     def of(cls, batch: PairBatch) -> PairKernel | None:
@@ -116,14 +104,14 @@ class PairKernel:
             return None
         inputs = batch.inputs
         form = kernel_form(batch.objective, inputs.reference is not None, inputs.sft_value is not None)
-        return None if form is None else cls((*form, name))
+        return None if form is None else cls(form, name)
 
     def loss(self, logp: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """`batch.scale` times the sum of the losses, differentiable, and the summary."""
         layout, inputs = batch.layout, batch.inputs
         labels = layout.labels.masked_fill(~batch.tokens.counted, _NO_CLASS)
-        arguments = (labels, layout.cu_seqlens, inputs.reference, inputs.sft_value, _NO_CLASS)
-        loss, summary = PairLossFunction.apply(logp, batch.scale, *arguments, *self.form)
+        pairs = PairTensors(logp, labels, layout.cu_seqlens, inputs.reference, inputs.sft_value, _NO_CLASS)
+        loss, summary = PairLossFunction.apply(*pairs, self.form, self.backend, batch.scale)
         return loss, summary
 
     def differentiate(
@@ -145,5 +133,6 @@ class PairKernel:
             logp, labels = logp.view(-1, lengths), labels.view(-1, lengths)
         else:
             bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        summary, slopes = pair_loss(logp, labels, bounds, reference, value, _NO_CLASS, batch.scale, *self.form)
+        given = PairTensors(logp, labels, bounds, reference, value, _NO_CLASS)
+        summary, slopes = load_backend(self.backend).pair_loss(given, self.form, batch.scale)
         return summary, slopes.view(-1)

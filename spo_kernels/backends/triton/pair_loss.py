@@ -144,15 +144,15 @@ def pair_loss(pairs: PairTensors, form: PairForm, factor: float, launch: Launch 
     logp, (summary, coefficients) = pairs.logp, pairs.outputs()
     kernel, options = resolve(_pair_loss_kernel, "pair_loss", architecture_of(logp.device), launch)
     with torch.cuda.device_of(logp):
-        kernel[(pairs.count,)](
+        kernel[(pairs.pairs,)](
             logp_ptr=logp,
             labels_ptr=pairs.labels,
             cu_seqlens_ptr=pairs.cu_seqlens,
             reference_ptr=pairs.reference,
-            value_ptr=pairs.value if form.value == "input" else None,
+            value_ptr=pairs.value if form.value_from == "input" else None,
             summary_ptr=summary,
             coefficients_ptr=coefficients,
-            pairs=pairs.count,
+            pairs=pairs.pairs,
             tokens=logp.numel(),
             width=pairs.width,
             ignore_index=pairs.ignore_index,
