@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from spo_kernels.data import Example
 from spo_kernels.integrations.token_batches import step_indices
 from spo_kernels.losses.state import has_state
-from spo_kernels.train.batches import collate
 from spo_kernels.train.checkpoint import (
     Checkpoint,
     capture_rng,
@@ -33,45 +31,11 @@ from spo_kernels.train.errors import TrainError
 from spo_kernels.train.forwards import Forwards
 from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.metrics import MetricsLog, Window, peak_memory_mib
-from spo_kernels.train.mismatched import MISMATCHED, MismatchedPairs
+from spo_kernels.train.mismatched import MISMATCHED
 from spo_kernels.train.sharded import load_optimizer_state, optimizer_state, whole
 from spo_kernels.train.signals import BEFORE_THE_FIRST_STEP, Stopped, StopSignals
+from spo_kernels.train.splits import Split
 from spo_kernels.train.together import together
-from spo_kernels.train.token_logps import TokenLogps
-
-
-@dataclass(frozen=True)
-class Split:
-    """Examples, the reference log-probs that belong to them where they are precomputed, sums [n, 2] or those of tokens,
-    the sums that diagnostics compare with, and the mismatched pairs of a KTO that asks for them.
-    """
-
-    examples: Sequence[Example]
-    ref_logps: Tensor | TokenLogps | None = None
-    baseline: Tensor | None = None
-    mismatched: MismatchedPairs | None = None
-
-    def batch(self, indices: list[int], device: torch.device) -> dict[str, Any]:
-        """Keyword arguments of Policy.forward."""
-        chosen = [self.examples[i] for i in indices]
-        input_ids, labels = collate(chosen, device)
-        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
-        if isinstance(self.ref_logps, TokenLogps):
-            batch["ref_logps"] = self.ref_logps.batch(indices, labels)
-        elif self.ref_logps is not None:
-            batch["ref_logps"] = self.ref_logps[indices].T.reshape(-1).to(device)
-        inputs = {
-            name: torch.tensor([e.inputs[name] for e in chosen], dtype=torch.float32, device=device)
-            for name in chosen[0].inputs
-        }
-        return batch | {"pair_inputs": inputs} if inputs else batch
-
-    def by_length(self, indices: Iterable[int]) -> list[int]:
-        return sorted(indices, key=lambda i: self.examples[i].longest)
-
-    def units(self, indices: list[int], per_token: bool) -> int:
-        """What losses are means over: response tokens for sft, pairs otherwise."""
-        return sum(self.examples[i].response_tokens for i in indices) if per_token else len(indices)
 
 
 @dataclass

@@ -6,6 +6,7 @@ holds the result to the model's own logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spo_kernels import LMHead, linear_logprob
+from spo_kernels.data import Example
 from spo_kernels.head import inner_model
 from spo_kernels.integrations.hidden import hidden_states
 from spo_kernels.integrations.layout import layout_of
@@ -116,6 +118,20 @@ def check_head(model: nn.Module) -> None:
     except (TypeError, ValueError) as error:
         raise TrainError(str(error)) from error
     router_loss(model)
+
+
+def check_fits(model: Any, examples: list[Sequence[Example]], name: str) -> None:
+    """Token ids and lengths that the model can take."""
+    vocabulary = min(len(model.get_input_embeddings().weight), len(LMHead.of(model).weight))
+    largest = max(int(ids.max()) for part in examples for e in part for ids in (e.prompt, *e.responses))
+    if largest >= vocabulary:
+        raise TrainError(f"the tokenizer produces token id {largest}, but {name} has only {vocabulary} tokens")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(e.longest for part in examples for e in part)
+    if positions is not None and longest > positions:
+        raise TrainError(
+            f"the longest sequence has {longest} tokens, but {name} has only {positions} positions; lower --max-length"
+        )
 
 
 def freeze_unused(model: Any, tokens: Tensor) -> None:
