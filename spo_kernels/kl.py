@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from spo_kernels.engine.agreement import check_alike
 from spo_kernels.engine.divergence_ops import kl_divergence
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.renamed import refuses_old_names
@@ -49,6 +50,7 @@ def linear_kl(
         TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
     """
     layout = LabelLayout(labels, ignore_index, shift)
+    check_alike("linear_kl", labels, head, hidden=hidden, ref_hidden=ref_hidden, ref_head=ref_head)
     policy = ModelInputs.resolve(hidden, head, labels)
     reference = ModelInputs.resolve_reference(ref_hidden, ref_head, labels, head)
     policy.check_same_vocabulary(reference)

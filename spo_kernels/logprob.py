@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spo_kernels.engine.agreement import check_alike
 from spo_kernels.engine.autograd import LogprobCall
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.renamed import refuses_old_names
@@ -79,6 +80,7 @@ def linear_logprob(
     its dtype, as `F.linear` does.
     """
     layout = LabelLayout(labels, ignore_index, shift)
+    check_alike("linear_logprob", labels, head, hidden=hidden, outputs=outputs)
     model = ModelInputs.resolve(hidden, head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model, sparsity)
     tokens = Tokens.all_of(layout, model.vocab)
@@ -140,6 +142,7 @@ def linear_token_loss(
     if not callable(token_loss):
         raise TypeError(f"token_loss must be a function, got {type(token_loss).__name__}")
     layout = LabelLayout(labels, ignore_index, shift)
+    check_alike("linear_token_loss", labels, head, hidden=hidden)
     model = ModelInputs.resolve(hidden, head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model)
     tokens = Tokens.all_of(layout, model.vocab)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from spo_kernels.arguments import check_choice, check_flag
+from spo_kernels.engine.agreement import check_alike
 from spo_kernels.engine.renamed import refuses_old_names
 from spo_kernels.engine.tokens import LabelLayout
 from spo_kernels.head import LMHead, sequence_group
@@ -107,9 +108,27 @@ def fused_spo_loss(
     check_flag("pair_logps", pair_logps)
     if path is not None:
         check_choice("path", path, PATHS)
+    objective = resolve_objective(loss)
+    layout = LabelLayout(labels, ignore_index, shift, cu_seqlens, sequence_group(head))
+    check_alike(
+        "fused_spo_loss",
+        labels,
+        head,
+        hidden=hidden,
+        loss=objective,
+        ref_logps=ref_logps,
+        ref_hidden=ref_hidden,
+        ref_head=ref_head,
+        pair_inputs=pair_inputs,
+        token_weights=token_weights,
+        ref_token_weights=ref_token_weights,
+        reduction=reduction,
+        token_metrics=token_metrics,
+        path=path,
+    )
     batch = resolve_batch(
-        resolve_objective(loss),
-        LabelLayout(labels, ignore_index, shift, cu_seqlens, sequence_group(head)),
+        objective,
+        layout,
         Given(hidden, head, token_weights),
         Given(ref_hidden, ref_head, ref_token_weights, ref_logps),
         pair_inputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from spo_kernels.engine.agreement import check_alike
 from spo_kernels.engine.autograd import LogprobCall
 from spo_kernels.engine.checks import check_token_weights
 from spo_kernels.engine.inputs import Execution, ModelInputs
@@ -48,6 +49,7 @@ def sequence_logps(
     """
     layout = LabelLayout(labels, ignore_index, shift, cu_seqlens, sequence_group(head))
     layout.check_sequences("S, T")
+    check_alike("sequence_logps", labels, head, hidden=hidden, token_weights=token_weights)
     model = ModelInputs.resolve(hidden, head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model)
     if token_weights is not None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spo_kernels import LMHead, LoRA
+from spo_kernels import LMHead, LoRA, linear_logprob
 
 A, B, WEIGHT = torch.zeros(2, 8), torch.zeros(11, 2), torch.zeros(11, 8)
 NOT_FINITE = {
@@ -27,6 +27,16 @@ def test_scales_are_finite_numbers(value, came):
 def test_a_softcap_is_a_positive_number(value):
     with pytest.raises(ValueError, match=f"logit_softcap must be a number of at least 1e-30 or None, got {value!r}"):
         LMHead(WEIGHT, logit_softcap=value)
+
+
+@pytest.mark.parametrize("part", ["a", "b"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+def test_adapters_are_floating_point(part, dtype):
+    parts = {"a": A, "b": B}
+    head = LMHead(WEIGHT, lora=(LoRA(**{**parts, part: parts[part].to(dtype)}),))
+    hidden = torch.zeros(2, WEIGHT.shape[1])
+    with pytest.raises(TypeError, match=rf"head.lora\[0\].{part} must be one of float32, .*, got {dtype}"):
+        linear_logprob(hidden, head, torch.zeros(2, dtype=torch.int64))
 
 
 def test_the_rest():

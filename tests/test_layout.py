@@ -1,7 +1,6 @@
 """The layout that docs/architecture.md describes: few modules at the root, small files, arrows that point down."""
 
 import ast
-import re
 from functools import cache
 
 import pytest
@@ -76,10 +75,9 @@ def test_few_parameters() -> None:
     """Public functions, Triton kernels and op schemas are the exceptions."""
     long = {}
     for module in package():
-        ops = registered_ops(module)
         for name, function in module.functions():
             count = len(parameters(function))
-            excused = is_public(module, name) or name in ops or is_triton_kernel(module, function)
+            excused = is_public(module, name) or is_triton_kernel(module, function)
             if count > MOST_PARAMETERS and not excused:
                 long[f"{module.name}.{name}"] = count
     assert long == {}
@@ -96,22 +94,6 @@ def is_triton_kernel(module: Module, function: Function) -> bool:
         return False
     named = function.name.startswith("_") and function.name.endswith("_kernel")
     return named or any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
-
-
-def registered_ops(module: Module) -> set[str]:
-    """Functions that implement or fake an op: their parameters are its schema's."""
-    defined = [
-        node.args[0]
-        for node in ast.walk(module.tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "define" and node.args
-    ]
-    schemas = [ast.unparse(argument) for argument in defined]
-    names = set()
-    for name, function in module.functions():
-        faked = any("register_fake" in ast.unparse(decorator) for decorator in function.decorator_list)
-        if faked or any(re.search(rf"\b{name}\(", schema) for schema in schemas):
-            names.add(name)
-    return names
 
 
 def test_arrows_point_down() -> None:

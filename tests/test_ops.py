@@ -171,6 +171,16 @@ def test_compile_the_loss(backend, layout):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("bounds", [(1, 3, 5, 9, 14), (0, 3, 5, 9, 12), (0, 5, 3, 9, 14)], ids=str)
+def test_bounds_of_sequences_are_checked_when_compiled(bounds):
+    torch._dynamo.reset()
+    batch = random_batch((14,), 29, 12)
+    compiled = torch.compile(fused_spo_loss, backend="aot_eager")
+    compiled(batch.hidden, batch.weight, batch.labels, loss="simpo", cu_seqlens=torch.tensor([0, 3, 5, 9, 14]))
+    with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, end at N"):
+        compiled(batch.hidden, batch.weight, batch.labels, loss="simpo", cu_seqlens=torch.tensor(bounds))
+
+
 @pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",), ()], ids=["all", "frozen", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_fake_tensors(dtype, trained):

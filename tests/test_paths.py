@@ -216,3 +216,18 @@ def test_float16_takes_two_passes(backend):
     for reference, value in zip(expected, found, strict=True):
         assert torch.equal(reference, value)
         assert reference.any()
+
+
+@pytest.mark.parametrize("workspace_bytes", [4_000, 12_000, 30_000])
+def test_no_token_in_a_small_workspace(workspace_bytes):
+    """Either way there is nothing to plan; one row may not fit."""
+    hidden, weight = torch.randn(2, 3, 1, requires_grad=True), torch.randn(2053, 1, requires_grad=True)
+    labels, reference = torch.full((2, 3), -100), torch.zeros(2)
+    options = {"loss": "dpo", "ref_logps": reference, "workspace_bytes": workspace_bytes}
+    try:
+        loss, _ = fused_spo_loss(hidden, weight, labels, path="factorised", **options)
+    except ValueError as error:
+        assert "path = 'factorised' cannot be taken: the workspace is too small" in str(error)
+        loss, _ = fused_spo_loss(hidden, weight, labels, **options)
+    loss.backward()
+    assert not hidden.grad.any() and not weight.grad.any()

@@ -151,6 +151,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
     if len(tokens) != 1:
         raise ValueError(f"labels must be packed, [N], where cu_seqlens is given; got {list(tokens)}")
     if not can_look(cu_seqlens):
+        good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens[0]) & (cu_seqlens.diff() >= 0).all()
+        torch._assert_async(good, "cu_seqlens must start at 0, end at N, the number of labels, and not decrease")
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_FACTS = 32  # more than any call compares
 
 
 def gather(values: Tensor, group: ProcessGroup) -> list[Tensor]:
@@ -21,19 +24,51 @@ def gather(values: Tensor, group: ProcessGroup) -> list[Tensor]:
     return found
 
 
-def check_same(group: ProcessGroup, name: str, what: str, value: object, device: torch.device) -> None:
-    """All processes of the group (whose argument is `name`) must come with the same value; all of them learn it.
+def check_same(group: ProcessGroup, name: str, facts: Mapping[str, object], device: torch.device) -> None:
+    """All processes of the group (whose argument is `name`) must come with the same facts; all of them learn it.
 
     Without this a process with another number of tiles would wait for the others forever. Waits for the device.
 
     Raises:
-        ValueError: One does not.
+        ValueError: One does not; the message names the first fact that differs.
     """
-    mine = torch.tensor([zlib.crc32(repr(value).encode())], device=device)
-    theirs = [int(found) for found in gather(mine, group)]
-    other = next((rank for rank, found in enumerate(theirs) if found != theirs[0]), None)
-    if other is not None:
-        raise ValueError(f"{what} must be the same on all processes of {name}; here {value!r}, {other} differs from 0")
+    if len(set(_gathered([facts], group, device))) == 1:
+        return
+    # of one size, so that processes which compare other facts find that too
+    padded = [*facts.items(), *[None] * (_FACTS - len(facts))]
+    first, *others = _gathered(padded, group, device)
+    for rank, theirs in enumerate(others, 1):
+        for (what, value), here, there in zip(facts.items(), first, theirs, strict=False):
+            if here != there:
+                raise ValueError(
+                    f"{what} must be the same on all processes of {name}; here {value!r}, {rank} differs from 0"
+                )
+
+
+def check_close(group: ProcessGroup, name: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Tensors of one shape in all processes of the group (whose argument is `name`) must hold the same numbers.
+
+    To five digits: what each has computed by itself may be rounded otherwise. Waits for the device.
+
+    Raises:
+        ValueError: On all processes, where they do not; the message names the first that differs.
+    """
+    given = {what: values.detach().double().flatten() for what, values in tensors.items() if values is not None}
+    if not given:
+        return
+    first, *others = gather(torch.cat(list(given.values())), group)
+    sizes = [values.numel() for values in given.values()]
+    for rank, theirs in enumerate(others, 1):
+        same = torch.isclose(theirs, first, rtol=1e-5, atol=1e-6, equal_nan=True)
+        for what, alike in zip(given, same.split(sizes), strict=True):
+            if not bool(alike.all()):
+                raise ValueError(f"{what} must be the same on all processes of {name}; {rank} differs from 0")
+
+
+def _gathered(values: Sequence[object], group: ProcessGroup, device: torch.device) -> list[tuple[int, ...]]:
+    """Checksums of what each process comes with."""
+    mine = torch.tensor([zlib.crc32(repr(value).encode()) for value in values], device=device)
+    return [tuple(theirs.tolist()) for theirs in gather(mine, group)]
 
 
 def summed(values: Tensor, group: ProcessGroup) -> Tensor:

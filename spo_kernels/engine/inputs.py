@@ -205,6 +205,9 @@ def _check_adapters(name: str, head: LMHead, labels: Tensor) -> None:
     for i, lora in enumerate(head.lora):
         check_tensor(f"{name}[{i}].a", lora.a, labels)
         check_tensor(f"{name}[{i}].b", lora.b, labels)
+        for part, value in (("a", lora.a), ("b", lora.b)):
+            if value.dtype not in FLOAT_DTYPES:
+                raise TypeError(f"{name}[{i}].{part} must be one of {_float_names()}, got {value.dtype}")
         shapes = list(lora.a.shape), list(lora.b.shape)
         if shapes != ([len(lora.a), width], [vocab, len(lora.a)]):
             raise ValueError(
@@ -255,10 +258,13 @@ def _check_dtypes(named: dict[str, Tensor]) -> None:
     (first, hidden), *_ = named.items()
     for name, value in named.items():
         if value.dtype not in FLOAT_DTYPES:
-            names = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-            raise TypeError(f"{name} must be one of {names}, got {value.dtype}")
+            raise TypeError(f"{name} must be one of {_float_names()}, got {value.dtype}")
         if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise TypeError(f"{name} is {value.dtype}, but {first} is {hidden.dtype}; cast one of them")
+
+
+def _float_names() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -285,4 +291,4 @@ class Execution:
 
     def check_same(self, name: str, group: ProcessGroup, device: torch.device) -> None:
         """Tiles of other sizes would be exchanged with other processes' at another moment, or never."""
-        check_same(group, name, "workspace_bytes, backend and sparsity", self, device)
+        check_same(group, name, {"workspace_bytes, backend and sparsity": self}, device)

@@ -63,8 +63,7 @@ class RowStream(RowShard):
         check_same(
             self.group,
             f"head's {self.name}",
-            "options, dtypes and what needs a gradient",
-            (options, kinds),
+            {"options, dtypes and what needs a gradient": (options, kinds)},
             tensors[0].device,
         )
 

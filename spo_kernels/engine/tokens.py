@@ -63,7 +63,7 @@ class LabelLayout:
                 "shift: head has a sequence_group, and the label after a process's last token lies on another: shift "
                 "labels before sequences are split, and pass shift=False"
             )
-        check_same(group, "head's sequence_group", "the number of sequences", self.sequences, self.labels.device)
+        check_same(group, "head's sequence_group", {"the number of sequences": self.sequences}, self.labels.device)
 
     def check_sequences(self, shape: str) -> None:
         """Raise ValueError unless labels are sequences: `[shape]` padded, or packed."""

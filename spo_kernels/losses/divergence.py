@@ -14,7 +14,7 @@ from spo_kernels.losses.dpo import DPO
 from spo_kernels.losses.ipo import IPO
 from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, coupling_of
 from spo_kernels.losses.simpo import SigmoidNorm
-from spo_kernels.losses.terms import clamped_exp, log_ratios, logistic
+from spo_kernels.losses.terms import clamped_expm1, log_ratios, logistic
 
 _DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
@@ -69,11 +69,11 @@ class FDivergence(Composite):
     def _score(self, ratio: Tensor) -> Tensor:
         power = self.coefficient - 1.0
         if self.divergence == "forward_kl":
-            return 1.0 - clamped_exp(-ratio)
+            return -clamped_expm1(-ratio)
         if self.divergence == "js_divergence":
             return math.log(2.0) + F.logsigmoid(ratio)
         if self.divergence == "alpha_divergence" and abs(power) >= 1e-6:
-            return (clamped_exp(power * ratio) - 1.0) / power
+            return clamped_expm1(power * ratio) / power
         return ratio
 
 

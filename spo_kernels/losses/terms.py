@@ -61,9 +61,9 @@ def coupling_with_nll(base: Coupling, normalization: str) -> Coupling:
     return "sequence" if base == "sequence" else "pair"
 
 
-def clamped_exp(exponent: Tensor) -> Tensor:
-    """`exp(min(exponent, 80))`; its gradient is 0 above."""
-    return exponent.clamp_max(MAX_EXPONENT).exp()
+def clamped_expm1(exponent: Tensor) -> Tensor:
+    """`exp(min(exponent, 80)) - 1`, exact near 0; its gradient is 0 above 80."""
+    return exponent.clamp_max(MAX_EXPONENT).expm1()
 
 
 def scale_gradient(value: Tensor, factor: Tensor) -> Tensor:

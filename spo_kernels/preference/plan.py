@@ -144,7 +144,7 @@ def _factorised(problem: PairProblem, least_rows: int) -> PathPlan | None:
         return None
     space, accumulators = problem.space, problem.accumulators
     rows = min(space.wanted_rows, max(problem.longest, 1), space.rows(accumulators))
-    if rows < min(least_rows, problem.tokens):
+    if rows < max(min(least_rows, problem.tokens), 1):
         return None
     shape = space.shape(rows, accumulators, sum_apart=not space.direct)
     return None if shape is None else PathPlan("factorised", 3, shape=shape)

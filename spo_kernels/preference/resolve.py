@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from spo_kernels.engine.checks import check_vector
+from spo_kernels.engine.collectives import check_close
 from spo_kernels.engine.divergence_ops import kl_divergence
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.subsets import PairTokens
 from spo_kernels.engine.tokens import LabelLayout
+from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.losses.pairs import Objective, PairInputs, token_outputs_of, token_subsets_of
 from spo_kernels.preference.batch import PairBatch, Pilots
 from spo_kernels.preference.computed import Computed
@@ -54,6 +56,7 @@ def resolve_batch(
         _check_draws_none(shares)
 
     weights = policy.constant_weights("token_weights", labels)
+    _check_close(model, layout, ref, weights, named)
     # an objective that asks for sums over tokens, or draws them, has all computed; else those of weight 0 are left out
     every = bool(of_tokens) or shares is not None
     skipped = (None, None) if every else (weights, None if ref.model is None else ref.weights)
@@ -87,6 +90,18 @@ def resolve_batch(
         reduced=reduction != "none",
         scale=1.0 / max(pairs, 1) if reduction == "mean" else 1.0,
     )
+
+
+def _check_close(
+    model: ModelInputs, layout: LabelLayout, ref: Reference, weights: Tensor | None, named: Mapping[str, Tensor]
+) -> None:
+    """Raise ValueError where processes that make one loss have other numbers for its pairs, or for the same tokens."""
+    of_pairs = {"ref_logps": ref.sums, **{f"pair_inputs[{name!r}]": values for name, values in named.items()}}
+    of_tokens = {"token_weights": weights, "ref_token_weights": ref.weights, "ref_logps of tokens": ref.token_logps}
+    if isinstance(model.shard, VocabShard):
+        check_close(model.shard.group, "head's vocab_group", {**of_pairs, **of_tokens})
+    if layout.group is not None:
+        check_close(layout.group, "head's sequence_group", of_pairs)
 
 
 def _check_draws_none(shares: object) -> None:

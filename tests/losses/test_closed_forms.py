@@ -88,3 +88,20 @@ def test_empty_batch(name):
     points = random_points(0)
     for value in differentiate(build_loss(name), as_pairs(points)):
         assert value.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters"),
+    [
+        *(("alphapo", {"alpha": alpha}) for alpha in (1e-3, -1e-4, 1e-5, 1e-6)),
+        *(("f_divergence", {"divergence": "alpha_divergence", "coefficient": 1.0 + c}) for c in (1e-3, 1e-5)),
+    ],
+    ids=str,
+)
+def test_small_exponents_in_float32(name, hyperparameters):
+    """exp(x) - 1 of a small x has few digits left where it is written so."""
+    objective, points = build_loss(name, **hyperparameters), random_points()
+    wanted = differentiate(objective, as_pairs(points, torch.float64))
+    found = differentiate(objective, as_pairs(points, torch.float32))
+    for value, truth in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value.double(), truth, rtol=2e-5, atol=1e-6)

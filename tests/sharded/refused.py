@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from spo_kernels import LMHead, fused_spo_loss, linear_kl, linear_logprob, sequence_logps
 from spo_kernels.extras.nthr import nthr_scores
 from spo_kernels.head import LoRA
+from spo_kernels.losses import DPO, SPO
 from tests.sharded.inputs import Inputs, parts, random_inputs
 
 
@@ -51,6 +52,12 @@ def calls(inputs: Inputs, rank: int) -> dict[str, Callable[[], Any]]:
     def divergence(head: Any, ref_head: Any) -> Any:
         return linear_kl(inputs.hidden, head, inputs.ref_hidden, ref_head, inputs.labels)
 
+    def no_grad(off: bool, call: Callable[[], Any]) -> Any:
+        with torch.set_grad_enabled(not off):
+            return call()
+
+    frozen = replace(head, weight=head.weight.detach())
+    dtype = (torch.float32, torch.bfloat16)[rank]
     swapped = inputs.labels.roll(1, 1) if odd else inputs.labels
     narrow = inputs.weight[rows, :15] if odd else inputs.weight[rows]
     other = parts(len(inputs.weight), (2, 1))[rank]
@@ -65,6 +72,22 @@ def calls(inputs: Inputs, rank: int) -> dict[str, Callable[[], Any]]:
         "workspace": lambda: logprob(head, workspace_bytes=100_000 + rank),
         "backend": lambda: logprob(head, backend="cpp" if odd else "torch"),
         "path": lambda: pairs(head, path="packed", workspace_bytes=20_000),
+        "paths": lambda: pairs(head, path=("packed", "two_pass")[rank]),
+        "frozen": lambda: pairs(frozen if odd else head),
+        "frozen hidden": lambda: logprob(head, hidden=inputs.hidden.clone().requires_grad_(odd)),
+        "no_grad": lambda: no_grad(odd, lambda: logprob(head)),
+        "metrics": lambda: pairs(head, token_metrics=odd),
+        "outputs": lambda: logprob(head, outputs=("entropy", "lse")[: 1 + rank]),
+        "weights": lambda: pairs(head, token_weights=torch.ones(inputs.labels.shape) if odd else None),
+        "weights of other tokens": lambda: pairs(head, token_weights=1.0 * (inputs.labels % (2 + rank) > 0)),
+        "offsets": lambda: pairs(head, loss="odpo", pair_inputs={"offset": torch.ones(3) * rank}),
+        "softcap": lambda: logprob(replace(head, logit_softcap=5.0 if odd else None)),
+        "dtype": lambda: logprob(
+            replace(frozen, weight=frozen.weight.to(dtype), bias=None), hidden=inputs.hidden.to(dtype)
+        ),
+        "objectives": lambda: pairs(head, loss=("simpo", "cpo")[rank]),
+        "hyperparameters": lambda: pairs(head, loss=SPO(DPO(beta=0.1 + rank))),
+        "functions": lambda: pairs(head) if odd else logprob(head),
         "plain reference": lambda: pairs(head, inputs.ref_weight[rows]),
         "whole reference": lambda: divergence(head, LMHead(inputs.ref_weight)),
         "other reference": lambda: divergence(head, LMHead(inputs.ref_weight[other], vocab_group=group)),
@@ -96,5 +119,13 @@ def calls(inputs: Inputs, rank: int) -> dict[str, Callable[[], Any]]:
         "shift": lambda: pairs(tokens, inputs.ref_head(), shift=True),
         "sequences": lambda: sequence_logps(inputs.hidden[rank:], tokens, inputs.labels[rank:]),
         "sequences, workspace": lambda: pairs(tokens, inputs.ref_head(), workspace_bytes=100_000 + rank),
+        "sequences, metrics": lambda: pairs(tokens, inputs.ref_head(), token_metrics=odd),
+        "sequences, paths": lambda: pairs(tokens, inputs.ref_head(), path=("packed", "two_pass")[rank]),
+        "sequences, frozen": lambda: pairs(
+            replace(tokens, weight=tokens.weight.detach()) if odd else tokens, inputs.ref_head()
+        ),
+        "sequences, references": lambda: pairs(
+            tokens, None, ref_hidden=None, ref_logps=torch.ones(len(inputs.labels)) * (1 + rank)
+        ),
         "sequences, drawn": lambda: pairs(tokens, inputs.ref_head(), loss="sgdpo"),
     }
