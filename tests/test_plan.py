@@ -276,7 +276,10 @@ def test_the_command_tells_the_budget_from_what_the_backward_is_left(capsys):
         ("--tokens 5 --device cpu --memory-gib 3", "--memory-gib is a GPU's"),
         ("--lengths 5,6,7", "an even number of lengths"),
         ("--tokens 5 --device cpu --loss nothing", "loss = 'nothing'"),
-        ("--tokens 0", "at least 1"),
+        ("--tokens 0", "between 1 and 16777216, got 0"),
+        ("--tokens 99999999999999999999", "between 1 and 16777216"),
+        ("--tokens 16777216 --pairs 16777216", "at most 16777216 tokens can be planned"),
+        ("--lengths 16777216,16777216", "at most 16777216 tokens can be planned"),
     ],
 )
 def test_the_command_refuses(capsys, given, message):
@@ -284,6 +287,12 @@ def test_the_command_refuses(capsys, given, message):
         main(["plan", "--vocab", "97", "--hidden", "8", *given.split()])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_plan_of_an_objective_with_a_state(capsys):
+    given = "plan --tokens 100 --vocab 1000 --hidden 16 --device cpu --loss beta_dpo"
+    assert main(given.split()) == 0
+    assert "products: 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["5,a", "5,6,7", "5,-6", ""])

@@ -18,14 +18,14 @@ from spo_kernels.backends.products import VendorProducts
 from spo_kernels.backends.registration import BackendStatus, Registration
 
 # A tile is handled in this many pieces, so that temporaries stay small,
-_PIECES = 16
+PIECES = 16
 # none of fewer cells: a piece costs 100 us of launches, and the temporaries of so few take 160 KiB
 _SMALLEST_PIECE = 8192
 
 
-def _pieces(tile: Tile) -> Iterator[slice]:
-    rows, columns = tile.products.shape
-    step = max(-(-rows // _PIECES), _SMALLEST_PIECE // max(columns, 1), 1)
+def pieces(rows: int, columns: int) -> Iterator[slice]:
+    """Rows of a tile of that shape which are handled together."""
+    step = max(-(-rows // PIECES), _SMALLEST_PIECE // max(columns, 1), 1)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -52,7 +52,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     # of a piece at most: logits, exponentials, slopes and two products of them
-    temporaries = 5 / _PIECES
+    temporaries = 5 / PIECES
 
     def __init__(self) -> None:
         self.products = VendorProducts()
@@ -61,7 +61,7 @@ class TorchBackend(Backend):
         self, tile: Tile, stats: TokenStats, *, rescale: Tensor | None = None, block_lse: Tensor | None = None
     ) -> None:
         """See `Backend`."""
-        for rows in _pieces(tile):
+        for rows in pieces(*tile.products.shape):
             part = tile.rows(rows.start, rows.stop)
             masses = None if block_lse is None else block_lse[rows]
             shrink = None if rescale is None else rescale[rows]
@@ -69,7 +69,7 @@ class TorchBackend(Backend):
 
     def tile_grad(self, tile: Tile, grads: TokenGrads) -> None:
         """See `Backend`."""
-        for rows in _pieces(tile):
+        for rows in pieces(*tile.products.shape):
             _grad_piece(tile.rows(rows.start, rows.stop), grads.rows(rows.start, rows.stop))
 
     def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:

@@ -9,11 +9,13 @@ import argparse
 
 import torch
 
-from spo_kernels.losses.registry import resolve_objective
+from spo_kernels.losses.registry import build_loss
 from spo_kernels.preference.forecast import Forecast, Head, forecast
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GIB = 1 << 30
+# of tokens, and of any size: the bytes of two together fit 64 bits
+_MOST = 1 << 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +52,9 @@ def describe(arguments: argparse.Namespace) -> str:
         raise ValueError(f"--memory-gib is a GPU's, above 0, got {memory:g} for --device {arguments.device}")
     if on_gpu and memory is None and not torch.cuda.is_available():
         raise ValueError("there is no GPU here: say how much memory yours has, with --memory-gib")
+    tokens = sum(arguments.lengths) if arguments.lengths else 2 * arguments.pairs * arguments.tokens
+    if tokens > _MOST:
+        raise ValueError(f"a call of at most {_MOST} tokens can be planned, got {tokens}")
     lengths = arguments.lengths or [arguments.tokens] * (2 * arguments.pairs)
     head = Head(
         arguments.vocab,
@@ -60,13 +65,13 @@ def describe(arguments: argparse.Namespace) -> str:
     )
     mib = arguments.workspace_mib
     found = forecast(
-        resolve_objective(arguments.loss),
+        build_loss(arguments.loss),
         lengths,
         head,
         None if mib is None else mib << 20,
         adds_to_grad=arguments.accumulate,
     )
-    return "\n".join(_lines(found, sum(lengths), head))
+    return "\n".join(_lines(found, tokens, head))
 
 
 def _lines(found: Forecast, tokens: int, head: Head) -> list[str]:
@@ -92,8 +97,8 @@ def _size(count: int) -> str:
 
 def _positive(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if not 1 <= value <= _MOST:
+        raise argparse.ArgumentTypeError(f"must be between 1 and {_MOST}, got {value}")
     return value
 
 

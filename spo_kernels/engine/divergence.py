@@ -14,13 +14,10 @@ from torch import Tensor
 
 from spo_kernels.backends.contract import TokenStats
 from spo_kernels.backends.products import headroom
-from spo_kernels.backends.torch_backend import TorchBackend, logit_slope, to_logits
+from spo_kernels.backends.torch_backend import TorchBackend, logit_slope, pieces, to_logits
 from spo_kernels.engine.exact import Plane
 from spo_kernels.engine.gradients import HeadGradient, SliceGradient
 from spo_kernels.engine.workspace import plan_tiles, row_stride, spans, tile_of
-
-# rows of a tile handled at a time, so that temporaries stay small
-_PIECES = 16
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,8 @@ class _Tile:
 
     def logits(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Piece by piece: its rows in the tile and among all tokens, the reference's logits and the policy's."""
-        count, first = self.products.shape[0], self.rows.start
-        for piece in spans(count, max(1, -(-count // _PIECES))):
+        first = self.rows.start
+        for piece in pieces(*self.products.shape):
             ref_logits = to_logits(self.ref_products[piece], self.ref_bias, self.models.reference.head.transform)
             logits = to_logits(self.products[piece], self.bias, self.models.policy.head.transform)
             yield piece, slice(first + piece.start, first + piece.stop), ref_logits, logits

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from spo_kernels.backends.contract import Backend, Tile
-from spo_kernels.backends.torch_backend import to_logits
+from spo_kernels.backends.torch_backend import PIECES, pieces, to_logits
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.workspace import spans
 
-# what a pass over a tile needs beside it, in tiles
-_PIECE = 1 / 16
-# none of fewer cells: a piece costs microseconds of launches
-_SMALLEST_PIECE = 8192
 _TOKENS = 1024
 
 
@@ -32,7 +26,7 @@ class LogitSums:
     @staticmethod
     def temporaries(head: HeadSlices, backend: Backend) -> float | None:
         """What passes over a tile need, for `plan_tiles`."""
-        return None if head.transform.softcap is None else max(backend.temporaries, _PIECE)
+        return None if head.transform.softcap is None else max(backend.temporaries, 1 / PIECES)
 
     def means(self, tokens: int) -> Tensor:
         """Each of the first tokens' logits, averaged over the whole vocabulary."""
@@ -54,9 +48,5 @@ class LogitSums:
         """A tile of these tokens, before it is written over."""
         if self._row is None:
             out = self.values[tokens]
-            for part in _pieces(*tile.products.shape):
+            for part in pieces(*tile.products.shape):
                 out[part] += to_logits(tile.products[part], tile.bias, tile.transform).sum(1)
-
-
-def _pieces(rows: int, columns: int) -> Iterator[slice]:
-    return spans(rows, max(int(rows * _PIECE), _SMALLEST_PIECE // max(columns, 1), 1))
