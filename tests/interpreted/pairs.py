@@ -176,6 +176,6 @@ def test_fused_spo_loss(backend, monkeypatch, loss, packed, path, weighted):
 
 def test_opcheck(backend):
     logp, labels, cu_seqlens = given_pairs("int64")
-    form = (0.3, True, "nll", 1.0, 0.0, "reference", True, backend)
-    arguments = (logp, labels, cu_seqlens, torch.zeros(6), None, -100, 0.5, *form)
-    torch.library.opcheck(torch.ops.spo_kernels.pair_loss.default, arguments)
+    pairs = PairTensors(logp, labels, cu_seqlens, torch.zeros(6), None, -100)
+    form = PairForm(0.3, penalty="nll", weight=1.0)
+    torch.library.opcheck(torch.ops.spo_kernels.pair_loss.default, (*pairs, *form, 0.5, backend))
