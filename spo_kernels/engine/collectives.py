@@ -45,14 +45,16 @@ def check_same(group: ProcessGroup, name: str, facts: Mapping[str, object], devi
                 )
 
 
-def check_close(group: ProcessGroup, name: str, tensors: Mapping[str, Tensor | None]) -> None:
-    """Tensors of one shape in all processes of the group (whose argument is `name`) must hold the same numbers.
+def check_close(group: ProcessGroup, name: str, tensors: Mapping[str, Tensor | None], device: torch.device) -> None:
+    """Tensors must have the same shape and numbers on all processes of the group (whose argument is `name`).
 
     To five digits: what each has computed by itself may be rounded otherwise. Waits for the device.
 
     Raises:
         ValueError: On all processes, where they do not; the message names the first that differs.
     """
+    shapes = {what: None if values is None else list(values.shape) for what, values in tensors.items()}
+    check_same(group, name, {f"the shape of {what}": shape for what, shape in shapes.items()}, device)
     given = {what: values.detach().double().flatten() for what, values in tensors.items() if values is not None}
     if not given:
         return

@@ -99,9 +99,9 @@ def _check_close(
     of_pairs = {"ref_logps": ref.sums, **{f"pair_inputs[{name!r}]": values for name, values in named.items()}}
     of_tokens = {"token_weights": weights, "ref_token_weights": ref.weights, "ref_logps of tokens": ref.token_logps}
     if isinstance(model.shard, VocabShard):
-        check_close(model.shard.group, "head's vocab_group", {**of_pairs, **of_tokens})
+        check_close(model.shard.group, "head's vocab_group", {**of_pairs, **of_tokens}, layout.labels.device)
     if layout.group is not None:
-        check_close(layout.group, "head's sequence_group", of_pairs)
+        check_close(layout.group, "head's sequence_group", of_pairs, layout.labels.device)
 
 
 def _check_draws_none(shares: object) -> None:

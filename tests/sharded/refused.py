@@ -56,6 +56,10 @@ def calls(inputs: Inputs, rank: int) -> dict[str, Callable[[], Any]]:
         with torch.set_grad_enabled(not off):
             return call()
 
+    def given(head: LMHead) -> Any:
+        logps = torch.zeros(inputs.labels.shape if odd else len(inputs.labels))
+        return fused_spo_loss(inputs.hidden, head, inputs.labels, loss="dpo", ref_logps=logps)
+
     frozen = replace(head, weight=head.weight.detach())
     dtype = (torch.float32, torch.bfloat16)[rank]
     swapped = inputs.labels.roll(1, 1) if odd else inputs.labels
@@ -81,6 +85,7 @@ def calls(inputs: Inputs, rank: int) -> dict[str, Callable[[], Any]]:
         "weights": lambda: pairs(head, token_weights=torch.ones(inputs.labels.shape) if odd else None),
         "weights of other tokens": lambda: pairs(head, token_weights=1.0 * (inputs.labels % (2 + rank) > 0)),
         "offsets": lambda: pairs(head, loss="odpo", pair_inputs={"offset": torch.ones(3) * rank}),
+        "references of tokens": lambda: given(head),
         "softcap": lambda: logprob(replace(head, logit_softcap=5.0 if odd else None)),
         "dtype": lambda: logprob(
             replace(frozen, weight=frozen.weight.to(dtype), bias=None), hidden=inputs.hidden.to(dtype)
@@ -127,5 +132,6 @@ def calls(inputs: Inputs, rank: int) -> dict[str, Callable[[], Any]]:
         "sequences, references": lambda: pairs(
             tokens, None, ref_hidden=None, ref_logps=torch.ones(len(inputs.labels)) * (1 + rank)
         ),
+        "sequences, references of tokens": lambda: given(tokens),
         "sequences, drawn": lambda: pairs(tokens, inputs.ref_head(), loss="sgdpo"),
     }

@@ -30,6 +30,7 @@ REFUSED = {
     "weights": "token_weights must be the same on all processes of head's vocab_group",
     "weights of other tokens": "token_weights must be the same on all processes of head's vocab_group",
     "offsets": "pair_inputs['offset'] must be the same on all processes of head's vocab_group",
+    "references of tokens": "the shape of ref_logps must be the same on all processes of head's vocab_group",
     "softcap": "head must be the same on all processes of head's vocab_group",
     "dtype": "head must be the same on all processes of head's vocab_group",
     "objectives": "loss must be the same on all processes of head's vocab_group",
@@ -64,6 +65,7 @@ REFUSED = {
     "sequences, paths": "path must be the same on all processes of head's sequence_group",
     "sequences, frozen": "head must be the same on all processes of head's sequence_group",
     "sequences, references": "ref_logps must be the same on all processes of head's sequence_group",
+    "sequences, references of tokens": "the shape of ref_logps must be the same on all processes of head's sequence",
     "sequences, drawn": "the objective draws tokens of whole responses",
 }
 
