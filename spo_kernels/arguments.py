@@ -1,11 +1,15 @@
 """Checks of plain arguments, numbers, flags and choices: every message names the argument and what came."""
 
+import sys
 from typing import TypeGuard
+
+# Python's integers go on beyond what a float holds
+_LARGEST = sys.float_info.max
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is a number, which a bool is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a number that a float can be, which a bool is not."""
+    return isinstance(value, float) or (is_whole(value) and abs(value) <= _LARGEST)
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -43,6 +47,12 @@ def check_whole(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if value >= 2**63:
         raise ValueError(f"{name} must be a whole number below 2**63, got {value}")
+
+
+def check_list(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a list or a tuple."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list or a tuple, got {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:

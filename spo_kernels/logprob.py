@@ -137,7 +137,7 @@ def linear_token_loss(
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: As in `linear_logprob`; or `token_loss` does not give a loss
-            for each token, or uses something that needs a gradient.
+            for each token, uses something that needs a gradient, or gives losses that have none.
     """
     if not callable(token_loss):
         raise TypeError(f"token_loss must be a function, got {type(token_loss).__name__}")

@@ -178,6 +178,13 @@ def test_where_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     hook = weight.register_post_accumulate_grad_hook(lambda _: None)
     refused(head, "a hook on it")
     hook.remove()
+    weight.grad = torch.zeros(V, H).to_sparse()
+    refused(head, "its .grad is sparse, or was made under inference_mode")
+    with torch.inference_mode():
+        made = torch.zeros(V, H)
+    weight.grad = made
+    refused(head, "its .grad is sparse, or was made under inference_mode")
+    weight.grad = None
     linear_logprob(hidden, replace(head, weight=weight.detach()), labels)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)

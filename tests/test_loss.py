@@ -316,8 +316,8 @@ def test_what_an_objective_sees(backend):
     assert full.chosen_lengths.tolist() == lengths[:PAIRS].tolist() and full.chosen_lengths.dtype == torch.int64
     assert full.rejected_lengths.tolist() == lengths[PAIRS:].tolist()
     assert torch.equal(torch.cat([full.ref_chosen, full.ref_rejected]), reference)
-    assert torch.equal(full.sft_value, value)
-    assert bare.ref_chosen is None and bare.ref_rejected is None and bare.sft_value is None
+    assert torch.equal(full.inputs["spo_value"], value)
+    assert bare.ref_chosen is None and bare.ref_rejected is None and not bare.inputs
 
 
 def test_an_objective_with_its_own_parameters(backend):

@@ -120,14 +120,15 @@ def test_non_finite_input_gives_a_non_finite_loss(backend, value, name, where):
     assert not metrics["loss"].isfinite()
 
 
-@pytest.mark.parametrize(("penalty", "where"), [("nll", "chosen"), ("hinge", "chosen"), ("hinge", "sft_value")])
+@pytest.mark.parametrize(("penalty", "where"), [("nll", "chosen"), ("hinge", "chosen"), ("hinge", "spo_value")])
 def test_penalty_lets_nan_through(penalty, where):
     """On a base that never looks at it: a clamp must not turn NaN into 0."""
     ones = torch.ones(2)
-    values = {"chosen": -5 * ones, "rejected": ones, "ref_chosen": ones, "ref_rejected": ones, "sft_value": ones}
+    values = {"chosen": -5 * ones, "rejected": ones, "ref_chosen": ones, "ref_rejected": ones, "spo_value": ones}
     values[where] = torch.tensor([torch.nan, -5.0])
     lengths = torch.tensor([3, 3])
-    pairs = PairLogps(**values, chosen_lengths=lengths, rejected_lengths=lengths)
+    inputs = {"spo_value": values.pop("spo_value")}
+    pairs = PairLogps(**values, chosen_lengths=lengths, rejected_lengths=lengths, inputs=inputs)
     losses = SPO(base=lambda pairs: pairs.rejected, penalty=penalty, value="input")(pairs)
     assert losses[0].isnan() and losses[1].isfinite()
 

@@ -152,8 +152,25 @@ def test_what_is_refused():
         loss.backward()
 
 
-def test_a_constant_loss_has_zero_gradients():
+@pytest.mark.parametrize("constant", [lambda logp, at: -logp.detach(), lambda logp, at: (logp < -1).long()])
+def test_losses_without_a_gradient(constant):
+    """As `torch.Tensor.backward` refuses them, and not a model that stays as it is."""
     given, labels = leaves(torch.float32, bias=False)
-    loss, _ = linear_token_loss(*given, labels, lambda logp, at: torch.ones_like(logp).detach())
+    with pytest.raises(ValueError, match="token_loss gave losses that do not depend on the log-probabilities"):
+        linear_token_loss(*given, labels, constant)
+
+
+def test_one_group_without_a_gradient(monkeypatch):
+    """Where no token of a group has an advantage, say; the others' gradients are theirs."""
+    given, labels = leaves(torch.float32, bias=False)
+    calls = []
+
+    def first_only(logp, at):
+        calls.append(logp)
+        return -logp if len(calls) == 1 else torch.zeros(logp.shape)
+
+    monkeypatch.setitem(kept_space._WANTED_ROWS, "cpu", 40)
+    monkeypatch.setitem(kept_space._LEAST_ROWS, "cpu", 20)
+    loss, _ = linear_token_loss(*given, labels, first_only)
     loss.backward()
-    assert not given[0].grad.any() and not given[1].grad.any()
+    assert len(calls) > 1 and given[1].grad.any()

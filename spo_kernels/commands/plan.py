@@ -71,13 +71,14 @@ def describe(arguments: argparse.Namespace) -> str:
         None if mib is None else mib << 20,
         adds_to_grad=arguments.accumulate,
     )
-    return "\n".join(_lines(found, tokens, head))
+    return "\n".join(_lines(found, lengths, head))
 
 
-def _lines(found: Forecast, tokens: int, head: Head) -> list[str]:
-    plan, shape = found.plan, found.plan.shape
+def _lines(found: Forecast, lengths: list[int], head: Head) -> list[str]:
+    plan, shape, tokens = found.plan, found.plan.shape, sum(lengths)
     size = f"[{tokens}, {head.hidden_size}] x [{head.hidden_size}, {head.vocab}]"
     lines = [
+        f"responses: {len(lengths)}, of {tokens} tokens together",
         f"products: {plan.products} of {size}",
         f"path: {plan.path}" + (f", since {found.why}" if found.why else ""),
     ]
@@ -87,7 +88,7 @@ def _lines(found: Forecast, tokens: int, head: Head) -> list[str]:
     # in two passes the backward is left hidden's gradient, which the budget does not count
     left = "" if shape is not None else f" and the [{tokens}, {head.hidden_size}] left to the backward, at most"
     lines.append(f"workspace{left}: {_size(found.workspace)}")
-    lines.append(f"allowed to three products: {_size(found.allowed)}")
+    lines.append(f"workspace that three products may take: {_size(found.allowed)}")
     return [*lines, f"hidden states, weight and their gradients: {_size(found.given)}"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from typing import Any
 
 from spo_kernels.arguments import is_number
@@ -47,16 +47,13 @@ def check_tools(where: str, row: Row) -> list[dict[str, Any]] | None:
     return tools
 
 
-def check_number(where: str, row: Row, column: str, use: str = "") -> float:
-    """The finite number in a column; `use` says what for."""
+def check_number(where: str, row: Row, column: str, use: str = "", most: float = sys.float_info.max) -> float:
+    """The finite number in a column, of at most `most` in size; `use` says what for."""
     value = row.get(column)
-    try:
-        if is_number(value) and math.isfinite(value):
-            return float(value)
-    # An integer beyond the largest float.
-    except OverflowError:
-        pass
-    raise DataError(f"{where}: {column} must be a finite number{use}, got {_kind(value)}")
+    if is_number(value) and abs(value) <= most:
+        return float(value)
+    size = "" if most == sys.float_info.max else f", at most {most:.2g} in size"
+    raise DataError(f"{where}: {column} must be a finite number{use}{size}, got {_kind(value)}")
 
 
 def check_same_form(where: str, **texts: Text) -> None:

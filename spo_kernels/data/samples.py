@@ -15,6 +15,8 @@ from spo_kernels.data.messages import Messages, Row, Text, check_number, check_s
 # The turns of Anthropic's hh-rlhf, strings that hold whole conversations.
 _HH_REPLY = "\n\nAssistant:"
 _KEY = json.JSONEncoder(sort_keys=True).encode
+# objectives compute in it
+_LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def preference_sample(where: str, row: Row, columns: Mapping[str, str] | None = 
     """
     chosen, rejected = check_text(where, row, "chosen"), check_text(where, row, "rejected")
     inputs = {
-        name: check_number(where, row, column, f" (the loss's input {name}; --pair-input can name another column)")
+        name: check_number(
+            where, row, column, f" (the loss's input {name}; --pair-input can name another column)", _LARGEST_FLOAT32
+        )
         for name, column in (columns or {}).items()
     }
     prompt = None if row.get("prompt") is None else check_text(where, row, "prompt")

@@ -245,6 +245,8 @@ def why_not_accumulate(weight: Tensor) -> str | None:
         return f"it is a {type(weight).__name__}, whose gradient is not a plain tensor"
     if torch.is_autocast_enabled(device) and weight.dtype not in (torch.float64, torch.get_autocast_dtype(device)):
         return "autocast casts it"
+    if weight.grad is not None and (weight.grad.layout != torch.strided or weight.grad.is_inference()):
+        return "its .grad is sparse, or was made under inference_mode"
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
         return "there are several processes, whose sum of gradients would miss it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -96,6 +96,7 @@ class _Making:
     groups: Sequence[range]
     tile: KeptShape
     token_loss: TokenLoss
+    depends: list[bool] = field(default_factory=list)  # of each group's losses, on its log-probabilities
 
     def gradients(self, head_out: HeadGradient | None, grad_hidden: Tensor | None) -> Made:
         """Losses and log-probabilities of the tokens; see `EarlyWork.make`."""
@@ -115,6 +116,8 @@ class _Making:
                 return tokens.masked(slopes)
 
             tiles.run(tokens, coefficients, total, grad_hidden, accumulate=group.start > 0)
+        if not any(self.depends):
+            raise ValueError("token_loss gave losses that do not depend on the log-probabilities: no gradient follows")
         if head_out is not None and total is not None:
             head_out.copy_(total)
         return Made(torch.cat(losses), torch.cat(logps), tiles.left)
@@ -130,6 +133,7 @@ class _Making:
         with torch.enable_grad():
             leaf = logp.detach().requires_grad_()
             losses = token_losses(self.token_loss, leaf, _index(places, self.shape))
+            self.depends.append(losses.requires_grad)
             if not losses.requires_grad:
                 return losses, torch.zeros_like(leaf)
             _check_leaves(losses, leaf)

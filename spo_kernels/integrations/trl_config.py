@@ -10,7 +10,8 @@ from trl import DPOConfig
 
 from spo_kernels.losses import LOSSES, Objective, build_loss
 from spo_kernels.losses.divergence import FDivergence
-from spo_kernels.losses.needs import needs_value
+from spo_kernels.losses.needs import needs_inputs
+from spo_kernels.losses.reconstructed.spo import SPO_VALUE
 from spo_kernels.losses.weighted_sum import WeightedSum
 from spo_kernels.losses.wpo import WPO
 
@@ -161,7 +162,7 @@ def _check_inner_steps(args: DPOConfig, objective: Objective) -> None:
     steps, rate = getattr(args, "spo_inner_steps", 0), getattr(args, "spo_inner_lr", None)
     if steps and not (rate and rate > 0):
         raise ValueError(f"spo_inner_steps = {steps} needs spo_inner_lr, a number above 0, got {rate!r}")
-    if steps and not needs_value(objective):
+    if steps and SPO_VALUE not in needs_inputs(objective):
         raise ValueError(
             'spo_inner_steps computes the value of SPO(penalty="hinge", value="input"), which this objective has not: '
             f"{objective!r}"

@@ -37,7 +37,8 @@ from spo_kernels.integrations.trl_metrics import Forward, batch_metrics
 from spo_kernels.integrations.trl_parts import lengths_of, parts_of
 from spo_kernels.integrations.trl_seam import check_dpo_trainer
 from spo_kernels.integrations.wrappers import Sealed
-from spo_kernels.losses.needs import needs_reference, value_normalization
+from spo_kernels.losses.needs import needs_reference
+from spo_kernels.losses.reconstructed.spo import SPO_VALUE, value_normalization
 from spo_kernels.losses.state import has_state
 from spo_kernels.sparsity import as_sparsity, of_next_batch
 
@@ -226,7 +227,7 @@ class FusedDPOTrainer(DPOTrainer):
     def _pair_inputs(self, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         given = {name: inputs[name] for name in self._columns}
         if getattr(self.args, "spo_inner_steps", 0):
-            given["spo_value"] = self._inner_value(inputs, labels)
+            given[SPO_VALUE] = self._inner_value(inputs, labels)
         return given
 
     def _inner_value(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:

@@ -14,18 +14,17 @@ from trl import DPOConfig
 from spo_kernels.integrations.layout import check_layout
 from spo_kernels.integrations.token_batches import TokenBudget
 from spo_kernels.losses import Objective
-from spo_kernels.losses.needs import needs_inputs, needs_value
-from spo_kernels.losses.pairs import coupling_of, token_outputs_of, token_subsets_of
-
-# found in the step where the reference is evaluated there
-_PILOTS = ("chosen_pilot", "rejected_pilot")
+from spo_kernels.losses.needs import needs_inputs
+from spo_kernels.losses.pairs import PILOTS, coupling_of, token_outputs_of, token_subsets_of
+from spo_kernels.losses.reconstructed.spo import SPO_VALUE
 
 
 def input_columns(args: DPOConfig, objective: Objective) -> tuple[str, ...]:
     """Names of columns that hold the objective's `pair_inputs`, one number per pair."""
-    found = _PILOTS if token_subsets_of(objective) is not None and not args.precompute_ref_log_probs else ()
-    read = needs_value(objective) and not getattr(args, "spo_inner_steps", 0)
-    return (*(name for name in needs_inputs(objective) if name not in found), *(["spo_value"] if read else []))
+    # pilots are found in the step where the reference is evaluated there
+    found = set(PILOTS if token_subsets_of(objective) is not None and not args.precompute_ref_log_probs else ())
+    found.update([SPO_VALUE] if getattr(args, "spo_inner_steps", 0) else ())
+    return tuple(name for name in needs_inputs(objective) if name not in found)
 
 
 def refuse(args: DPOConfig, objective: Objective, referenced: bool) -> None:

@@ -17,7 +17,7 @@ from spo_kernels.losses.ipo import IPO
 from spo_kernels.losses.kto import KTO
 from spo_kernels.losses.label_noise import CDPO, EXO, Robust
 from spo_kernels.losses.nca import NCA
-from spo_kernels.losses.needs import needs_inputs, needs_reference, needs_value
+from spo_kernels.losses.needs import needs_inputs, needs_reference
 from spo_kernels.losses.offsets import ODPO, RDPO, odpo_offsets
 from spo_kernels.losses.pairs import Objective, PairLogps, implicit_rewards
 from spo_kernels.losses.reconstructed.balanced import AdaDPO, BalancedDPO
@@ -94,6 +94,5 @@ __all__ = [
     "named_loss",
     "needs_inputs",
     "needs_reference",
-    "needs_value",
     "odpo_offsets",
 ]

@@ -5,13 +5,23 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spo_kernels.losses.pairs import Coupling, Objective, coupling_of, token_outputs_of, token_subsets_of
+from spo_kernels.losses.pairs import (
+    Coupling,
+    Objective,
+    PairLogps,
+    coupling_of,
+    implicit_rewards,
+    token_outputs_of,
+    token_subsets_of,
+)
 
 _ORDER: tuple[Coupling, ...] = ("margin", "sequence", "pair", "batch")
 
 
 class Composite:
-    """What an objective takes over from its parts: the first one's β, and everyone's token outputs and statistics."""
+    """What an objective takes over from its parts: the first one's β and rewards, and everyone's token outputs and
+    statistics.
+    """
 
     own_token_outputs: ClassVar[tuple[str, ...]] = ()
 
@@ -21,8 +31,12 @@ class Composite:
 
     @property
     def beta(self) -> float:
-        """The first part's β, which scales the logged rewards."""
+        """The first part's β, 1 where it has none."""
         return getattr(self.parts()[0], "beta", 1.0)
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """The first part's, which are logged."""
+        return implicit_rewards(self.parts()[0], pairs)
 
     @property
     def token_outputs(self) -> tuple[str, ...]:

@@ -45,15 +45,24 @@ class CPO:
         """The pair, or with an NLL over "tokens" the batch."""
         return coupling_with_nll("pair", self.normalization)
 
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """β times what is compared, which is logged."""
+        chosen, rejected = self._compared(pairs)
+        return self.beta * chosen, self.beta * rejected
+
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
         return self._contrast(pairs) + self.alpha * nll(pairs, self.normalization)
 
+    def _compared(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        both = pairs.chosen, pairs.rejected
+        return per_token(pairs, *both) if self.form == "ipo" else both
+
     def _contrast(self, pairs: PairLogps) -> Tensor:
+        chosen, rejected = self._compared(pairs)
         if self.form == "ipo":
-            chosen, rejected = per_token(pairs, pairs.chosen, pairs.rejected)
             return (chosen - rejected - 0.5 / self.beta).square()
-        logits = self.beta * (pairs.chosen - pairs.rejected)
+        logits = self.beta * (chosen - rejected)
         return logistic(logits, self.label_smoothing) if self.form == "sigmoid" else (1.0 - logits).clamp_min(0.0)
 
 
@@ -74,6 +83,11 @@ class ORPO:
 
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """`β p_w / n_w` and `β p_l / n_l`, which are logged."""
+        chosen, rejected = per_token(pairs, pairs.chosen, pairs.rejected)
+        return self.beta * chosen, self.beta * rejected
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""

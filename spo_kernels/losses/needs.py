@@ -18,19 +18,6 @@ def needs_reference(objective: Objective) -> bool:
     return bool(declared) if declared is not None else not _works(objective, reference=False)
 
 
-def needs_value(objective: Objective) -> bool:
-    """Whether it refuses to work without `pair_inputs["spo_value"]`, as `SPO(penalty="hinge", value="input")` does."""
-    return not _works(objective, value=False)
-
-
-def value_normalization(objective: Objective) -> str:
-    """In which units that value is: "mean" per response token or "sum", as the SPO in the objective says."""
-    if hasattr(objective, "normalization") and hasattr(objective, "epsilon"):
-        return str(objective.normalization)
-    parts = objective.parts() if hasattr(objective, "parts") else ()
-    return next((value_normalization(part) for part in parts if needs_value(part)), "mean")
-
-
 def needs_inputs(objective: Objective) -> tuple[str, ...]:
     """Names of the `pair_inputs` that it reads: its attribute `needs_inputs`, or those that it asks for when tried.
 
@@ -66,9 +53,7 @@ class _Asked(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def _works(
-    objective: Objective, *, reference: bool = True, value: bool = True, inputs: Mapping[str, Tensor] | None = None
-) -> bool:
+def _works(objective: Objective, *, reference: bool = True, inputs: Mapping[str, Tensor] | None = None) -> bool:
     ones, lengths = torch.ones(2), torch.ones(2, dtype=torch.int64)
     ref = -ones if reference else None
     pairs = PairLogps(
@@ -78,7 +63,6 @@ def _works(
         ref_rejected=ref,
         chosen_lengths=lengths,
         rejected_lengths=lengths,
-        sft_value=ones if value else None,
         inputs=_Asked() if inputs is None else inputs,
     )
     try:

@@ -17,6 +17,9 @@ Coupling = Literal["margin", "sequence", "pair", "batch"]
 # what an objective may ask for of every token
 TOKEN_OUTPUTS = ("logp", "entropy", "log_sum_p2", "kl")
 
+# the per-pair inputs that are drawn in the step for an objective with `token_subsets`
+PILOTS = ("chosen_pilot", "rejected_pilot")
+
 
 @dataclass(frozen=True)
 class PairLogps:
@@ -26,7 +29,6 @@ class PairLogps:
         chosen, rejected: log πθ(y|x) in nats, summed over response tokens; differentiable.
         ref_chosen, ref_rejected: The same under the reference, detached; None without a reference.
         chosen_lengths, rejected_lengths: Response tokens that count, int64.
-        sft_value: Value of the lower-level SFT loss for each pair, detached; None where it was not given.
         inputs: Further numbers of each pair by name, detached `[B]`, such as ODPO's "offset".
     """
 
@@ -36,7 +38,6 @@ class PairLogps:
     ref_rejected: Tensor | None
     chosen_lengths: Tensor
     rejected_lengths: Tensor
-    sft_value: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def reference(self, needed_by: str) -> tuple[Tensor, Tensor]:
@@ -72,22 +73,20 @@ class PairInputs:
 
     reference: Tensor | None
     lengths: Tensor
-    sft_value: Tensor | None
     named: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pairs(self, sums: Tensor, start: int = 0, stop: int | None = None) -> PairLogps:
         """Pairs start..stop, whose log-probabilities `sums` are chosen first."""
         chosen, rejected = sums.chunk(2)
         reference = None if self.reference is None else _chunk(self.reference)
-        lengths, sft_value, named = _chunk(self.lengths), self.sft_value, self.named
+        lengths, named = _chunk(self.lengths), self.named
         if (start, stop) not in ((0, None), (0, len(lengths[0]))):
             part = slice(start, stop)
             reference = None if reference is None else (reference[0][part], reference[1][part])
             lengths = (lengths[0][part], lengths[1][part])
-            sft_value = None if sft_value is None else sft_value[part]
             named = {name: values[part] for name, values in named.items()}
         ref_chosen, ref_rejected = (None, None) if reference is None else reference
-        return PairLogps(chosen, rejected, ref_chosen, ref_rejected, *lengths, sft_value, named)
+        return PairLogps(chosen, rejected, ref_chosen, ref_rejected, *lengths, named)
 
 
 def _chunk(both: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,8 +97,9 @@ def _chunk(both: Tensor) -> tuple[Tensor, Tensor]:
 class Objective(Protocol):
     """Any callable from `PairLogps` to one loss per pair.
 
-    An objective may also have `beta` (scales the logged rewards, 1 if absent) and `coupling`, which declares what
-    a pair's loss depends on ("batch" if absent) and lets a trained head cost three products instead of four.
+    An objective may also have `coupling`, which declares what a pair's loss depends on ("batch" if absent) and lets a
+    trained head cost three products instead of four. What is logged as rewards of chosen and rejected is what its
+    method `rewards(pairs)` gives, or else log-ratios multiplied by its `beta` (1 if absent).
 
     With `token_outputs`, names from "logp", "entropy", "log_sum_p2" (see `linear_logprob`) and "kl" (see `linear_kl`),
     it finds their unweighted sums over each response's tokens among the per-pair inputs: "chosen_logp",
@@ -126,7 +126,12 @@ def pair_losses(objective: Objective, pairs: PairLogps) -> Tensor:
 
 
 def implicit_rewards(objective: Objective, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-    """`beta * (log πθ - log πref)` of chosen and rejected, as TRL logs them; `beta * log πθ` without a reference."""
+    """Rewards `[B]` of chosen and rejected as TRL logs them, without gradient: `beta * (log πθ - log πref)`,
+    `beta * log πθ` without a reference, or what the objective's own `rewards` gives.
+    """
+    if hasattr(objective, "rewards"):
+        chosen, rejected = objective.rewards(pairs)
+        return chosen.detach(), rejected.detach()
     beta = getattr(objective, "beta", 1.0)
     chosen, rejected = pairs.chosen, pairs.rejected
     if pairs.ref_chosen is not None and pairs.ref_rejected is not None:

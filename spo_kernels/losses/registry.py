@@ -4,8 +4,10 @@ TRL's names where TRL has the loss; "sigmoid" is its name for DPO.
 """
 
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
+from spo_kernels.arguments import check_list
 from spo_kernels.losses.alpha_dpo import AlphaDPO, AlphaDPOCode
 from spo_kernels.losses.aot import AOT, AOTUnpaired
 from spo_kernels.losses.apo import APODown, APOZero
@@ -135,7 +137,8 @@ def build_loss(name: str, **hyperparameters: Any) -> Objective:
     them.
 
     Raises:
-        ValueError: Unknown name or hyperparameter; the message lists those that exist.
+        TypeError, ValueError: Unknown name or hyperparameter, and the message lists those that exist; or a value that
+            the objective does not take.
     """
     return _build(name, hyperparameters, name, frozenset())
 
@@ -153,6 +156,7 @@ def _build(name: str, given: dict[str, Any], asked: str, outer: frozenset[str]) 
         foreign = {}
     elif "objectives" in own:
         parts = chosen.get("objectives", ("dpo", "bco_pair", "sft"))
+        check_list("objectives", parts)
         chosen["objectives"] = tuple(
             build_loss(part, **{key: foreign[key] for key in foreign.keys() & _own(part)})
             if isinstance(part, str)
@@ -172,7 +176,9 @@ def _build(name: str, given: dict[str, Any], asked: str, outer: frozenset[str]) 
 
 def _check_name(name: str) -> None:
     if name not in LOSSES:
-        raise ValueError(f"loss = {name!r} is unknown; expected one of {', '.join(sorted(LOSSES))}")
+        near = get_close_matches(name, LOSSES, n=1, cutoff=0.8)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"loss = {name!r} is unknown{meant}; expected one of {', '.join(sorted(LOSSES))}")
 
 
 def _own(name: str) -> frozenset[str]:

@@ -52,10 +52,15 @@ class SimPO:
         check_not_negative("gamma", self.gamma)
         check_in("label_smoothing", self.label_smoothing, "[0, 0.5)")
 
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """`β p_w / n_w` and `β p_l / n_l`, which are logged."""
+        chosen, rejected = per_token(pairs, pairs.chosen, pairs.rejected)
+        return self.beta * chosen, self.beta * rejected
+
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
-        chosen, rejected = per_token(pairs, pairs.chosen, pairs.rejected)
-        return logistic(self.beta * (chosen - rejected) - self.gamma, self.label_smoothing)
+        chosen, rejected = self.rewards(pairs)
+        return logistic(chosen - rejected - self.gamma, self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,15 @@ class AlphaPO:
                 f"got {self.alpha}"
             )
 
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """β times each response's reward, which are logged."""
+        chosen, rejected = map(self._reward, per_token(pairs, pairs.chosen, pairs.rejected))
+        return self.beta * chosen, self.beta * rejected
+
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `[B]`."""
-        chosen, rejected = map(self._reward, per_token(pairs, pairs.chosen, pairs.rejected))
-        return logistic(self.beta * (chosen - rejected) - self.gamma)
+        chosen, rejected = self.rewards(pairs)
+        return logistic(chosen - rejected - self.gamma)
 
     def _reward(self, mean_logp: Tensor) -> Tensor:
         # 1 - exp loses the margin for a small alpha: in float32 8 % of the loss at 1e-6

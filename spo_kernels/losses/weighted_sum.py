@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from spo_kernels.arguments import check_not_negative
+from spo_kernels.arguments import check_list, check_not_negative
 from spo_kernels.losses.bco import BCOPair
 from spo_kernels.losses.composite import Composite, check_objective, widest_coupling
 from spo_kernels.losses.dpo import DPO
@@ -17,7 +17,7 @@ class WeightedSum(Composite):
     """`Σ weight_k L_k`. The default is MPO as TRL has it: 0.8 `sigmoid`, 0.2 `bco_pair`, 1.0 `sft`.
 
     Attributes:
-        objectives: One or more; the first one's β scales the logged rewards.
+        objectives: One or more; the first one's rewards are logged.
         weights: As many numbers >= 0.
     """
 
@@ -25,7 +25,8 @@ class WeightedSum(Composite):
     weights: tuple[float, ...] = (0.8, 0.2, 1.0)
 
     def __post_init__(self) -> None:
-        # lists, as JSON has them, are taken too
+        check_list("objectives", self.objectives)
+        check_list("weights", self.weights)
         object.__setattr__(self, "objectives", tuple(self.objectives))
         object.__setattr__(self, "weights", tuple(self.weights))
         if not self.objectives or len(self.objectives) != len(self.weights):

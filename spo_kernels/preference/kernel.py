@@ -18,6 +18,7 @@ from spo_kernels.engine.checks import is_traced
 from spo_kernels.engine.op_arguments import schema, split
 from spo_kernels.engine.tokens import TokenRows
 from spo_kernels.losses import DPO, SPO, Objective
+from spo_kernels.losses.reconstructed.spo import SPO_VALUE
 from spo_kernels.preference.batch import PairBatch
 
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
@@ -103,14 +104,14 @@ class PairKernel:
         if batch.pairs == 0 or batch.layout.group is not None or not has_pair_loss(name):
             return None
         inputs = batch.inputs
-        form = kernel_form(batch.objective, inputs.reference is not None, inputs.sft_value is not None)
+        form = kernel_form(batch.objective, inputs.reference is not None, SPO_VALUE in inputs.named)
         return None if form is None else cls(form, name)
 
     def loss(self, logp: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """`batch.scale` times the sum of the losses, differentiable, and the summary."""
         layout, inputs = batch.layout, batch.inputs
         labels = layout.labels.masked_fill(~batch.tokens.counted, _NO_CLASS)
-        pairs = PairTensors(logp, labels, layout.cu_seqlens, inputs.reference, inputs.sft_value, _NO_CLASS)
+        pairs = PairTensors(logp, labels, layout.cu_seqlens, inputs.reference, inputs.named.get(SPO_VALUE), _NO_CLASS)
         loss, summary = PairLossFunction.apply(*pairs, self.form, self.backend, batch.scale)
         return loss, summary
 
@@ -121,7 +122,7 @@ class PairKernel:
 
         `lengths` of the sequences, or the one that all have.
         """
-        reference, value = batch.inputs.reference, batch.inputs.sft_value
+        reference, value = batch.inputs.reference, batch.inputs.named.get(SPO_VALUE)
         if len(pairs) < batch.pairs:
             part = slice(pairs.start, pairs.stop)
             reference = None if reference is None else reference.view(2, -1)[:, part].flatten()

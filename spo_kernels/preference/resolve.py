@@ -14,7 +14,7 @@ from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.subsets import PairTokens
 from spo_kernels.engine.tokens import LabelLayout
 from spo_kernels.engine.vocab_shard import VocabShard
-from spo_kernels.losses.pairs import Objective, PairInputs, token_outputs_of, token_subsets_of
+from spo_kernels.losses.pairs import PILOTS, Objective, PairInputs, token_outputs_of, token_subsets_of
 from spo_kernels.preference.batch import PairBatch, Pilots
 from spo_kernels.preference.computed import Computed
 from spo_kernels.preference.given import Given
@@ -47,7 +47,7 @@ def resolve_batch(
     model = ModelInputs.resolve(policy.hidden, policy.head, labels)
     execution = Execution.resolve(workspace_bytes, backend, model, sparsity)
     of_tokens = token_outputs_of(objective)
-    shares = None if "chosen_pilot" in (pair_inputs or {}) else token_subsets_of(objective)
+    shares = None if PILOTS[0] in (pair_inputs or {}) else token_subsets_of(objective)
     ref = Reference.resolve(reference, policy, layout)
     ref.check_enough(model, kl="kl" in of_tokens, pilots=shares is not None)
     named = _pair_inputs(pair_inputs, pairs, labels, model.wide)
@@ -82,7 +82,7 @@ def resolve_batch(
         lengths=computed.lengths,
         host_lengths=computed.host.lengths,
         token_weights=weights,
-        inputs=PairInputs(sums, layout.joined(computed.counts), named.get("spo_value"), named),
+        inputs=PairInputs(sums, layout.joined(computed.counts), named),
         kl=kl,
         pilots=pilots,
         execution=execution,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spo_kernels.extras.bilevel import bilevel_value
 from spo_kernels.losses import Objective
+from spo_kernels.losses.reconstructed.spo import value_normalization
 from spo_kernels.train.batches import IGNORE_INDEX
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.policy import Policy
@@ -59,4 +60,5 @@ def build_inner(config: TrainConfig, objective: Objective | None) -> InnerSteps 
     """What the options ask for; `build_objective` has checked that they go together."""
     if not config.spo_inner_steps or config.spo_inner_lr is None:
         return None
-    return InnerSteps(config.spo_inner_steps, config.spo_inner_lr, getattr(objective, "normalization", "mean"))
+    assert objective is not None
+    return InnerSteps(config.spo_inner_steps, config.spo_inner_lr, value_normalization(objective))

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo_kernels.integrations.token_batches import step_indices
+from spo_kernels.losses.reconstructed.spo import SPO_VALUE
 from spo_kernels.losses.state import has_state
 from spo_kernels.train.checkpoint import (
     Checkpoint,
@@ -164,7 +165,7 @@ class Trainer:
             found = {**found, MISMATCHED: split.mismatched.ratios(policy, indices, self.accelerator)}
         if self.inner is not None:
             # evaluation: processes may have different numbers of batches, so each steps on its own
-            found = {**found, "spo_value": self.inner.values(policy, batch, self.accelerator, shared=training)}
+            found = {**found, SPO_VALUE: self.inner.values(policy, batch, self.accelerator, shared=training)}
         return {**batch, "pair_inputs": found} if found else batch
 
     def _add_pairs(self, window: Window, split: Split, indices: list[int], pair_logps: Tensor | None) -> None:

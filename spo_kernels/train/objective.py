@@ -6,14 +6,13 @@ import json
 from typing import Any
 
 from spo_kernels.losses import Objective, build_loss
-from spo_kernels.losses.needs import needs_inputs, needs_reference, needs_value
-from spo_kernels.losses.pairs import coupling_of, token_outputs_of, token_subsets_of
+from spo_kernels.losses.needs import needs_inputs, needs_reference
+from spo_kernels.losses.pairs import PILOTS, coupling_of, token_outputs_of, token_subsets_of
+from spo_kernels.losses.reconstructed.spo import SPO_VALUE
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
 from spo_kernels.train.mismatched import MISMATCHED
 
-# found in the step, not read from data: SGDPO's pilots, and KTO's ratios unless --pair-input names their column
-_PILOTS = ("chosen_pilot", "rejected_pilot")
 _SPO_OPTIONS = ("spo_weight", "spo_penalty", "spo_value", "spo_epsilon", "spo_normalization")
 
 
@@ -50,7 +49,7 @@ def build_objective(config: TrainConfig) -> Objective | None:
             f"--tokens-per-batch makes forwards of different numbers of pairs, and --loss {config.loss} depends on "
             "which pairs are in a forward together: leave one of them out"
         )
-    if config.spo_inner_steps and not needs_value(objective):
+    if config.spo_inner_steps and SPO_VALUE not in needs_inputs(objective):
         raise TrainError("--spo-inner-steps needs --spo-penalty hinge: the gradient of nll has no value in it")
     if config.ref_model is not None and not config.diagnostics and not needs_reference(objective):
         raise TrainError(f"--loss {config.loss} has no reference: --ref-model would not be read; leave it out")
@@ -65,14 +64,14 @@ def build_objective(config: TrainConfig) -> Objective | None:
 def input_columns(config: TrainConfig, objective: Objective | None) -> dict[str, str]:
     """For each per-pair input that the objective reads, the column of the data that holds it.
 
-    A column of the input's own name unless --pair-input names another; "spo_value" is the hinge's value.
+    A column of the input's own name unless --pair-input names another.
     """
     names: list[str] = []
     if objective is not None:
-        # the value is computed, not read, where the run has inner steps
-        read = needs_value(objective) and not config.spo_inner_steps
-        found = (*(_PILOTS if token_subsets_of(objective) is not None else ()), *mismatched_inputs(config, objective))
-        names = [name for name in needs_inputs(objective) if name not in found] + (["spo_value"] if read else [])
+        found = set(mismatched_inputs(config, objective))
+        found.update(PILOTS if token_subsets_of(objective) is not None else ())
+        found.update([SPO_VALUE] if config.spo_inner_steps else ())
+        names = [name for name in needs_inputs(objective) if name not in found]
     columns = {name: name for name in names}
     for pair in config.pair_input:
         name, equals, column = pair.partition("=")

@@ -65,7 +65,7 @@ def test_pair_loss_is_the_losses_definition(backend, layout, objective, reductio
             reference[pairs:].double(),
             lengths[:pairs],
             lengths[pairs:],
-            value.double(),
+            {"spo_value": value.double()},
         )
     )
     expected = losses.mean() if reduction == "mean" else losses.sum()

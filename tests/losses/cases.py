@@ -256,6 +256,16 @@ case(
     penalty="hinge",
     epsilon=0.1,
 )
+case(
+    "spo",
+    partial(f.spo_hinge_input, base=f.dpo, weight=0.5, epsilon=0.1),
+    label="hinge-input",
+    penalty="hinge",
+    value="input",
+    weight=0.5,
+    epsilon=0.1,
+    normalization="sum",
+)
 case("spo", f.weighted((1.0, partial(of_batch.aot, b=0.1)), (1.0, f.sft_mean)), label="aot", base="aot")
 case("wpo", f.wpo)
 case("wpo", partial(f.wpo, clamp=False), label="trl", clamp=False)

@@ -323,6 +323,13 @@ def chi_po(
     return -logsig(z), -b * sig(-z) * d_w * inside, b * sig(-z) * d_l * inside
 
 
+def spo_hinge_input(x: Points, base: Callable, weight: float, epsilon: float) -> tuple[Array, Array, Array]:
+    """base + weight max(0, -p_w - v - ε)."""
+    loss, g_w, g_l = base(x)
+    gap = -x.p_w - x.inputs["spo_value"] - epsilon
+    return loss + weight * np.maximum(gap, 0), g_w - weight * (gap >= 0), g_l
+
+
 def spo_hinge(base: Callable, weight: float, epsilon: float) -> Callable:
     """base + weight max(0, -r_w / n_w - ε)."""
 

@@ -20,6 +20,7 @@ INPUTS = {
     "mismatched_ratio": (-1.0, 4.0),
     "chosen_pilot": (-8.0, 8.0),
     "rejected_pilot": (-8.0, 8.0),
+    "spo_value": (0.5, 3.0),
 }
 # sums over tokens, which fused_spo_loss finds where an objective asks for them
 TOKEN_INPUTS = {
@@ -70,7 +71,7 @@ def as_pairs(points, dtype=torch.float64):
     inputs = {name: torch.tensor(value, dtype=dtype) for name, value in points.inputs.items()}
     for name in ("chosen", "rejected"):
         values[name].requires_grad_()
-    return PairLogps(**values, **lengths, sft_value=torch.ones_like(values["chosen"]).detach(), inputs=inputs)
+    return PairLogps(**values, **lengths, inputs=inputs)
 
 
 def differentiate(objective, pairs):

@@ -20,10 +20,10 @@ from spo_kernels.losses import (
     UncertaintyDPO,
     WeightedSum,
     build_loss,
+    implicit_rewards,
     named_loss,
     needs_inputs,
     needs_reference,
-    needs_value,
 )
 from spo_kernels.testing import random_batch
 from spo_kernels.train.config import TrainConfig
@@ -67,6 +67,13 @@ def test_hyperparameters_find_their_objective():
         ("spo", {"base": DPO(), "beta": 1}, r"'spo' has no hyperparameter beta"),
         ("mpo", {"weights": [1.0]}, "got 3 objectives and 1 weights"),
         ("mpo", {"objectives": ["dpo", "dpx"], "weights": [1, 1]}, "'dpx' is unknown"),
+        ("mpo", {"objectives": 5}, "objectives must be a list or a tuple, got 5"),
+        ("mpo", {"objectives": "dpo"}, "objectives must be a list or a tuple, got 'dpo'"),
+        ("mpo", {"weights": 0.5}, "weights must be a list or a tuple, got 0.5"),
+        ("dpo", {"beta": 10**400}, "beta must be a positive number, got 1000"),
+        ("rpo", {"eta": 10**400}, "eta must be a number"),
+        ("simpo", {"label_smoothing": 10**400}, r"label_smoothing must be a number in \[0, 0.5\)"),
+        ("simpoo", {}, r"'simpoo' is unknown \(did you mean 'simpo'\?\); expected one of"),
         ("mpo", {"objectives": [], "weights": []}, "at least one"),
         ("alphapo", {"alpha": 0}, "alpha must not be nearer to 0 than 1e-06"),
         ("alphapo", {"alpha": -1e-8}, "alpha must not be nearer to 0 than 1e-06"),
@@ -75,8 +82,34 @@ def test_hyperparameters_find_their_objective():
     ],
 )
 def test_refused(name, given, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         build_loss(name, **given)
+
+
+@pytest.mark.parametrize(
+    ("objective", "reward"),
+    [
+        (build_loss("dpo", beta=0.3), lambda p, q, n: 0.3 * (p - q)),
+        (build_loss("simpo", beta=2.5), lambda p, q, n: 2.5 * p / n),
+        (build_loss("spo", base="simpo", beta=2.5), lambda p, q, n: 2.5 * p / n),
+        (build_loss("dr_dpo", base="simpo", beta=2.5), lambda p, q, n: 2.5 * p / n),
+        (build_loss("orpo", beta=0.2), lambda p, q, n: 0.2 * p / n),
+        (build_loss("cpo", beta=0.2), lambda p, q, n: 0.2 * p),
+        (build_loss("cpo", beta=0.2, form="ipo"), lambda p, q, n: 0.2 * p / n),
+        (build_loss("alphapo", alpha=0.5), lambda p, q, n: 2.5 * (1 - (p / n).exp() ** -0.5) / 0.5),
+        (lambda pairs: pairs.chosen, lambda p, q, n: p - q),
+    ],
+    ids=["dpo", "simpo", "spo", "dr_dpo", "orpo", "cpo", "cpo-ipo", "alphapo", "own"],
+)
+def test_logged_rewards(objective, reward):
+    """What TRL's DPOTrainer, CPOTrainer and ORPOTrainer log: rewards are in the units of what a loss compares."""
+    pairs = as_pairs(random_points(16))
+    pairs = dataclasses.replace(pairs, rejected_lengths=pairs.rejected_lengths.clamp_min(1))
+    found = implicit_rewards(objective, pairs)
+    chosen = reward(pairs.chosen, pairs.ref_chosen, pairs.chosen_lengths)
+    rejected = reward(pairs.rejected, pairs.ref_rejected, pairs.rejected_lengths)
+    torch.testing.assert_close(found, (chosen.detach(), rejected.detach()), rtol=1e-12, atol=0)
+    assert not found[0].requires_grad
 
 
 @pytest.mark.parametrize(("name", "field"), FIELDS, ids=lambda value: getattr(value, "name", value))
@@ -167,8 +200,6 @@ def test_needs_of_forms_and_of_others():
     assert not needs_reference(SPO(build_loss("simpo")))
     assert needs_reference(SPO(build_loss("simpo"), penalty="hinge"))
     assert not needs_reference(SPO(build_loss("simpo"), penalty="hinge", value="input"))
-    assert needs_value(SPO(penalty="hinge", value="input"))
-    assert not any(needs_value(build_loss(name)) for name in LOSSES)
     assert not needs_reference(lambda pairs: pairs.chosen) and needs_reference(lambda p: p.chosen - p.ref_chosen)
 
     class Declared:
@@ -190,12 +221,14 @@ def test_needs_inputs():
         "odpo",
         "sgdpo",
         "sgdpo-smooth",
+        "spo-hinge-input",
         "sppo-input",
         "uncertainty_dpo",
         "uncertainty_dpo-multiplicative",
     }
     assert set().union(*found.values()) <= set(INPUTS)
     assert needs_inputs(SPO(build_loss("odpo"))) == ("offset",)
+    assert needs_inputs(SPO(build_loss("odpo"), penalty="hinge", value="input")) == ("spo_value", "offset")
 
 
 @pytest.mark.parametrize("row", ["odpo", "balanced_dpo-input", "kto-input", "sppo-input", "uncertainty_dpo"])

@@ -208,7 +208,10 @@ def test_value_column_is_needed(fails: Fails, pairs_file: Path) -> None:
 
 
 OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "unknown loss": (("--loss", "ppo"), "--loss ppo: loss = 'ppo' is unknown; expected one of ada_dpo, "),
+    "unknown loss": (
+        ("--loss", "ppo"),
+        "--loss ppo: loss = 'ppo' is unknown (did you mean 'sppo'?); expected one of ada_dpo, ",
+    ),
     "unknown base": (("--base-loss", "ppo"), "loss = 'ppo' is unknown"),
     "unknown field": (("--loss-arg", "gamma=1"), "has no hyperparameter gamma; it has base, beta"),
     "bad field": (("--loss-arg", "gamma"), "--loss-arg must be KEY=VALUE, got 'gamma'"),

@@ -275,8 +275,12 @@ def test_bad_date(fails: Fails) -> None:
         ("[" * 200_000, "JSON that can't be read"),
         ('{"prompt": ' + "9" * 5000 + "}", "JSON that can't be read: Exceeds the limit"),
         (json.dumps({**ROWS[0], "offset": 10**400}), "offset must be a finite number"),
+        (
+            json.dumps({**ROWS[0], "offset": -1e300}),
+            "offset must be a finite number (the loss's input offset; --pair-input can name another column), at most 3.4e+38",
+        ),
     ],
-    ids=["brackets", "integer", "offset"],
+    ids=["brackets", "integer", "offset", "beyond float32"],
 )
 def test_monsters_of_json_have_a_line(fails: Fails, tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "data.jsonl"

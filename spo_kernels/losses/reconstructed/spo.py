@@ -20,6 +20,9 @@ from spo_kernels.losses.dpo import DPO
 from spo_kernels.losses.pairs import Coupling, Objective, PairLogps, coupling_of
 from spo_kernels.losses.terms import nll
 
+# the per-pair input that holds the hinge's v
+SPO_VALUE = "spo_value"
+
 
 @dataclass(frozen=True)
 class SPO(Composite):
@@ -73,6 +76,12 @@ class SPO(Composite):
     def _value(self, pairs: PairLogps) -> Tensor:
         if self.value == "reference":
             return nll(pairs, self.normalization, pairs.reference("SPO with value='reference'")[0])
-        if pairs.sft_value is None:
-            raise ValueError("SPO with value='input' needs pair_inputs['spo_value'], a tensor of one value per pair")
-        return pairs.sft_value
+        return pairs.input(SPO_VALUE, "SPO with value='input'")
+
+
+def value_normalization(objective: Objective) -> str:
+    """In which units the SPO in an objective reads `pair_inputs["spo_value"]`: "mean" per token, or "sum"."""
+    if isinstance(objective, SPO) and (objective.penalty, objective.value) == ("hinge", "input"):
+        return objective.normalization
+    found = (value_normalization(part) for part in (objective.parts() if isinstance(objective, Composite) else ()))
+    return "sum" if "sum" in found else "mean"
