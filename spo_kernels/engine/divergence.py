@@ -15,8 +15,8 @@ from torch import Tensor
 from spo_kernels.backends.contract import TokenStats
 from spo_kernels.backends.products import headroom
 from spo_kernels.backends.torch_backend import TorchBackend, logit_slope, pieces, to_logits
-from spo_kernels.engine.exact import Plane
 from spo_kernels.engine.gradients import HeadGradient, SliceGradient
+from spo_kernels.engine.plane import Plane
 from spo_kernels.engine.workspace import plan_tiles, row_stride, spans, tile_of
 
 

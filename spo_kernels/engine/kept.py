@@ -16,12 +16,12 @@ from torch import Tensor
 
 from spo_kernels.backends.contract import Backend, Tile, TokenStats, add_at_labels_
 from spo_kernels.backends.products import Products, accumulator_dtype
-from spo_kernels.engine.exact import label_slope, relative
 from spo_kernels.engine.gradients import HeadGradient, SliceGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.kept_space import KeptShape
 from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.memory import in_huge_pages
+from spo_kernels.engine.plane import label_slope, relative
 from spo_kernels.engine.tokens import TokenRows
 from spo_kernels.engine.workspace import row_stride, spans, tile_of
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from spo_kernels.backends.contract import TokenGrads, TokenStats
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.backends.registry import load_backend
-from spo_kernels.engine import exact
+from spo_kernels.engine.backward import backward
 from spo_kernels.engine.checks import without_autocast
+from spo_kernels.engine.forward import forward
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices, Shard
 from spo_kernels.engine.logit_sums import LogitSums
@@ -32,6 +33,7 @@ from spo_kernels.engine.op_arguments import (
     schema,
     split,
 )
+from spo_kernels.engine.plane import Plane
 from spo_kernels.engine.sparse import SparseForward, kept_slices, possible, probe, sparse_forward
 from spo_kernels.engine.sparse_blocks import KeptBlocks
 from spo_kernels.engine.tokens import UNGRAPHED, TokenRows, Tokens
@@ -68,11 +70,11 @@ def _codes_shape(labels: Tensor, weight: Tensor, sparsity: Sparsity) -> tuple[in
     return -(-weight.shape[0] // width), labels.numel()
 
 
-def plane_of(model: ModelTensors, tokens: Tokens, options: CallOptions, shard: Shard | None) -> exact.Plane:
+def plane_of(model: ModelTensors, tokens: Tokens, options: CallOptions, shard: Shard | None) -> Plane:
     """What an op's arguments say is to be walked."""
     head = HeadSlices.of(model.weight, model.bias, model.transform, model.base, shard)
     rows = model.hidden.reshape(-1, model.hidden.shape[-1])
-    return exact.Plane(rows, head, TokenRows.of(tokens, options.shift, head.first), load_backend(options.backend))
+    return Plane(rows, head, TokenRows.of(tokens, options.shift, head.first), load_backend(options.backend))
 
 
 def like_hidden(hidden: Tensor, tokens: TokenRows, dtype: torch.dtype) -> Tensor:
@@ -118,7 +120,7 @@ def linear_logprob_fwd(*arguments: Any, shard: Shard | None = None) -> tuple[Ten
 
 
 def _walk(
-    plane: exact.Plane, workspace_bytes: int | None, asked: Asked, logp_grad: Tensor, codes: Tensor
+    plane: Plane, workspace_bytes: int | None, asked: Asked, logp_grad: Tensor, codes: Tensor
 ) -> tuple[TokenStats, SparseForward | None, Tensor | None]:
     """Statistics, what a sparse backward is to read (None: it is exact), and mean logits.
 
@@ -139,7 +141,7 @@ def _walk(
         stats = found.stats
     else:
         gradient = logp_grad.view(plane.hidden.shape) if early else None
-        stats = exact.forward(plane, shape, moments=asked.moments, logp_grad=gradient, logit_sums=logit_sums)
+        stats = forward(plane, shape, moments=asked.moments, logp_grad=gradient, logit_sums=logit_sums)
     pays = found is not None and (early or found.pays)
     return stats, found if pays else None, None if logit_sums is None else logit_sums.means(count)
 
@@ -176,7 +178,7 @@ def linear_logprob_bwd(
             kept = KeptBlocks(made.codes, made.code_counts.tolist(), width)
             slices = kept_slices(kept, rows.count, plane.head.vocab, shape.rows, statistics.lse.dtype)
         with without_autocast(hidden.device):
-            exact.backward(plane, grads, shape, hidden_out, head_out, slices)
+            backward(plane, grads, shape, hidden_out, head_out, slices)
     return Gradients(grad_hidden, *gradients_of(head_out, model.weight))
 
 

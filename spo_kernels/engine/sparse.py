@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from spo_kernels.backends.contract import MASS_BLOCK, TokenStats
-from spo_kernels.engine.exact import Plane, VocabularySlice, forward
+from spo_kernels.engine.backward import VocabularySlice
+from spo_kernels.engine.forward import forward
 from spo_kernels.engine.logit_sums import LogitSums
+from spo_kernels.engine.plane import Plane
 from spo_kernels.engine.sparse_blocks import BlockChooser, KeptBlocks, weights_of
 from spo_kernels.engine.tokens import TokenRows
 from spo_kernels.engine.workspace import TileShape, block_width

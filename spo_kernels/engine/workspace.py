@@ -92,7 +92,7 @@ def plan_tiles(
 ) -> TileShape:
     """The largest tile whose temporaries fit the budget, of which each of `models` heads in work has its share.
 
-    `exponentials`: whether the pass over a tile writes those of whole rows, as `exact.forward` does for a gradient.
+    `exponentials`: whether the pass over a tile writes those of whole rows, as `forward` does for a gradient.
     Per cell: see `Backend.cell_bytes`. Per row: the gathered token, its accumulated sum and what the product packs.
     Per column: the weight row where it is copied, and its accumulated gradient or a label's weight row; where rows are
     streamed a second gradient, on its way, and as many columns as the most tokens allow, which all processes know.

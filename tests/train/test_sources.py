@@ -277,7 +277,8 @@ def test_bad_date(fails: Fails) -> None:
         (json.dumps({**ROWS[0], "offset": 10**400}), "offset must be a finite number"),
         (
             json.dumps({**ROWS[0], "offset": -1e300}),
-            "offset must be a finite number (the loss's input offset; --pair-input can name another column), at most 3.4e+38",
+            "offset must be a finite number (the loss's input offset; --pair-input can name another column), at most "
+            "3.4e+38 in size",
         ),
     ],
     ids=["brackets", "integer", "offset", "beyond float32"],
