@@ -8,8 +8,8 @@ from torch import Tensor
 
 from spo_kernels.arguments import check_choice, check_flag
 from spo_kernels.engine.agreement import check_alike
+from spo_kernels.engine.label_layout import LabelLayout
 from spo_kernels.engine.renamed import refuses_old_names
-from spo_kernels.engine.tokens import LabelLayout
 from spo_kernels.head import LMHead, sequence_group
 from spo_kernels.losses import Objective
 from spo_kernels.losses.registry import resolve_objective

@@ -8,8 +8,9 @@ from spo_kernels.engine.agreement import check_alike
 from spo_kernels.engine.autograd import LogprobCall
 from spo_kernels.engine.checks import check_token_weights
 from spo_kernels.engine.inputs import Execution, ModelInputs
+from spo_kernels.engine.label_layout import LabelLayout
 from spo_kernels.engine.renamed import refuses_old_names
-from spo_kernels.engine.tokens import LabelLayout, Tokens
+from spo_kernels.engine.tokens import Tokens
 from spo_kernels.head import LMHead, sequence_group
 
 

@@ -5,7 +5,8 @@ import torch
 
 from spo_kernels import LMHead, fused_spo_loss
 from spo_kernels.engine.inputs import ModelInputs
-from spo_kernels.engine.tokens import LabelLayout, Tokens
+from spo_kernels.engine.label_layout import LabelLayout
+from spo_kernels.engine.tokens import Tokens
 from spo_kernels.kl import linear_kl
 from spo_kernels.losses import TDPO, PairLogps
 from spo_kernels.testing import TensorMeter, eager_logprob, random_batch

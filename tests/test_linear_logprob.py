@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from least_workspace import least_workspace
 from test_same_bits import same_bits
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +17,6 @@ from spo_kernels.testing import (
     check_linear_logprob,
     eager_logprob,
     evaluate,
-    least_workspace,
     random_batch,
     random_upstream,
 )

@@ -8,6 +8,7 @@ import dataclasses
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from least_workspace import least_workspace
 
 from spo_kernels import fused_spo_loss, linear_logprob, sequence_logps
 from spo_kernels.losses import DPO, SPO
@@ -18,7 +19,6 @@ from spo_kernels.testing import (
     check_linear_logprob,
     eager_logprob,
     evaluate,
-    least_workspace,
     random_batch,
     random_upstream,
     worst_error,

@@ -15,7 +15,7 @@ from spo_kernels.engine.checks import without_autocast
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.inputs import ModelInputs
-from spo_kernels.engine.tokens import TokenRows
+from spo_kernels.engine.token_rows import TokenRows
 
 
 def why_not_early(model: ModelInputs) -> str | None:

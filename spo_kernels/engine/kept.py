@@ -22,7 +22,7 @@ from spo_kernels.engine.kept_space import KeptShape
 from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.memory import in_huge_pages
 from spo_kernels.engine.plane import label_slope, relative
-from spo_kernels.engine.tokens import TokenRows
+from spo_kernels.engine.token_rows import TokenRows
 from spo_kernels.engine.workspace import row_stride, spans, tile_of
 
 # statistics of a tile's tokens to the coefficients that scale the gradients of their log-probabilities

@@ -36,7 +36,8 @@ from spo_kernels.engine.op_arguments import (
 from spo_kernels.engine.plane import Plane
 from spo_kernels.engine.sparse import SparseForward, kept_slices, possible, probe, sparse_forward
 from spo_kernels.engine.sparse_blocks import KeptBlocks
-from spo_kernels.engine.tokens import UNGRAPHED, TokenRows, Tokens
+from spo_kernels.engine.token_rows import TokenRows
+from spo_kernels.engine.tokens import UNGRAPHED, Tokens
 from spo_kernels.engine.workspace import block_width, plan_tiles, spans
 from spo_kernels.sparsity import Sparsity
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from spo_kernels.backends.contract import Backend, LogitTransform, Tile, TokenStats
 from spo_kernels.backends.products import Products, accumulator_dtype
 from spo_kernels.engine.head_slices import HeadSlices
-from spo_kernels.engine.tokens import TokenRows
+from spo_kernels.engine.token_rows import TokenRows
 from spo_kernels.engine.workspace import row_stride, tile_of
 
 

@@ -15,7 +15,7 @@ from spo_kernels.engine.forward import forward
 from spo_kernels.engine.logit_sums import LogitSums
 from spo_kernels.engine.plane import Plane
 from spo_kernels.engine.sparse_blocks import BlockChooser, KeptBlocks, weights_of
-from spo_kernels.engine.tokens import TokenRows
+from spo_kernels.engine.token_rows import TokenRows
 from spo_kernels.engine.workspace import TileShape, block_width
 from spo_kernels.sparsity import Sparsity
 

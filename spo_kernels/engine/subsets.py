@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo_kernels.engine.tokens import LabelLayout
+from spo_kernels.engine.label_layout import LabelLayout
 
 
 @dataclass(frozen=True)

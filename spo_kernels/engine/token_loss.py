@@ -16,7 +16,8 @@ from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.kept import KeptTiles
 from spo_kernels.engine.kept_space import KeptShape, KeptSpace, plan_groups
-from spo_kernels.engine.tokens import TokenRows, Tokens
+from spo_kernels.engine.token_rows import TokenRows
+from spo_kernels.engine.tokens import Tokens
 from spo_kernels.engine.workspace import spans
 
 # one value a dimension of the labels

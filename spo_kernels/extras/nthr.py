@@ -23,8 +23,10 @@ from spo_kernels.engine.autograd import LogprobCall
 from spo_kernels.engine.checks import check_tensor, without_autocast
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.inputs import Execution, ModelInputs
+from spo_kernels.engine.label_layout import LabelLayout
 from spo_kernels.engine.renamed import refuses_old_names
-from spo_kernels.engine.tokens import LabelLayout, TokenRows, Tokens
+from spo_kernels.engine.token_rows import TokenRows
+from spo_kernels.engine.tokens import Tokens
 from spo_kernels.engine.workspace import plan_score_tiles, spans
 from spo_kernels.head import LMHead
 

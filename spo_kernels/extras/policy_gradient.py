@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spo_kernels.arguments import check_choice, check_positive
 from spo_kernels.engine.checks import check_tensor
-from spo_kernels.engine.tokens import sum_sequences
+from spo_kernels.engine.label_layout import sum_sequences
 
 
 def group_advantages(rewards: Tensor, *, scale: bool = True, epsilon: float = 1e-4) -> Tensor:

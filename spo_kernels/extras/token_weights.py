@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from spo_kernels.arguments import check_in, check_not_negative
+from spo_kernels.engine.label_layout import LabelLayout, sum_sequences
 from spo_kernels.engine.subsets import PairTokens
-from spo_kernels.engine.tokens import LabelLayout, sum_sequences
 from spo_kernels.losses.pairs import by_side
 
 

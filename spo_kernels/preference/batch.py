@@ -8,8 +8,9 @@ from torch import Tensor
 
 from spo_kernels.engine.autograd import OUTPUTS, LogprobCall
 from spo_kernels.engine.inputs import Execution, ModelInputs
+from spo_kernels.engine.label_layout import LabelLayout
 from spo_kernels.engine.subsets import PairTokens
-from spo_kernels.engine.tokens import LabelLayout, Tokens
+from spo_kernels.engine.tokens import Tokens
 from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.losses.pairs import Objective, PairInputs, PairLogps, pair_losses, token_outputs_of
 from spo_kernels.losses.state import same_pairs

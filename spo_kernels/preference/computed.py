@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from spo_kernels.engine.checks import capturing, is_traced
-from spo_kernels.engine.tokens import LabelLayout, Tokens
+from spo_kernels.engine.label_layout import LabelLayout
+from spo_kernels.engine.tokens import Tokens
 
 
 class HostCounts(NamedTuple):

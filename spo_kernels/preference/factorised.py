@@ -9,7 +9,7 @@ from spo_kernels.backends.contract import TokenStats
 from spo_kernels.engine.early import Made
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.kept import KeptTiles
-from spo_kernels.engine.tokens import TokenRows
+from spo_kernels.engine.token_rows import TokenRows
 from spo_kernels.engine.workspace import spans
 from spo_kernels.losses.pairs import coupling_of
 from spo_kernels.preference.batch import PairBatch

@@ -16,7 +16,7 @@ from spo_kernels.backends.pair_form import PairForm, PairTensors
 from spo_kernels.backends.registry import has_pair_loss, load_backend
 from spo_kernels.engine.checks import is_traced
 from spo_kernels.engine.op_arguments import schema, split
-from spo_kernels.engine.tokens import TokenRows
+from spo_kernels.engine.token_rows import TokenRows
 from spo_kernels.losses import DPO, SPO, Objective
 from spo_kernels.losses.reconstructed.spo import SPO_VALUE
 from spo_kernels.preference.batch import PairBatch

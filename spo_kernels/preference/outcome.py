@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from spo_kernels.engine.tokens import LabelLayout
+from spo_kernels.engine.label_layout import LabelLayout
 from spo_kernels.losses.pairs import Objective, PairLogps, implicit_rewards
 
 # TRL's names; each is a mean over pairs

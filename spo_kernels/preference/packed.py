@@ -8,7 +8,7 @@ from torch import Tensor
 from spo_kernels.backends.contract import TokenStats
 from spo_kernels.engine.early import Made
 from spo_kernels.engine.gradients import HeadGradient
-from spo_kernels.engine.tokens import TokenRows
+from spo_kernels.engine.token_rows import TokenRows
 from spo_kernels.preference.batch import PairBatch
 from spo_kernels.preference.outcome import Outcome
 from spo_kernels.preference.plan import PathPlan

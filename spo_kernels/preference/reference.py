@@ -10,7 +10,8 @@ from torch import Tensor
 from spo_kernels.engine.autograd import LogprobCall
 from spo_kernels.engine.checks import check_vector
 from spo_kernels.engine.inputs import Execution, ModelInputs
-from spo_kernels.engine.tokens import LabelLayout, Tokens
+from spo_kernels.engine.label_layout import LabelLayout
+from spo_kernels.engine.tokens import Tokens
 from spo_kernels.preference.given import Given
 
 

@@ -11,8 +11,8 @@ from spo_kernels.engine.checks import check_vector
 from spo_kernels.engine.collectives import check_close
 from spo_kernels.engine.divergence_ops import kl_divergence
 from spo_kernels.engine.inputs import Execution, ModelInputs
+from spo_kernels.engine.label_layout import LabelLayout
 from spo_kernels.engine.subsets import PairTokens
-from spo_kernels.engine.tokens import LabelLayout
 from spo_kernels.engine.vocab_shard import VocabShard
 from spo_kernels.losses.pairs import PILOTS, Objective, PairInputs, token_outputs_of, token_subsets_of
 from spo_kernels.preference.batch import PairBatch, Pilots

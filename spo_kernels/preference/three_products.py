@@ -17,7 +17,8 @@ from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.kept import KeptTiles
 from spo_kernels.engine.kept_space import KeptShape
-from spo_kernels.engine.tokens import TokenRows, sum_segments, sum_sequences
+from spo_kernels.engine.label_layout import sum_segments, sum_sequences
+from spo_kernels.engine.token_rows import TokenRows
 from spo_kernels.losses.pairs import by_side
 from spo_kernels.preference.batch import PairBatch
 from spo_kernels.preference.kernel import PairKernel

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from spo_kernels import fused_spo_loss
 from spo_kernels.backends.pair_form import PairForm, PairTensors
-from spo_kernels.engine.tokens import LabelLayout
+from spo_kernels.engine.label_layout import LabelLayout
 from spo_kernels.losses import DPO, SPO, PairLogps
 from spo_kernels.preference import plan as paths
 from spo_kernels.preference.given import Given
