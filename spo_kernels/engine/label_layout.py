@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -121,10 +122,14 @@ class LabelLayout:
 
     def sum(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sums of `values` (or of `values * weights`), shaped like labels, over each sequence: `[S]`."""
+        return self.summed(self.sum_here, values, weights)
+
+    def summed(self, here: Callable[..., Tensor], values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The sums over all processes of what `here` sums on each."""
         if self.group is None:
-            return self.sum_here(values, weights)
+            return here(values, weights)
         # rounded once, as the sum of one process is
-        return self.joined(self.sum_here(values.double(), weights)).to(values.dtype)
+        return self.joined(here(values.double(), weights)).to(values.dtype)
 
     def sum_here(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """The same over this process's tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from spo_kernels.engine.label_layout import LabelLayout
 from spo_kernels.engine.subsets import PairTokens
 from spo_kernels.engine.tokens import Tokens
 from spo_kernels.engine.vocab_shard import VocabShard
-from spo_kernels.losses.pairs import Objective, PairInputs, PairLogps, pair_losses, token_outputs_of
+from spo_kernels.losses.pairs import Objective, PairInputs, PairLogps, by_side, pair_losses, token_outputs_of
 from spo_kernels.losses.state import same_pairs
 
 
@@ -67,6 +68,15 @@ class PairBatch:
     def moments(self) -> bool:
         """Whether entropy or log Σ p² are wanted of any token."""
         return self.token_metrics or any(name in OUTPUTS for name in self.token_outputs)
+
+    def sums_of_tokens(
+        self, value_of: Callable[[str], Tensor], sum_of: Callable[..., Tensor], pilots: Pilots | None
+    ) -> dict[str, Tensor]:
+        """What the objective asks for of every token, `value_of` its name, summed over sequences: per-pair inputs."""
+        found = {name: sum_of(value_of(name)) for name in self.token_outputs}
+        if pilots is not None:
+            found["pilot"] = sum_of(value_of("logp"), pilots.subsets) - pilots.reference
+        return by_side(found)
 
     def losses(self, pairs: PairLogps) -> Tensor:
         """The objective's, `[B]`; what it does across processes counts those once that have the same pairs."""

@@ -32,17 +32,17 @@ def _gradients(work: PairWork, head_out: HeadGradient | None, grad_hidden: Tenso
     wide = work.batch.policy.wide
     total = work.accumulator(head_out)
     first = total
-    if work.pairs > 1:
+    if work.order.pairs > 1:
         total.zero_()
         first = total.accumulator(wide)
     margin = coupling_of(work.batch.objective) == "margin"
     second = first if margin else total.accumulator(wide)
     sign = -1.0 if margin else 1.0
     tiles = work.tiles()
-    found, sums = [], work.hidden.new_zeros((2, work.pairs), dtype=wide)
+    found, sums = [], work.hidden.new_zeros((2, work.order.pairs), dtype=wide)
     layout = work.batch.layout
-    for pair in range(work.pairs):
-        chosen, rejected = pair, work.pairs + pair
+    for pair in range(work.order.pairs):
+        chosen, rejected = pair, work.order.pairs + pair
         both = (
             _unscaled(tiles, work, chosen, 1.0, first, grad_hidden, fresh=True),
             _unscaled(tiles, work, rejected, sign, second, grad_hidden, fresh=not margin),
@@ -74,15 +74,15 @@ def _unscaled(
     fresh: bool,
 ) -> Tensor:
     """The sequence's log-probability; `sign` times its gradient into (`fresh`) or onto `out`."""
-    if fresh and work.counts[sequence] == 0:
+    if fresh and work.order.counts[sequence] == 0:
         out.zero_()
     total = torch.zeros((), dtype=torch.float64, device=work.hidden.device)
-    first = work.bounds[sequence]
-    for part in spans(work.counts[sequence], work.shape.rows):
+    first = work.order.bounds[sequence]
+    for part in spans(work.order.counts[sequence], work.shape.rows):
         start, stop = first + part.start, first + part.stop
         weights = 1.0 if work.weights is None else work.weights[start:stop]
 
-        tokens = work.tokens.part(start, stop)
+        tokens = work.order.tokens.part(start, stop)
 
         def coefficients(stats: TokenStats, weights: Tensor | float = weights, tokens: TokenRows = tokens) -> Tensor:
             # weights may be wider than the gradients
@@ -90,14 +90,14 @@ def _unscaled(
 
         stats = tiles.run(tokens, coefficients, out, grad_hidden, accumulate=not fresh)
         total += (tokens.masked(stats.logp) * weights).sum(dtype=torch.float64)
-        work.count_metrics(tiles, stats, tokens, chosen=stats.max.numel() if sequence < work.pairs else 0)
+        work.count_metrics(tiles, stats, tokens, chosen=stats.max.numel() if sequence < work.order.pairs else 0)
         fresh = False
     return total
 
 
 def _scale_tokens_(grad_hidden: Tensor, work: PairWork, sequence: int, factor: Tensor) -> None:
     """Multiply the rows of one sequence's tokens; 1024 at a time bound the temporary."""
-    first = work.bounds[sequence]
-    for part in spans(work.counts[sequence], 1024):
-        rows = work.tokens.part(first + part.start, first + part.stop).rows
+    first = work.order.bounds[sequence]
+    for part in spans(work.order.counts[sequence], 1024):
+        rows = work.order.tokens.part(first + part.start, first + part.stop).rows
         grad_hidden[rows] = (grad_hidden[rows] * factor).to(grad_hidden.dtype)

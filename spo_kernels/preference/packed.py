@@ -23,7 +23,7 @@ def run(batch: PairBatch, plan: PathPlan) -> Outcome:
 def _gradients(work: PairWork, head_out: HeadGradient | None, grad_hidden: Tensor | None) -> Made:
     """Group by group: logits, the pairs' coefficients, and gradients from the same tile."""
     total = None if head_out is None else work.accumulator(head_out)
-    groups = [(pairs, _select(work, pairs)) for pairs in work.plan.groups]
+    groups = [(pairs, work.order.select(pairs)) for pairs in work.plan.groups]
     tiles = work.tiles()
     found: list[tuple[Tensor, Tensor]] = []
     for number, (pairs, tokens) in enumerate(groups):
@@ -34,19 +34,9 @@ def _gradients(work: PairWork, head_out: HeadGradient | None, grad_hidden: Tenso
             return slopes
 
         stats = tiles.run(tokens, coefficients, total, grad_hidden, accumulate=number > 0)
-        work.count_metrics(tiles, stats, tokens, chosen=sum(work.counts[pairs.start : pairs.stop]))
+        work.count_metrics(tiles, stats, tokens, chosen=sum(work.order.counts[pairs.start : pairs.stop]))
     if head_out is not None and total is not None:
         head_out.copy_(total)
     losses = torch.cat([losses for losses, _ in found])
     sums = torch.cat([sums for _, sums in found], dim=1).flatten()
     return Made(losses, sums, tiles.left)
-
-
-def _select(work: PairWork, pairs: range) -> TokenRows:
-    """The tokens of consecutive pairs, chosen first."""
-    if len(pairs) == work.pairs:
-        return work.tokens
-    halves = [work.tokens.part(part.start, part.stop) for part in work.parts(pairs)]
-    rows, labels = (torch.cat([getattr(half, name) for half in halves]) for name in ("rows", "labels"))
-    masks = [half.mask for half in halves if half.mask is not None]
-    return TokenRows(rows, labels, torch.cat(masks) if masks else None)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,46 +16,48 @@ from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.kept import KeptTiles
 from spo_kernels.engine.kept_space import KeptShape
-from spo_kernels.engine.label_layout import sum_segments, sum_sequences
 from spo_kernels.engine.token_rows import TokenRows
-from spo_kernels.losses.pairs import by_side
-from spo_kernels.preference.batch import PairBatch
+from spo_kernels.preference.batch import PairBatch, Pilots
 from spo_kernels.preference.kernel import PairKernel
+from spo_kernels.preference.order import PairOrder
 from spo_kernels.preference.outcome import Outcome, TokenSums, summarise
 from spo_kernels.preference.plan import PathPlan
 
 
 @dataclass
 class PairWork:
-    """A batch while its gradients are made: tokens in order, sequence by sequence, chosen first."""
+    """A batch while its gradients are made."""
 
     batch: PairBatch
     plan: PathPlan
     hidden: Tensor  # [rows, H]
     head: HeadSlices
     backend: Backend
+    order: PairOrder
+    weights: Tensor | None  # [n], what tokens weigh in the sums
+    pilots: Pilots | None  # of an objective that asks for them; subsets [n]
+    kernel: PairKernel | None
+    token_sums: TokenSums | None
+    summaries: list[Tensor] = field(default_factory=list)  # the kernel's, of the pairs so far
 
     @classmethod
     def of(cls, batch: PairBatch, plan: PathPlan) -> PairWork:
         """Of a batch whose plan is one of three products."""
-        hidden = batch.policy.hidden
-        backend = load_backend(batch.execution.backend)
-        return cls(batch, plan, hidden.reshape(-1, hidden.shape[-1]), batch.policy.slices(), backend)
-
-    def __post_init__(self) -> None:
-        assert self.batch.host_lengths is not None
-        self.counts: list[int] = self.batch.host_lengths  # [2B], tokens of each sequence
-        self.bounds = [0, *accumulate(self.counts)]
-        self.pairs = self.batch.pairs
-        self.tokens = TokenRows.of(self.batch.tokens, self.batch.layout.shift, self.head.first)
-        weights = self.batch.token_weights
-        self.weights = None if weights is None else self.tokens.gather(weights)  # [n], what tokens weigh in the sums
-        pilots = self.batch.pilots
-        self.subsets = None if pilots is None else self.tokens.gather(pilots.subsets)  # [n]
-        self.kernel = PairKernel.of(self.batch) if weights is None else None
-        self.summaries: list[Tensor] = []  # the kernel's, of the pairs so far
-        zero = torch.zeros((), device=self.hidden.device) if self.batch.token_metrics else None
-        self.token_sums = None if zero is None else TokenSums(zero, zero, zero, zero)
+        hidden, head, weights, pilots = batch.policy.hidden, batch.policy.slices(), batch.token_weights, batch.pilots
+        order = PairOrder.of(batch, head.first)
+        zero = torch.zeros((), device=hidden.device) if batch.token_metrics else None
+        return cls(
+            batch,
+            plan,
+            hidden.reshape(-1, hidden.shape[-1]),
+            head,
+            load_backend(batch.execution.backend),
+            order,
+            weights=None if weights is None else order.tokens.gather(weights),
+            pilots=None if pilots is None else replace(pilots, subsets=order.tokens.gather(pilots.subsets)),
+            kernel=PairKernel.of(batch) if weights is None else None,
+            token_sums=None if zero is None else TokenSums(zero, zero, zero, zero),
+        )
 
     @property
     def shape(self) -> KeptShape:
@@ -99,61 +100,25 @@ class PairWork:
 
     def differentiate_tokens(self, stats: TokenStats, tokens: TokenRows, pairs: range) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and sums of consecutive pairs, and the whole loss's derivatives by their tokens, chosen first."""
-        logp, weights, equal = tokens.masked(stats.logp), self.of_pairs(self.weights, pairs), self.equal_length(pairs)
-        lengths, layout = self.lengths(pairs), self.batch.layout
+        order, logp = self.order, tokens.masked(stats.logp)
         if self.kernel is not None:
-            common = lengths if equal is None else equal
-            summary, slopes = self.kernel.differentiate(logp, tokens, common, pairs, self.batch)
+            lengths = order.equal_length(pairs) or order.lengths_of(pairs)
+            summary, slopes = self.kernel.differentiate(logp, tokens, lengths, pairs, self.batch)
             self.summaries.append(summary)
             return summary[0], summary[5:].flatten(), slopes
 
-        def sums_here(values: Tensor, weights: Tensor | None = None) -> Tensor:
-            if equal is None:
-                return sum_segments(values, lengths, weights)
-            return sum_sequences(values.view(-1, equal), None, None if weights is None else weights.view(-1, equal))
-
-        def sums_of(values: Tensor, weights: Tensor | None = None) -> Tensor:
-            if layout.group is None:
-                return sums_here(values, weights)
-            return layout.joined(sums_here(values.double(), weights)).to(values.dtype)
-
-        sums, names = sums_of(logp, weights), self.batch.token_outputs
-        found = {name: sums_of(tokens.masked(getattr(stats, name))) for name in names}
-        if self.batch.pilots is not None:
-            reference = self.batch.pilots.reference.view(2, -1)[:, pairs.start : pairs.stop].flatten()
-            found["pilot"] = sums_of(logp, self.of_pairs(self.subsets, pairs)) - reference
-        losses, slopes = self.differentiate(sums, pairs, by_side(found) if found else None)
-        if equal is None:
-            slopes = slopes.repeat_interleave(lengths, output_size=logp.numel())
-        else:
-            slopes = slopes[:, None].expand(-1, equal).reshape(-1)
+        sum_of = partial(self.batch.layout.summed, partial(order.sum, pairs))
+        weights, pilots = order.values_of(self.weights, pairs), self.pilots
+        if pilots is not None:
+            subsets, reference = order.values_of(pilots.subsets, pairs), pilots.reference.view(2, -1)
+            assert subsets is not None
+            pilots = Pilots(subsets, reference[:, pairs.start : pairs.stop].flatten())
+        sums = sum_of(logp, weights)
+        named = self.batch.sums_of_tokens(lambda name: tokens.masked(getattr(stats, name)), sum_of, pilots)
+        losses, slopes = self.differentiate(sums, pairs, named)
+        slopes = order.repeat(pairs, slopes)
         # weights may be wider than the gradients
         return losses, sums, tokens.masked(slopes if weights is None else (slopes * weights).to(slopes.dtype))
-
-    def of_pairs(self, values: Tensor | None, pairs: range) -> Tensor | None:
-        """Per-token values of consecutive pairs, chosen first."""
-        if values is None or len(pairs) == self.pairs:
-            return values
-        return torch.cat([values[part] for part in self.parts(pairs)])
-
-    def parts(self, pairs: range) -> list[slice]:
-        """The tokens of the chosen and of the rejected responses of consecutive pairs."""
-        return [slice(self.bounds[first + pairs.start], self.bounds[first + pairs.stop]) for first in (0, self.pairs)]
-
-    def lengths(self, pairs: range) -> Tensor:
-        """Tokens of each sequence of consecutive pairs, chosen first; with those that are masked."""
-        lengths, bounds = self.batch.lengths, self.batch.layout.cu_seqlens
-        if self.tokens.mask is not None and bounds is not None:
-            lengths = bounds.diff().long()
-        if len(pairs) == self.pairs:
-            return lengths
-        both = lengths.view(2, -1)
-        return both[:, pairs.start : pairs.stop].flatten()
-
-    def equal_length(self, pairs: range) -> int | None:
-        """The length of all sequences of consecutive pairs, where they have the same; ragged ones cost more steps."""
-        counts = [self.counts[first + pair] for first in (0, self.pairs) for pair in pairs]
-        return counts[0] if counts and counts[0] and min(counts) == max(counts) else None
 
     def count_metrics(self, tiles: KeptTiles, stats: TokenStats, tokens: TokenRows, chosen: int) -> None:
         """Add a tile's tokens to the token metrics; the first `chosen` of them belong to chosen responses."""
@@ -182,7 +147,7 @@ def run_way(batch: PairBatch, plan: PathPlan, way: Way) -> Outcome:
         head=work.head,
         backend=work.backend,
         wide=batch.policy.wide,
-        tokens=work.tokens,
+        tokens=work.order.tokens,
         scale=batch.scale,
         make=partial(way, work),
         adds_to_grad=batch.policy.adds_to_grad,

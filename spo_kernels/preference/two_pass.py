@@ -35,14 +35,13 @@ def run(batch: PairBatch, plan: PathPlan) -> Outcome:
     if kernel is not None:
         loss, summary = kernel.loss(logp, batch)
         return Outcome(loss, summary, token_sums, sparsity)
-    inputs, values = batch.inputs, {"logp": logp.detach(), **extras}
-    found = {name: layout.sum(values[name].detach()) for name in batch.token_outputs}
+    values = {"logp": logp, **extras}
+    named = batch.sums_of_tokens(lambda name: values[name].detach(), layout.sum, batch.pilots)
     if batch.kl is not None:
-        found["kl"] = layout.sum(batch.kl)
-    if batch.pilots is not None:
-        found["pilot"] = layout.sum(logp.detach(), batch.pilots.subsets) - batch.pilots.reference
-    if found:
-        inputs = replace(inputs, named={**inputs.named, **by_side(found)})
+        named |= by_side({"kl": layout.sum(batch.kl)})
+    inputs = batch.inputs
+    if named:
+        inputs = replace(inputs, named={**inputs.named, **named})
     pairs = inputs.pairs(layout.sum(logp, batch.token_weights))
     losses = batch.losses(pairs)
     loss = losses.sum() * batch.scale if batch.reduced else losses
