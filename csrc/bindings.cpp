@@ -119,7 +119,7 @@ void product(const std::string& name, const OperandTuple& a, const OperandTuple&
   const spo::Operand left = operand(a, "a_rows", m), right = operand(b, "b_rows", k);
   const spo::Result result{at<void>(out[0]), out[1], static_cast<spo::Scalar>(out[2]),
                            row_list("out_rows", static_cast<std::uintptr_t>(out[3]), m, out[4])};
-  const bool rounds = name == "avx512_bf16" && result.scalar == spo::Scalar::kBFloat16;
+  const bool rounds = chosen->needs_bf16 && result.scalar == spo::Scalar::kBFloat16;
   if (result.scalar != spo::Scalar::kFloat && (!rounds || accumulate || k > spo::kRoundedDepth))
     throw std::invalid_argument("product '" + name + "' cannot write such a result");
   py::gil_scoped_release released;

@@ -14,6 +14,10 @@ from spo_kernels.backends.products import VendorProducts, accumulator_dtype, che
 SMALL_PRODUCT = 1 << 20
 
 
+# the product that takes and writes narrow tiles
+_ROUNDING = "avx512_bf16"
+
+
 class NativeProducts(VendorProducts):
     """The extension's own products on a CPU, for any strides and half precision in, float32 out.
 
@@ -32,12 +36,12 @@ class NativeProducts(VendorProducts):
         own_float = choice == "native" or (choice == "auto" and full == "avx512" and native.made_by_amd())
         own_half = None if choice == "vendor" else full
         self._small = SMALL_PRODUCT if choice == "auto" else 0
-        has_bf16 = choice != "vendor" and "avx512_bf16" in names
+        has_bf16 = choice != "vendor" and _ROUNDING in names
         # which product serves a dtype of `b`; None: the vendor's
         self._names: dict[torch.dtype, str | None] = {
             torch.float32: full if own_float else None,
             torch.float16: own_half,
-            torch.bfloat16: "avx512_bf16" if has_bf16 else own_half,
+            torch.bfloat16: _ROUNDING if has_bf16 else own_half,
         }
 
     def operand_dtype(self, inputs: Tensor) -> torch.dtype:
@@ -50,8 +54,7 @@ class NativeProducts(VendorProducts):
 
     def tile_dtype(self, inputs: Tensor) -> torch.dtype:
         """See `Products`; the float32 product takes half-precision operands beside a tile as it is."""
-        rounded = self._names.get(inputs.dtype) == "avx512_bf16"
-        return inputs.dtype if rounded else accumulator_dtype(inputs.dtype)
+        return inputs.dtype if self._rounds(inputs.dtype) else accumulator_dtype(inputs.dtype)
 
     def reads_row_lists(self, inputs: Tensor) -> bool:
         """See `Products`."""
@@ -59,7 +62,10 @@ class NativeProducts(VendorProducts):
 
     def can_round(self, inputs: Tensor, terms: int) -> bool:
         """See `Products`."""
-        return self._names.get(inputs.dtype) == "avx512_bf16" and terms <= self._native.rounded_depth
+        return self._rounds(inputs.dtype) and terms <= self._native.rounded_depth
+
+    def _rounds(self, dtype: torch.dtype) -> bool:
+        return self._names.get(dtype) == _ROUNDING
 
     def matmul(
         self,

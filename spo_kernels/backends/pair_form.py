@@ -8,6 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# what a kernel writes of every pair, under TRL's names
+SUMMARY = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+def logps_of(summary: Tensor) -> Tensor:
+    """The log-probabilities in a summary `[7, B]`, chosen first: `[2B]`."""
+    return summary[SUMMARY.index("logps/chosen") :].flatten()
+
 
 class PairForm(NamedTuple):
     """`-log σ(beta * margin) + weight * penalty`, per pair; the formulas stand in `triton/pair_loss.py`.
@@ -50,11 +66,11 @@ class PairTensors(NamedTuple):
         return self._replace(**tensors)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """`summary [7, B]` and coefficients in the shape of `logp`, both to be filled."""
+        """`summary [7, B]`, see `SUMMARY`, and coefficients in the shape of `logp`, both to be filled."""
         logp = self.logp
         # packed tokens that no sequence holds stay 0
         coefficients = torch.empty_like(logp) if self.cu_seqlens is None else torch.zeros_like(logp)
-        return logp.new_empty((7, self.pairs)), coefficients
+        return logp.new_empty((len(SUMMARY), self.pairs)), coefficients
 
     def check(self) -> None:
         """Raise ValueError where a tensor has another shape, dtype or device; the message names it."""

@@ -21,7 +21,6 @@ from spo_kernels.integrations.layout import lay_pairs
 from spo_kernels.integrations.layout.batch import LaidPairs
 from spo_kernels.integrations.wrappers import Sealed, opened
 from spo_kernels.logprob import linear_logprob
-from spo_kernels.loss import fused_spo_loss
 from spo_kernels.losses import Objective
 from spo_kernels.sequences import sequence_logps
 
@@ -136,16 +135,13 @@ class PairLoss(OfPairs):
 
         def at_head(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             head = LMHead.of(model)
-            return fused_spo_loss(
+            return laid.loss(
                 self.real_tokens(hidden, laid),
                 replace(head, accumulate=self.accumulate and why_not_accumulate(head.weight) is None),
-                laid.labels,
                 loss=self.objective,
-                ref_logps=laid.of_tokens(self.ref_logps),
+                ref_logps=self.ref_logps,
                 pair_inputs=self.pair_inputs,
-                token_weights=laid.of_tokens(self.token_weights),
-                cu_seqlens=laid.cu_seqlens,
-                shift=laid.shift,
+                token_weights=self.token_weights,
                 token_metrics=True,
                 **self.options,
             )

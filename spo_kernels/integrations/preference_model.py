@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo_kernels import LMHead, fused_spo_loss
+from spo_kernels import LMHead
 from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.integrations.layout import LaidPairs, check_layout, lay_pairs
 from spo_kernels.integrations.tied import one_gradient
@@ -145,16 +145,13 @@ class FusedPreferenceModel(nn.Module):
         weights = self._token_weights(labels) if token_weights is None else token_weights
 
         def at_head(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return fused_spo_loss(
+            return laid.loss(
                 hidden,
                 replace(LMHead.of(self.model), accumulate=self._accumulate),
-                laid.labels,
                 loss=self.objective,
-                ref_logps=laid.of_tokens(ref_logps),
+                ref_logps=ref_logps,
                 pair_inputs=pair_inputs,
-                token_weights=laid.of_tokens(weights),
-                cu_seqlens=laid.cu_seqlens,
-                shift=laid.shift,
+                token_weights=weights,
                 sparsity=of_next_batch(self._sparsity, self.training),
                 **reference,
                 **self._options,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels.preference.outcome import PAIR_METRICS
+from spo_kernels.backends.pair_form import SUMMARY
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Forward:
         """Of each metric a mean's numerator and denominator."""
         chosen, rejected = ((side != -100).sum() for side in self.labels[:, 1:].chunk(2))
         pairs = torch.as_tensor(len(self.labels) // 2, device=self.labels.device)
-        weights = {name: pairs for name in self.found if name in PAIR_METRICS[1:] or name.startswith("sparsity/")}
+        weights = {name: pairs for name in self.found if name in SUMMARY[1:] or name.startswith("sparsity/")}
         weights |= {"entropy": chosen + rejected, "mean_token_accuracy": chosen, "aux_loss": torch.ones_like(pairs)}
         weights |= {"logits/chosen": chosen, "logits/rejected": rejected}
         return {n: (self.found[n].detach() * w, w) for n, w in weights.items() if n in self.found}

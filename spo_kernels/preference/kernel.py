@@ -40,7 +40,7 @@ _library.impl("pair_loss", _pair_loss, "CompositeExplicitAutograd")
 @torch.library.register_fake("spo_kernels::pair_loss", lib=_library)
 def _pair_loss_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     (pairs,) = split(arguments, PairTensors)
-    return pairs.logp.new_empty((7, pairs.pairs)), torch.empty_like(pairs.logp, memory_format=torch.contiguous_format)
+    return pairs.contiguous().outputs()
 
 
 _op = torch.ops.spo_kernels.pair_loss.default

@@ -8,19 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spo_kernels.backends.pair_form import SUMMARY, logps_of
 from spo_kernels.engine.label_layout import LabelLayout
 from spo_kernels.losses.pairs import Objective, PairLogps, implicit_rewards
-
-# TRL's names; each is a mean over pairs
-PAIR_METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
 
 
 @dataclass(frozen=True)
@@ -44,16 +34,16 @@ class Outcome:
     """A batch's loss and what its metrics are made of; all but `loss` without gradient."""
 
     loss: Tensor  # 0-d, or [B] where they are not reduced
-    summary: Tensor  # [7, B], see PAIR_METRICS
+    summary: Tensor  # [7, B], see SUMMARY
     token_sums: TokenSums | None = None
     sparsity: dict[str, Tensor] = field(default_factory=dict)
 
     def metrics(self, layout: LabelLayout, lengths: Tensor, *, pair_logps: bool) -> dict[str, Tensor]:
         """Everything to report; `lengths` (`[2B]`) are the tokens that took part here."""
         means = self.summary.float().mean(1)
-        metrics = dict(zip(PAIR_METRICS, means.unbind(), strict=True)) | self.sparsity
+        metrics = dict(zip(SUMMARY, means.unbind(), strict=True)) | self.sparsity
         if pair_logps:
-            metrics["pair_logps"] = self.summary[5:].flatten()
+            metrics["pair_logps"] = logps_of(self.summary)
         if self.token_sums is not None:
             # TRL's: entropy over all counted tokens, accuracy over those of the chosen responses
             sums, lengths = self.token_sums.map(layout.joined), layout.joined(lengths)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.backends.contract import Backend, TokenStats
+from spo_kernels.backends.pair_form import logps_of
 from spo_kernels.backends.registry import load_backend
 from spo_kernels.engine.early import EarlyWork, Made
 from spo_kernels.engine.gradients import HeadGradient
@@ -105,7 +106,7 @@ class PairWork:
             lengths = order.equal_length(pairs) or order.lengths_of(pairs)
             summary, slopes = self.kernel.differentiate(logp, tokens, lengths, pairs, self.batch)
             self.summaries.append(summary)
-            return summary[0], summary[5:].flatten(), slopes
+            return summary[0], logps_of(summary), slopes
 
         sum_of = partial(self.batch.layout.summed, partial(order.sum, pairs))
         weights, pilots = order.values_of(self.weights, pairs), self.pilots

@@ -16,8 +16,8 @@ import spo_kernels
 from spo_kernels.data import Example
 from spo_kernels.train.checkpoint import SOFTWARE, Checkpoint, check_identity
 from spo_kernels.train.config import RESUME_MAY_CHANGE, TrainConfig
+from spo_kernels.train.content import data_hash, model_hash
 from spo_kernels.train.processes import SHARDED
-from spo_kernels.train.reference import data_hash, model_hash
 
 
 def identity_of(

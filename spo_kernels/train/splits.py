@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +11,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from spo_kernels.data import Example
-from spo_kernels.integrations.preference_model import ADAPTERS_OFF
 from spo_kernels.losses import Objective
 from spo_kernels.losses.needs import needs_reference
 from spo_kernels.losses.pairs import token_subsets_of
 from spo_kernels.train.batches import collate
 from spo_kernels.train.config import TrainConfig
-from spo_kernels.train.forwards import forwards_of
 from spo_kernels.train.mismatched import MismatchedExamples, MismatchedPairs
-from spo_kernels.train.model import check_fits, check_layout, load_model
 from spo_kernels.train.objective import mismatched_inputs
-from spo_kernels.train.output import CACHE_FOLDER
-from spo_kernels.train.reference import model_hash, reference_logps
+from spo_kernels.train.reference import Reference
 from spo_kernels.train.token_logps import TokenLogps, TokenPlaces
 
 
@@ -60,61 +54,6 @@ class Split:
     def units(self, indices: list[int], per_token: bool) -> int:
         """What losses are means over: response tokens for sft, pairs otherwise."""
         return sum(self.examples[i].response_tokens for i in indices) if per_token else len(indices)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The model that a run compares with: the one that it begins with, or --ref-model."""
-
-    config: TrainConfig
-    accelerator: Accelerator
-    warn: Callable[[str], None]
-    model: nn.Module
-    content: str  # its `model_hash`
-
-    @classmethod
-    def of(
-        cls,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        warn: Callable[[str], None],
-        start: nn.Module,
-        start_content: str,
-        examples: list[Sequence[Example]],
-    ) -> Reference:
-        """`start` is the model that is trained, with its hash; examples must fit --ref-model too."""
-        if config.ref_model is None:
-            return cls(config, accelerator, warn, start, start_content)
-        model = load_model(config.ref_model, config, accelerator.device, trained=False)
-        check_layout(model, config)
-        check_fits(model, examples, config.ref_model)
-        return cls(config, accelerator, warn, model, model_hash(model))
-
-    def online(self) -> nn.Module | str:
-        """What the policy asks in every step: the model apart, or the adapted one without its adapters."""
-        if self.config.ref_model is not None:
-            return self.model
-        return ADAPTERS_OFF if self.config.lora_r else copy.deepcopy(self.model)
-
-    def logps(self, examples: Sequence[Example], *, of_tokens: bool = False, ld_alpha: float | None = None) -> Tensor:
-        """Computed now, or found in the cache; see `reference_logps`."""
-        config = self.config
-        folder = Path(config.cache_dir).expanduser() if config.cache_dir else Path(config.output_dir) / CACHE_FOLDER
-        return reference_logps(
-            self.model,
-            examples,
-            self.accelerator,
-            folder,
-            self.warn,
-            self.content,
-            forwards_of(config, [self.model], [examples]),
-            config.quiet,
-            ld_alpha,
-            of_tokens,
-            config.layout,
-            workspace_bytes=config.workspace_bytes,
-            backend=config.backend,
-        )
 
 
 def split_with(reference: Reference, objective: Objective, part: Sequence[Example], *, precomputed: bool) -> Split:

@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 or newer is not installed")
 
-from spo_kernels.integrations import at_head, trl
+from spo_kernels.integrations import trl
+from spo_kernels.integrations.layout import batch
 
 from .fused_dpo_rows import ACCUMULATION, ADAPTERS, EVERYTHING, LOSSES, PAIRWISE, PRECOMPUTED
 from .same_run import assert_same
@@ -60,12 +61,12 @@ def test_the_rows_cover_every_pair_of_choices():
 
 
 def test_a_lost_gradient_of_the_head_would_show(tmp_path, monkeypatch):
-    fused = at_head.fused_spo_loss
+    fused = batch.fused_spo_loss
 
     def without(hidden, head, labels, **options):
         return fused(hidden, type(head)(head.weight.detach()), labels, **options)
 
-    monkeypatch.setattr(at_head, "fused_spo_loss", without)
+    monkeypatch.setattr(batch, "fused_spo_loss", without)
     ours, trls = both("llama", tmp_path, steps=20)
     with pytest.raises(AssertionError):
         assert_same(ours, trls)

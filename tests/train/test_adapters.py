@@ -11,9 +11,9 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from spo_kernels.train import splits
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.lora import check_adapters
+from spo_kernels.train.reference import Reference
 
 from .conftest import Fails, Train, build_tokenizer, read_metrics
 
@@ -197,7 +197,7 @@ def test_adapted_head(
 def test_new_adapters_are_refused_before_the_reference(
     fails: Fails, monkeypatch: pytest.MonkeyPatch, targets: str, expected: str
 ) -> None:
-    monkeypatch.setattr(splits, "reference_logps", lambda *_, **__: pytest.fail("the reference was computed"))
+    monkeypatch.setattr(Reference, "logps", lambda *_, **__: pytest.fail("the reference was computed"))
     assert f"--lora-targets {targets}: {expected}" in fails("--lora-r", 4, "--lora-targets", targets)
 
 

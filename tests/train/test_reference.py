@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from spo_kernels.data import Example
-from spo_kernels.train import reference
-from spo_kernels.train.reference import cache_key, data_hash, model_hash
+from spo_kernels.train.content import data_hash, model_hash
+from spo_kernels.train.logps_file import cache_key
+from spo_kernels.train.reference import Reference
 
 from .conftest import Train, assert_same_weights
 from .test_encode import encode_rows
@@ -21,13 +22,13 @@ from .test_training import run
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of examples in each real computation."""
     calls: list[int] = []
-    original = reference.score
+    original = Reference._score
 
-    def counting(model: Any, examples: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def counting(self: Reference, examples: Any, *args: Any) -> torch.Tensor:
         calls.append(len(examples))
-        return original(model, examples, *args, **kwargs)
+        return original(self, examples, *args)
 
-    monkeypatch.setattr(reference, "score", counting)
+    monkeypatch.setattr(Reference, "_score", counting)
     return calls
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from spo_kernels.arguments import check_choice
-from spo_kernels.head import inner_model
+from spo_kernels.head import LMHead, inner_model
 from spo_kernels.integrations.hidden import Result, Run, forward_to_head
 from spo_kernels.integrations.layout.rows import PairRow, lay_row
 from spo_kernels.integrations.layout.ways import NotExact, inputs_of, way_of
+from spo_kernels.loss import fused_spo_loss
 
 LAYOUTS = ("auto", "padded", "packed", "shared")
 _MODEL_INPUTS = {"input_ids", "attention_mask"}
@@ -61,6 +62,27 @@ class LaidPairs:
     def padded(self, values: Tensor) -> Tensor:
         """Values of `labels` in the padded labels' shape, 0 elsewhere."""
         return values if self.row is None else self.row.padded(values, self.inputs["input_ids"])
+
+    def loss(
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        *,
+        ref_logps: Tensor | None,
+        token_weights: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`fused_spo_loss` of the hidden states of `labels`; what there is of every token is in the padded shape."""
+        return fused_spo_loss(
+            hidden,
+            head,
+            self.labels,
+            ref_logps=self.of_tokens(ref_logps),
+            token_weights=self.of_tokens(token_weights),
+            cu_seqlens=self.cu_seqlens,
+            shift=self.shift,
+            **options,
+        )
 
     def for_model(
         self, model: nn.Module, run: Run | None = None
