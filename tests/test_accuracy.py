@@ -92,3 +92,13 @@ def test_the_distribution_is_peaked():
     logits = batch.hidden[0] @ batch.weight.T
     assert 3.5 < logits.std() < 4.5
     assert logits.softmax(-1).max(-1).values.mean() > 0.1
+
+
+@pytest.mark.parametrize(("top", "gap"), [(30.0, 13.0), (1000.0, 10.0), (10000.0, 9.0)], ids=str)
+def test_near_certain_tokens(backend, top, gap):
+    """Large logits, a log-probability near 0: off by roundings of the sum, which is near 1, not of a logit."""
+    weight = torch.tensor([[top]] + [[top - gap]] * 20)
+    hidden, labels = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
+    exact = linear_logprob(hidden.double(), weight.double(), labels, backend="torch")
+    found = linear_logprob(hidden, weight, labels, backend=backend)
+    assert (found - exact).abs() <= 8 * torch.finfo(torch.float32).eps

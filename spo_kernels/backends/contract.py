@@ -111,8 +111,8 @@ class TokenStats:
 
     @property
     def logp(self) -> Tensor:
-        """Log-probability of the label."""
-        return self.label_logit - self.lse
+        """Log-probability of the label: from the maximum, since near 0 a rounded log-sum-exp would be all of it."""
+        return (self.label_logit - self.base) - self.sum.log()
 
     @property
     def entropy(self) -> Tensor:

@@ -107,7 +107,7 @@ def linear_logprob_fwd(*arguments: Any, shard: Shard | None = None) -> tuple[Ten
     elif asked.sparsity != "exact":
         dropped_mass, kept_share = torch.zeros_like(lse), torch.ones_like(lse)
     values = {
-        "logp": stats.label_logit - lse,
+        "logp": stats.logp,
         "lse": lse,
         "correct": stats.label_logit == stats.max,
         "entropy": stats.entropy if asked.moments else None,
