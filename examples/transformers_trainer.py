@@ -1,9 +1,6 @@
-"""transformers' Trainer with a fused preference loss.
+"""transformers' Trainer with a fused preference loss; pairs with prompt, chosen and rejected."""
 
-python -m examples.transformers_trainer MODEL PAIRS.jsonl OUTPUT, pairs with prompt, chosen and rejected.
-"""
-
-import sys
+import argparse
 from typing import Any
 
 from datasets import load_dataset
@@ -31,7 +28,13 @@ def main(name: str, pairs: str, output: str, **settings: float) -> None:
     arguments = TrainingArguments(output, remove_unused_columns=False, report_to="none", **settings)
     Trainer(FusedPreferenceModel(model, "spo"), arguments, collate, data).train()
     model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    parser = argparse.ArgumentParser(prog="python -m examples.transformers_trainer", description=__doc__)
+    parser.add_argument("model", help="a name or a folder")
+    parser.add_argument("pairs", help="a file of JSON lines")
+    parser.add_argument("output", help="a folder for model and tokenizer")
+    given = parser.parse_args()
+    main(given.model, given.pairs, given.output)

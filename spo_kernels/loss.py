@@ -46,7 +46,7 @@ def fused_spo_loss(
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Preference loss of B pairs and its metrics, without materialising logits; differentiable.
+    """Preference loss of B pairs and its metrics, tile by tile in a budget of memory; differentiable.
 
     Equivalent PyTorch, padded::
 

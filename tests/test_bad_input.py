@@ -342,6 +342,16 @@ LOSS = {
         ValueError,
         ["loss|objective", r"\(2,\)|\[2\]", r"\(4,\)|\[4\]"],
     ),
+    "objective-detached": (
+        dict(loss=lambda pairs: (pairs.chosen - pairs.rejected).detach(), hidden=zeros(4, 3, 8).requires_grad_()),
+        ValueError,
+        ["objective", r"do not depend on pairs\.chosen"],
+    ),
+    "objective-reference": (
+        dict(loss=lambda pairs: pairs.chosen - pairs.ref_chosen, ref_logps=None),
+        ValueError,
+        ["no reference", "pass ref_logps", "ref_hidden"],
+    ),
     "objective-float": (dict(loss=lambda pairs: 0.5), WRONG, ["loss|objective", "float"]),
     "spo-value-missing": (
         dict(loss=SPO(DPO(), penalty="hinge", value="input")),

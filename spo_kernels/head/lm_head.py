@@ -121,6 +121,13 @@ class LMHead:
         gathered, which is right too and takes the memory of the whole; init_device_mesh takes mesh_dim_names.
         What `shard_head` has put there stays split too: its mesh's processes are the head's `shard_group`.
 
+        Args:
+            model: The model, or what PEFT, DDP, FSDP2, DeepSpeed or torch.compile made of it.
+            tensor_parallel: The name of the mesh's dimension over which a split of the rows stays.
+
+        Returns:
+            The head, whose weight `[V, H]` is the model's own tensor.
+
         Raises:
             TypeError: The model has no configuration, or no linear head.
             ValueError: The head carries an adapter that is no plain LoRA, or is quantised.

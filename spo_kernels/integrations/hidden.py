@@ -27,7 +27,10 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
     Args:
         model: The model, or what PEFT, DDP, FSDP, DeepSpeed or torch.compile made of it.
-        inputs: Of the model's forward: input_ids, attention_mask, position_ids, ...; no labels.
+        inputs: Of the model's forward, by name: input_ids, attention_mask, position_ids, ...; no labels.
+
+    Returns:
+        `[rows, T, H]`, differentiable, in the dtype in which the head takes them.
 
     Raises:
         TypeError: The model has no head.

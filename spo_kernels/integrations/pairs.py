@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo_kernels.arguments import is_whole
+from spo_kernels.arguments import check_whole, is_whole
 from spo_kernels.integrations.at_head import ResponseLogps
 from spo_kernels.integrations.hidden import device_of
 
 SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# TRL's names
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,29 @@ class PairCollator:
                 f"pad_token_id must be an int, got {self.pad_token_id!r}; where a tokenizer has none, its eos_token_id "
                 "does: padding is masked and has no label"
             )
+        if self.pad_token_id < 0:
+            raise ValueError(f"pad_token_id must be the id of a token, got {self.pad_token_id}")
+        if self.max_length is not None:
+            check_whole("max_length", self.max_length, 1)
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels `[2B, T]`, and ref_logps `[2B]` where the records have them.
 
         Raises:
-            KeyError: A record lacks a column.
+            KeyError: A record lacks a column, or the log-probabilities that others have.
+            TypeError: A column holds a text, not token ids.
             ValueError: max_length leaves nothing of a response.
         """
+        referenced = any(name in record for record in records for name in REFERENCE)
         for record in records:
             if missing := [name for name in COLUMNS if name not in record]:
                 raise KeyError(f"a record lacks {', '.join(missing)} (token ids); it has {', '.join(record)}")
+            if missing := [name for name in REFERENCE if referenced and name not in record]:
+                raise KeyError(f"a record lacks {', '.join(missing)}, which others have: all records or none")
+            if texts := [name for name in COLUMNS if isinstance(record[name], str)]:
+                raise TypeError(
+                    f"{texts[0]} must be token ids, got the text {record[texts[0]][:40]!r}: tokenise it first"
+                )
         prompts = [list(record["prompt_ids"]) for _ in SIDES for record in records]
         responses = [list(record[f"{side}_ids"]) for side in SIDES for record in records]
         longest = max((len(p) for p, r in zip(prompts, responses, strict=True) if r), default=0)
@@ -66,8 +80,8 @@ class PairCollator:
             "attention_mask": _padded([[1] * len(row) for row in rows], 0),
             "labels": _padded(labels, -100),
         }
-        if records and "ref_chosen_logps" in records[0]:
-            batch["ref_logps"] = torch.tensor([float(r[f"ref_{side}_logps"]) for side in SIDES for r in records])
+        if referenced:
+            batch["ref_logps"] = torch.tensor([float(record[name]) for name in REFERENCE for record in records])
         return batch
 
 
@@ -103,6 +117,11 @@ def precompute_ref_logps(model: nn.Module, dataloader: Iterable[Mapping[str, Ten
             batches = iter(dataloader)
             while round_ := list(islice(batches, world)):
                 batch = round_[min(rank, len(round_) - 1)]
+                if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+                    raise TypeError(
+                        "dataloader must give batches of PairCollator, with input_ids and labels, such as "
+                        "DataLoader(records, collate_fn=PairCollator(pad_token_id))"
+                    )
                 inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}
                 call = ResponseLogps(batch["labels"].to(device), layout="padded", options=options)
                 logps = call(model, model, inputs)["logps"].float()

@@ -26,7 +26,7 @@ OPTIONS = ("workspace_bytes", "backend", "path", "token_metrics", "pair_logps", 
 
 
 class FusedPreferenceModel(nn.Module):
-    """A causal language model whose forward returns a preference loss; logits are never materialised.
+    """A causal language model whose forward returns a preference loss, without full logits.
 
     Everything happens inside one forward, so that the hooks of DDP, FSDP and DeepSpeed see every use of a parameter:
     wrap this module, not the model inside. A call with gradients that goes around DDP would let the ranks drift apart;

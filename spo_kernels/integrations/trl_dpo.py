@@ -31,6 +31,7 @@ from spo_kernels.integrations.trl_inputs import (
     refuse,
     refuse_data,
     refuse_fsdp,
+    refuse_no_reference,
     why_not_split,
 )
 from spo_kernels.integrations.trl_metrics import Forward, batch_metrics
@@ -90,6 +91,8 @@ class FusedDPOTrainer(DPOTrainer):
         self._referenced = ref_model is not None or needs_reference(self._objective) or not _has_objective(args)
         refuse(args, self._objective, self._referenced)
         data = signature(DPOTrainer).bind_partial(model, ref_model, args, *positional, **named).arguments
+        if self._referenced:
+            refuse_no_reference(args, model, data)
         for name in ("train_dataset", "eval_dataset"):
             refuse_data(name, data.get(name))
         self._sparsity = as_sparsity(getattr(args, "sparsity", "exact"))

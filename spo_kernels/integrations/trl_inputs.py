@@ -50,6 +50,21 @@ def refuse(args: DPOConfig, objective: Objective, referenced: bool) -> None:
         raise ValueError("spo_inner_steps changes the model's weights, which DeepSpeed shards; use DDP")
 
 
+def refuse_no_reference(args: DPOConfig, model: Any, given: Mapping[str, Any]) -> None:
+    """Raise ValueError where a reference is to be loaded from where the model came from, which is nowhere.
+
+    `given` are the trainer's arguments by name.
+    """
+    adapted = given.get("peft_config") is not None or hasattr(model, "peft_config")
+    if given.get("ref_model") is None and not adapted and not args.precompute_ref_log_probs:
+        config = getattr(model, "config", None)
+        if config is not None and not config._name_or_path:
+            raise ValueError(
+                f"ref_model is needed, such as copy.deepcopy(model): this {type(model).__name__} was not loaded from a "
+                "name or folder, from which the reference would be loaded again"
+            )
+
+
 def refuse_data(name: str, data: Any) -> None:
     """Raise ValueError for a data set, or a dict of them, that is empty or has no responses."""
     if isinstance(data, Mapping):
@@ -129,5 +144,14 @@ class WithColumns:
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The collator's batch and the columns."""
-        numbers = {name: torch.tensor([float(record[name]) for record in records]) for name in self.columns}
+        numbers = {name: torch.tensor([_number(name, record) for record in records]) for name in self.columns}
         return {**self.collator(records), **numbers}
+
+
+def _number(name: str, record: Mapping[str, Any]) -> float:
+    try:
+        return float(record[name])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"column {name!r}, which the objective reads, must hold numbers, got {record[name]!r}"
+        ) from error

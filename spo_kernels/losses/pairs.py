@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from spo_kernels.arguments import check_choice
@@ -113,16 +114,30 @@ class Objective(Protocol):
 
 
 def pair_losses(objective: Objective, pairs: PairLogps) -> Tensor:
-    """`objective(pairs)`, checked to be one loss per pair.
+    """`objective(pairs)`, checked to be one loss per pair that depends on the log-probabilities.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It is something else; or the objective reads a reference, and there is none.
     """
-    losses = objective(pairs)
+    losses = objective(pairs) if torch.compiler.is_compiling() else _called(objective, pairs)
     if not isinstance(losses, Tensor) or losses.shape != pairs.chosen.shape:
         came = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"the objective must return one loss per pair, shape {list(pairs.chosen.shape)}; got {came}")
+    if torch.is_grad_enabled() and pairs.chosen.requires_grad and not losses.requires_grad:
+        raise ValueError("the objective gave losses that do not depend on pairs.chosen and pairs.rejected: detached?")
     return losses
+
+
+def _called(objective: Objective, pairs: PairLogps) -> Tensor:
+    try:
+        return objective(pairs)
+    except TypeError as error:
+        if pairs.ref_chosen is not None:
+            raise
+        raise ValueError(
+            f"the objective failed where there is no reference ({error}): if it reads one, pass ref_logps, or "
+            "ref_hidden with ref_head"
+        ) from error
 
 
 def implicit_rewards(objective: Objective, pairs: PairLogps) -> tuple[Tensor, Tensor]:

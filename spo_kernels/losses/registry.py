@@ -176,7 +176,7 @@ def _build(name: str, given: dict[str, Any], asked: str, outer: frozenset[str]) 
 
 def _check_name(name: str) -> None:
     if name not in LOSSES:
-        near = get_close_matches(name, LOSSES, n=1, cutoff=0.8)
+        near = get_close_matches(name.lower(), LOSSES, n=1, cutoff=0.8)
         meant = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"loss = {name!r} is unknown{meant}; expected one of {', '.join(sorted(LOSSES))}")
 

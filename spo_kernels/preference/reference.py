@@ -83,8 +83,8 @@ def _are_of_tokens(logps: Tensor | None, layout: LabelLayout) -> bool:
     check_vector("ref_logps", logps, layout.labels, sums, layout.labels.shape)
     if logps.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"ref_logps must be float32 or float64, got {logps.dtype}, in which a sum of log-probabilities is "
-            "off by up to 1"
+            f"ref_logps must be float32 or float64, got {logps.dtype}, in which a sum of log-probabilities is off by "
+            "up to 1 nat"
         )
     return logps.shape != sums
 

@@ -94,8 +94,6 @@ class PairWork:
             if named:
                 seen = replace(seen, inputs={**seen.inputs, **named})
             losses = self.batch.losses(seen)
-            if not losses.requires_grad:
-                return losses, torch.zeros_like(leaf)
             (slopes,) = torch.autograd.grad(losses, leaf, torch.full_like(losses, self.batch.scale))
         return losses.detach(), slopes
 

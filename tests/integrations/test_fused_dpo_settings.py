@@ -244,6 +244,7 @@ REFUSED = {
     ),
     "a value from nowhere": ({"objective": "spo", "objective_args": HINGE}, "spo_value"),
     "a missing column": ({"objective": "odpo"}, "offset"),
+    "no reference": ({"objective": "dpo", "ref": None}, "ref_model is needed, such as copy.deepcopy"),
     "pilots of sums": ({"objective": "sgdpo", "precompute_ref_log_probs": True}, "chosen_pilot"),
     "sft and ld_alpha": ({"loss_type": ["sft"], "ld_alpha": 0.5}, "ld_alpha"),
     "nothing to synchronise": ({"objective": "simpo", "sync_ref_model": True, "ref": None}, "sync_ref_model"),

@@ -43,6 +43,14 @@ def test_collator() -> None:
         PairCollator(9)([{"prompt_ids": [1], "chosen_ids": [2]}])
     with pytest.raises(ValueError, match="max_length = 2 leaves nothing of the response after a prompt of 2 tokens"):
         PairCollator(9, max_length=2)([{"prompt_ids": [1, 4], "chosen_ids": [2], "rejected_ids": []}])
+    with pytest.raises(KeyError, match="a record lacks ref_rejected_logps, which others have"):
+        PairCollator(9)([WITH_SUMS[0], {**PAIRS[1], "ref_chosen_logps": -1.0}])
+    with pytest.raises(TypeError, match="chosen_ids must be token ids, got the text 'blue'"):
+        PairCollator(9)([{**PAIRS[0], "chosen_ids": "blue"}])
+    with pytest.raises(ValueError, match="pad_token_id must be the id of a token, got -1"):
+        PairCollator(-1)
+    with pytest.raises(ValueError, match="max_length must be a whole number of at least 1, got 0"):
+        PairCollator(9, max_length=0)
     assert PairCollator(9, max_length=2)([{"prompt_ids": [1, 4], "chosen_ids": [], "rejected_ids": []}])
 
 
@@ -55,6 +63,8 @@ def test_reference_sums_in_the_order_of_the_records(adapted: bool) -> None:
     expected = full_logits(base.eval(), batch_of()).detach().view(2, 3).T
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert precompute_ref_logps(model, []).shape == (0, 2)
+    with pytest.raises(TypeError, match="dataloader must give batches of PairCollator, with input_ids and labels"):
+        precompute_ref_logps(model, PAIRS)
 
 
 def test_trainer_accumulates_the_mean(tmp_path: Path) -> None:

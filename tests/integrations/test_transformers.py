@@ -216,6 +216,9 @@ def test_errors_name_what_to_do() -> None:
         with pytest.raises(ValueError, match=re.escape(f"ref_logps must have shape [6] or {rows}, got [3, 2]")):
             module(**batch, ref_logps=REFERENCE.view(3, 2))
     assert FusedPreferenceModel(model, "simpo")(**batch)[0].isfinite()
+    short = {**batch, "attention_mask": batch["attention_mask"][:, :-1]}
+    with pytest.raises(ValueError, match=r"attention_mask must have input_ids' shape \[6, \d+\], got \[6, \d+\]"):
+        FusedPreferenceModel(model, "simpo")(**short)
     with pytest.raises(ValueError, match="loss = 'dpp' is unknown"):
         FusedPreferenceModel(model, "dpp")
     peft = pytest.importorskip("peft")

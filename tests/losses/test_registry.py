@@ -73,6 +73,7 @@ def test_hyperparameters_find_their_objective():
         ("dpo", {"beta": 10**400}, "beta must be a positive number, got 1000"),
         ("rpo", {"eta": 10**400}, "eta must be a number"),
         ("simpo", {"label_smoothing": 10**400}, r"label_smoothing must be a number in \[0, 0.5\)"),
+        ("DPO", {}, r"'DPO' is unknown \(did you mean 'dpo'\?\)"),
         ("simpoo", {}, r"'simpoo' is unknown \(did you mean 'simpo'\?\); expected one of"),
         ("mpo", {"objectives": [], "weights": []}, "at least one"),
         ("alphapo", {"alpha": 0}, "alpha must not be nearer to 0 than 1e-06"),

@@ -100,7 +100,7 @@ def cases(objectives: dict[str, Any], backend: str, world: int) -> dict[str, Cas
         for seed, (kind, options) in enumerate(kinds.items()):
             found[f"{name}, {kind}"] = partial(drawn, 30 + seed, run, shares, batches, **options)
         found[f"{name}, no token"] = partial(drawn, 22, run, shares, ((2, 0.3), (2, 1.1), *batches[2:]))
-        # at seed 33 terms of beta_dpo's β cancel to a quarter: the last bits of a sum of log-probabilities are 8e-6 of it
+        # at seed 33 terms of beta_dpo's β cancel to a quarter, and last bits of sums of log-probabilities are 8e-6
         found[f"{name}, no pair"] = partial(drawn, 34, run, shares, ((0, 0.3), (2, 0.3), *batches[2:]))
         # there are no float64 tiles in C++
         if backend == "torch" or world == 4:

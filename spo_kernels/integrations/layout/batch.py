@@ -135,11 +135,14 @@ def lay_pairs(
         inputs: Of the model's forward: input_ids and attention_mask `[2B, T]`. With others the batch stays padded.
 
     Raises:
-        ValueError: layout is unknown, or "packed" or "shared" where the model cannot take that; says why.
+        ValueError: layout is unknown, or "packed" or "shared" where the model cannot take that, and why; or
+            attention_mask has another shape.
     """
     check_layout(layout)
     plain = LaidPairs(inputs, labels)
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must have input_ids' shape {list(ids.shape)}, got {list(mask.shape)}")
     if ids is None or layout == "padded" or torch.compiler.is_compiling() or not _are_pairs(labels, ids, mask):
         return plain
     further = sorted(key for key, value in inputs.items() if key not in _MODEL_INPUTS and value is not None)
