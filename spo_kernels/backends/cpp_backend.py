@@ -9,7 +9,7 @@ from spo_kernels.backends import cpp_extension
 from spo_kernels.backends.contract import SCALARS, Backend, Scalar, Tile, TokenGrads, TokenStats, mass_blocks
 from spo_kernels.backends.cpp_products import NativeProducts
 from spo_kernels.backends.pair_form import PairCall, PairForm, PairTensors
-from spo_kernels.backends.registration import BackendStatus, Registration
+from spo_kernels.backends.registration import NO_FLOAT64, Registration
 
 
 def _addresses(length: int, dtype: torch.dtype, *vectors: Tensor | None) -> list[int]:
@@ -137,25 +137,13 @@ class CppBackend(Backend):
         return call.summary, call.coefficients
 
 
-def _status() -> BackendStatus:
-    native, detail = cpp_extension.load()
-    return BackendStatus(native is not None, detail)
-
-
 def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"it runs on the CPU, and the tensors are on {device}"
     if dtype == torch.float64:
-        return "it has no float64 tiles; use backend='torch'"
+        return NO_FLOAT64
     native, detail = cpp_extension.load()
     return detail if native is None else None
 
 
-def _load() -> CppBackend:
-    native, detail = cpp_extension.load()
-    if native is None:
-        raise RuntimeError(detail)
-    return CppBackend(native)
-
-
-REGISTRATION = Registration(CppBackend.name, ("cpu",), _status, _why_not, _load)
+REGISTRATION = Registration.of_module(CppBackend.name, ("cpu",), cpp_extension.load, _why_not, CppBackend)

@@ -11,7 +11,7 @@ from spo_kernels.backends.contract import SCALARS, Backend, Tile, TokenGrads, To
 from spo_kernels.backends.gpu_checks import check_masses, check_out, check_rows, check_tile
 from spo_kernels.backends.pair_form import PairCall, PairForm, PairTensors
 from spo_kernels.backends.products import VendorProducts
-from spo_kernels.backends.registration import BackendStatus, Registration
+from spo_kernels.backends.registration import Registration
 
 Matrix = tuple[int, int, int]
 Queue = tuple[int, int]
@@ -127,16 +127,6 @@ class CudaBackend(Backend):
         return call.summary, call.coefficients
 
 
-def _status() -> BackendStatus:
-    module, detail = cuda_extension.load()
-    return BackendStatus(module is not None, detail)
-
-
-def _load() -> CudaBackend:
-    module, detail = cuda_extension.load()
-    if module is None:
-        raise RuntimeError(detail)
-    return CudaBackend(module)
-
-
-REGISTRATION = Registration(CudaBackend.name, ("cuda",), _status, cuda_extension.why_not, _load)
+REGISTRATION = Registration.of_module(
+    CudaBackend.name, ("cuda",), cuda_extension.load, cuda_extension.why_not, CudaBackend
+)

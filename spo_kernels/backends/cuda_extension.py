@@ -7,8 +7,7 @@ from types import ModuleType
 import torch
 
 from spo_kernels.backends import build, environment
-
-_OLDEST = (8, 0)
+from spo_kernels.backends.registration import NO_FLOAT64, too_old
 
 
 @cache
@@ -52,7 +51,7 @@ def _architectures() -> str:
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these tensors cannot go through the kernels, or None where they can."""
     if dtype == torch.float64:
-        return "it has no float64 tiles; use backend='torch'"
+        return NO_FLOAT64
     if device.type != "cuda":
         reason = f"it runs on an NVIDIA GPU, and the tensors are on {device}"
         # nothing is built for the sake of a message
@@ -60,9 +59,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     module, detail = load()
     if module is None:
         return detail
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST:
-        return f"it needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"
+    if (old := too_old(device)) is not None:
+        return old
     return _refusal(module, torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -2,10 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from spo_kernels.backends.contract import Backend
+
+# why_not of kernels whose tiles are float32
+NO_FLOAT64 = "it has no float64 tiles; use backend='torch'"
+# the compute capability that the GPU kernels need at least
+_OLDEST = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -29,3 +35,34 @@ class Registration:
     why_not: Callable[[torch.device, torch.dtype], str | None]
     # the backend; RuntimeError, with the reason, where it cannot be used
     load: Callable[[], Backend]
+
+    @classmethod
+    def of_module(
+        cls,
+        name: str,
+        automatic_on: tuple[str, ...],
+        load_module: Callable[[], tuple[ModuleType | None, str]],
+        why_not: Callable[[torch.device, torch.dtype], str | None],
+        make: Callable[[ModuleType], Backend],
+    ) -> "Registration":
+        """Of a backend that `make` makes of a module; without it, `load_module` says why it is missing."""
+
+        def status() -> BackendStatus:
+            module, detail = load_module()
+            return BackendStatus(module is not None, detail)
+
+        def load() -> Backend:
+            module, detail = load_module()
+            if module is None:
+                raise RuntimeError(detail)
+            return make(module)
+
+        return cls(name, automatic_on, status, why_not, load)
+
+
+def too_old(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this NVIDIA GPU, or None where they can."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _OLDEST:
+        return None
+    return f"it needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"

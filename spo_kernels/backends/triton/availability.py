@@ -10,10 +10,7 @@ from types import ModuleType
 import torch
 
 from spo_kernels.backends import environment
-from spo_kernels.backends.contract import Backend
-from spo_kernels.backends.registration import BackendStatus, Registration
-
-_OLDEST = (8, 0)
+from spo_kernels.backends.registration import NO_FLOAT64, Registration, too_old
 
 
 @cache
@@ -40,30 +37,16 @@ def load() -> tuple[ModuleType | None, str]:
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these tensors cannot go through the kernels, or None where they can."""
     if dtype == torch.float64:
-        return "it has no float64 tiles; use backend='torch'"
+        return NO_FLOAT64
     if device.type == "cpu":
         if not environment.triton_interpreted():
             return "it runs on a GPU, and the tensors are on cpu (TRITON_INTERPRET=1 interprets the kernels there)"
     elif device.type != "cuda":
         return f"it runs on NVIDIA and AMD GPUs, and the tensors are on {device}"
-    elif torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _OLDEST:
-            return f"it needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"
+    elif torch.version.hip is None and (reason := too_old(device)) is not None:
+        return reason
     module, detail = load()
     return detail if module is None else None
 
 
-def _status() -> BackendStatus:
-    module, detail = load()
-    return BackendStatus(module is not None, detail)
-
-
-def _load_backend() -> Backend:
-    module, detail = load()
-    if module is None:
-        raise RuntimeError(detail)
-    return module.TritonBackend()
-
-
-REGISTRATION = Registration("triton", ("cuda",), _status, why_not, _load_backend)
+REGISTRATION = Registration.of_module("triton", ("cuda",), load, why_not, lambda module: module.TritonBackend())
