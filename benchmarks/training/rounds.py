@@ -20,10 +20,6 @@ BASE = "trl"
 Row = dict[str, Any]
 
 
-class Ended(Exception):
-    """A worker that cannot go on, with its status and reason."""
-
-
 @dataclass
 class Runner:
     """A worker and what it has answered so far."""
