@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels.engine.checks import is_traced
+from spo_kernels.engine.checks import is_traced, refuse_double_backward
 from spo_kernels.engine.head_slices import Shard
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.op_arguments import (
@@ -137,11 +137,7 @@ class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight and bias."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "linear_logprob does not support double backward: its gradient cannot be differentiated "
-                "(create_graph=True was passed)"
-            )
+        refuse_double_backward("linear_logprob")
         grad_logp, *extras = upstream
         # torch.compile passes zeros, not None, where nothing flows: they would cost a product
         named = {k: g for k, g in zip(OUTPUTS, extras, strict=True) if k in ctx.options.differentiable}

@@ -28,6 +28,15 @@ def capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def refuse_double_backward(name: str) -> None:
+    """Called in a backward: raise RuntimeError where its gradient is to be differentiated; `name` is the function's."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} does not support double backward: its gradient cannot be differentiated (create_graph=True was "
+            "passed)"
+        )
+
+
 def check_tensor(name: str, value: object, labels: Tensor | None = None) -> None:
     """`value` must be a tensor whose memory can be read: dense, and no wrapper around other tensors.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.engine import divergence
-from spo_kernels.engine.checks import is_traced, without_autocast
+from spo_kernels.engine.checks import is_traced, refuse_double_backward, without_autocast
 from spo_kernels.engine.head_slices import Shard
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.op_arguments import CallOptions, Gradients, ModelTensors, Needs, schema, split
@@ -117,8 +117,7 @@ class LinearKLFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight and bias."""
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_kl does not support double backward (create_graph=True was passed)")
+        refuse_double_backward("linear_kl")
         *tensors, ref_lse, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         run: Any = _bwd if is_traced(upstream) else partial(linear_kl_bwd, shard=ctx.shard)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.backends.contract import Backend
-from spo_kernels.engine.checks import without_autocast
+from spo_kernels.engine.checks import refuse_double_backward, without_autocast
 from spo_kernels.engine.gradients import HeadGradient
 from spo_kernels.engine.head_slices import HeadSlices
 from spo_kernels.engine.inputs import ModelInputs
@@ -92,8 +92,7 @@ class EarlyGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients, multiplied in place."""
         name, again, wide, backend = ctx.work
-        if torch.is_grad_enabled():
-            raise RuntimeError(f"{name} does not support double backward (create_graph=True was passed)")
+        refuse_double_backward(name)
         if ctx.gradients is None:
             raise RuntimeError(
                 f"{name}: the gradients of a loss computed in three products are given out once; "
