@@ -48,7 +48,7 @@ def linear_kl(
         KL divergences in nats, float32 (float64 for float64 inputs), labels' shape, 0 where ignored.
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
+        TypeError, ValueError, IndexError, RuntimeError: As in `linear_logprob`; or the two vocabularies differ.
     """
     layout = LabelLayout(labels, ignore_index, shift)
     check_alike("linear_kl", labels, head, hidden=hidden, ref_hidden=ref_hidden, ref_head=ref_head)

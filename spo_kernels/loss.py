@@ -101,7 +101,11 @@ def fused_spo_loss(
         tokens), sparsity/dropped_mass_max and sparsity/dropped_mass_mean (softmax mass left out, over tokens).
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError: An argument is wrong; the message names it.
+        TypeError: An argument has the wrong type or dtype. Every message names the argument.
+        ValueError: A shape, a device or a value is wrong, arguments do not go together, the workspace is too small, or
+            the objective needs what was not given or gives no loss for each pair.
+        IndexError: A label is out of range.
+        RuntimeError: The backend asked for is missing; in the backward, a second one of three products or a double one.
     """
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_flag("token_metrics", token_metrics)
