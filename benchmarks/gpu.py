@@ -20,11 +20,12 @@ import torch
 
 from . import gpu_roofline
 from .gpu_measure import Stopwatch, make_problem, peak_bytes, sample
-from .gpu_providers import all_providers, ours_builder
+from .gpu_providers import all_providers
 from .gpu_settings import DRY_SHAPES, SHAPES, GpuJob, key
 from .gpu_table import render
 from .launch import ROOT, describe_exit
 from .machine import commit, cpu_model, version
+from .ours import Ours
 from .settings import Setting
 
 Row = dict[str, Any]
@@ -91,7 +92,7 @@ def sweep(shape: Setting, device: torch.device, until: float) -> list[Row]:
             break
         row: Row = {"shape": key(shape), "workspace_bytes": workspace}
         try:
-            step = ours_builder("triton", workspace_bytes=workspace)(problem)
+            step = Ours.of(problem, "triton", workspace_bytes=workspace).step()
             for name, run in (("forward_ms", step.tokens), ("trained_ms", step.run)):
                 assert run is not None
                 run()

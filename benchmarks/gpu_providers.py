@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import naive, peers
 from .inputs import Problem
-from .ours import SPARSE
+from .ours import SPARSE, Ours, build_ours
 from .variant import Skip, Step, Variant, step_from_tokens
 
 OURS = "ours-"
@@ -53,48 +53,24 @@ class BareProducts:
 FLOOR_KINDS = {1: "l", 2: "lh", 3: "lhw", 4: "llhw"}
 
 
-def ours_builder(
-    backend: str,
-    graph: bool = False,
-    workspace_bytes: int | None = None,
-    path: str | None = None,
-    sparse: tuple[str, int] | None = None,
-) -> Callable[[Problem], Step]:
-    """`fused_spo_loss` with DPO on one backend; with `graph`, forward and backward replayed as one CUDA graph."""
+def build_graph(problem: Problem) -> Step:
+    """Triton's forward and backward, replayed as one CUDA graph."""
+    ours = Ours.of(problem, "triton")
+    if not problem.hidden.is_cuda:
+        raise Skip("a CUDA graph needs CUDA")
+    return Step(captured(ours.run, problem))
 
-    def build(problem: Problem) -> Step:
-        from spo_kernels import Sparsity, backend_info, fused_spo_loss, linear_logprob
-        from spo_kernels.losses import DPO
 
-        status = backend_info().get(backend)
-        if status is None or not status.available:
-            raise Skip(f"backend {backend}: {status.detail if status else 'unknown to this version'}")
-        if sparse and problem.setting.logits == "random":
-            raise Skip("nearly all of the vocabulary has mass")
-        choice: dict[str, Any] = {"path": path}
-        if sparse:
-            choice["sparsity"] = Sparsity(sparse[0], 2.0 ** sparse[1])
-        dpo = DPO(beta=problem.setting.beta)
-        tensors = (problem.hidden, problem.weight, problem.labels)
-        reference = torch.zeros(problem.hidden.shape[0], device=problem.hidden.device)
-        options: dict[str, Any] = {"backend": backend, "workspace_bytes": workspace_bytes or problem.workspace_bytes}
+def build_sparse(sparse: tuple[str, int], problem: Problem) -> Step:
+    """Triton with a sparse backward."""
+    if problem.setting.logits == "random":
+        raise Skip("nearly all of the vocabulary has mass")
+    return Ours.of(problem, "triton", sparse=sparse).step()
 
-        def run() -> Tensor:
-            loss, _ = fused_spo_loss(*tensors, loss=dpo, ref_logps=reference, **choice, **options)
-            loss.backward()
-            return loss.detach()
 
-        @torch.no_grad()
-        def tokens() -> Tensor:
-            return linear_logprob(*tensors, **options)
-
-        if not graph:
-            return Step(run, tokens)
-        if not problem.hidden.is_cuda:
-            raise Skip("a CUDA graph needs CUDA")
-        return Step(captured(run, problem))
-
-    return build
+def build_two_pass(problem: Problem) -> Step:
+    """Triton on the way that takes any loss."""
+    return Ours.of(problem, "triton", path="two_pass").step()
 
 
 def captured(run: Callable[[], Tensor], problem: Problem) -> Callable[[], Tensor]:
@@ -150,14 +126,14 @@ def build_failing(problem: Problem) -> Step:
 
 def all_providers(dry: bool) -> dict[str, Variant]:
     """By name, in the order of the tables."""
-    ours = [Variant(OURS + name, f"spo_kernels, {name}", ours_builder(name)) for name in our_backends()]
-    two = Variant(OURS + "triton-two-pass", "the same, path two_pass", ours_builder("triton", path="two_pass"))
-    graph = Variant(OURS + "triton-graph", "spo_kernels, triton, as a CUDA graph", ours_builder("triton", graph=True))
+    ours = [Variant(OURS + name, f"spo_kernels, {name}", partial(build_ours, name, None)) for name in our_backends()]
+    two = Variant(OURS + "triton-two-pass", "the same, path two_pass", build_two_pass)
+    graph = Variant(OURS + "triton-graph", "spo_kernels, triton, as a CUDA graph", build_graph)
     sparse = [
         Variant(
             f"{OURS}triton-{way}",
             f"the same, {mode} sparse backward, tolerance 2^{exponent}",
-            ours_builder("triton", sparse=(mode, exponent)),
+            partial(build_sparse, (mode, exponent)),
         )
         for way, (mode, exponent) in SPARSE.items()
     ]

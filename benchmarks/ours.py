@@ -9,7 +9,8 @@ one group of pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,63 +28,105 @@ PATH_WORKSPACE = {"packed": (160, 160), "factorised": (64, 192), "two_pass": (32
 SPARSE = {"certified8": ("certified", -8), "certified10": ("certified", -10), "unbiased10": ("unbiased", -10)}
 
 
-def ours_builder(backend: str, way: str | None) -> Callable[[Problem], Step]:
-    path = way if way in PATH_WORKSPACE else None
+@dataclass(frozen=True)
+class Ours:
+    """`fused_spo_loss` with DPO on one problem."""
 
-    def build(problem: Problem) -> Step:
+    problem: Problem
+    reference: Tensor
+    options: dict[str, Any]  # of every call
+    choice: dict[str, Any]  # of the loss alone: path and sparsity
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        backend: str,
+        *,
+        path: str | None = None,
+        sparse: tuple[str, int] | None = None,
+        workspace_bytes: int | None = None,
+    ) -> Ours:
+        """On a backend; `sparse` is mode and log2 of the tolerance, `workspace_bytes` overrides the problem's.
+
+        Raises:
+            Skip: The backend is missing; says why.
+        """
         try:
-            from spo_kernels import Sparsity, backend_info, fused_spo_loss, linear_logprob
-            from spo_kernels.losses import DPO, PairLogps
+            from spo_kernels import Sparsity, backend_info
         except ImportError as error:
             # Unlike a peer's absence, this is never a reason to skip quietly.
             raise RuntimeError(f"spo_kernels cannot be imported: {error}") from error
         status = backend_info().get(backend)
         if status is None or not status.available:
             raise Skip(f"backend {backend}: {status.detail if status else 'unknown to this version'}")
-        dpo = DPO(beta=problem.setting.beta)
-        reference = torch.zeros(problem.hidden.shape[0])
-        options: dict[str, Any] = {"backend": backend, "workspace_bytes": problem.workspace_bytes}
-        if path is not None and problem.workspace_bytes is None:
-            options["workspace_bytes"] = PATH_WORKSPACE[path][problem.setting.dtype != "float32"] << 20
+        reference = torch.zeros(problem.hidden.shape[0], device=problem.hidden.device)
+        options = {"backend": backend, "workspace_bytes": workspace_bytes or problem.workspace_bytes}
         choice: dict[str, Any] = {"path": path}
-        if way in SPARSE:
-            mode, exponent = SPARSE[way]
-            choice["sparsity"] = Sparsity(mode, 2.0**exponent)
-        tensors = (problem.hidden, problem.weight, problem.labels)
+        if sparse:
+            choice["sparsity"] = Sparsity(sparse[0], 2.0 ** sparse[1])
+        return cls(problem, reference, options, choice)
 
-        def loss_of(objective: DPO) -> Tensor:
-            try:
-                return fused_spo_loss(*tensors, loss=objective, ref_logps=reference, **choice, **options)[0]
-            except ValueError as error:
-                if path is not None and str(error).startswith("path ="):
-                    raise Skip(str(error)) from error
-                raise
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, head and labels."""
+        return self.problem.hidden, self.problem.weight, self.problem.labels
 
-        def run() -> Tensor:
-            loss = loss_of(dpo)
-            loss.backward()
-            return loss.detach()
+    def loss(self, objective: Any = None) -> Tensor:
+        """Of DPO, or of another objective."""
+        from spo_kernels import fused_spo_loss
+        from spo_kernels.losses import DPO
 
-        @torch.no_grad()
-        def tokens() -> Tensor:
-            logps = linear_logprob(*tensors, **options)
-            assert isinstance(logps, Tensor)
-            return logps
+        objective = objective or DPO(beta=self.problem.setting.beta)
+        try:
+            return fused_spo_loss(
+                *self.tensors, loss=objective, ref_logps=self.reference, **self.choice, **self.options
+            )[0]
+        except ValueError as error:
+            if str(error).startswith("path ="):
+                raise Skip(str(error)) from error
+            raise
 
-        def sequences() -> Tensor:
-            seen: list[Tensor] = []
+    def run(self) -> Tensor:
+        """Forward and backward."""
+        loss = self.loss()
+        loss.backward()
+        return loss.detach()
 
-            class Recording(DPO):
-                def __call__(self, pairs: PairLogps) -> Tensor:
-                    seen.append(torch.stack([pairs.chosen, pairs.rejected]).detach())
-                    return super().__call__(pairs)
+    @torch.no_grad()
+    def tokens(self) -> Tensor:
+        """Log-probabilities of the tokens."""
+        from spo_kernels import linear_logprob
 
-            loss_of(Recording(beta=problem.setting.beta))
-            return torch.cat(seen, dim=1).flatten()
+        logps = linear_logprob(*self.tensors, **self.options)
+        assert isinstance(logps, Tensor)
+        return logps
 
-        return Step(run, tokens, sequences)
+    def sequences(self) -> Tensor:
+        """Log-probabilities of the responses, as the objective sees them."""
+        from spo_kernels.losses import DPO, PairLogps
 
-    return build
+        seen: list[Tensor] = []
+
+        class Recording(DPO):
+            def __call__(self, pairs: PairLogps) -> Tensor:
+                seen.append(torch.stack([pairs.chosen, pairs.rejected]).detach())
+                return super().__call__(pairs)
+
+        self.loss(Recording(beta=self.problem.setting.beta))
+        return torch.cat(seen, dim=1).flatten()
+
+    def step(self) -> Step:
+        """To be timed."""
+        return Step(self.run, self.tokens, self.sequences)
+
+
+def build_ours(backend: str, way: str | None, problem: Problem) -> Step:
+    """On a CPU; a path has its own workspace where the problem has none."""
+    if way not in PATH_WORKSPACE:
+        return Ours.of(problem, backend, sparse=SPARSE.get(way or "")).step()
+    workspace = problem.workspace_bytes or PATH_WORKSPACE[way][problem.setting.dtype != "float32"] << 20
+    return Ours.of(problem, backend, path=way, workspace_bytes=workspace).step()
 
 
 def our_variants(setting: Setting) -> list[Variant]:
@@ -109,4 +152,4 @@ def our_variant(name: str) -> Variant:
     if way in SPARSE:
         mode, exponent = SPARSE[way]
         about += f", {mode} sparse backward, tolerance 2^{exponent}"
-    return Variant(PREFIX + name, about, ours_builder(backend, way or None))
+    return Variant(PREFIX + name, about, partial(build_ours, backend, way or None))

@@ -92,7 +92,7 @@ def test_paths_have_rows_and_the_cost_model_is_checked(capsys: pytest.CaptureFix
     problem = inputs.random_problem(SETTING)
     for path, products in table.PATH_PRODUCTS.items():
         with long_pair.counted_products() as made:
-            ours.ours_builder("cpp", path)(problem).run()
+            ours.build_ours("cpp", path, problem).run()
         assert sum(made) == products * SETTING.rows * SETTING.hidden * SETTING.vocab
     # a workspace of 1 KiB holds no pair's logits
     small = run.main([*arguments, "--no-accuracy", "--workspace-mib", "0.001"], in_process.launch)
