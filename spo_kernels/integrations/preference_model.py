@@ -211,6 +211,11 @@ class FusedPreferenceModel(nn.Module):
         counted = labels != self._options["ignore_index"]
         own = (labels == input_ids)[counted].float().mean()
         following = (labels[:, :-1] == input_ids[:, 1:])[counted[:, :-1]].float().mean()
+        if not counted.any():
+            warnings.warn(
+                f"no label counts in this batch: all are {self._options['ignore_index']}, so that nothing is trained",
+                stacklevel=3,
+            )
         if own < 0.5 < following:
             warnings.warn(
                 "labels look shifted: they equal the next position's input_ids. This module shifts them itself; pass "

@@ -238,6 +238,14 @@ def test_shifted_labels_are_noticed_once(recwarn: pytest.WarningsRecorder) -> No
     assert len([w for w in recwarn if "look shifted" in str(w.message)]) == 1
 
 
+def test_labels_of_which_none_counts_are_noticed(recwarn: pytest.WarningsRecorder) -> None:
+    batch = batch_of()
+    for labels, said in ((batch["labels"], 0), (torch.full_like(batch["labels"], -100), 1)):
+        module = FusedPreferenceModel(build("llama"), "simpo")
+        module(**{**batch, "labels": labels})
+        assert len([w for w in recwarn if "no label counts in this batch" in str(w.message)]) == said
+
+
 def test_labels_on_padding_are_noticed(recwarn: pytest.WarningsRecorder) -> None:
     """A row without padding has no place for them, so the layouts' losses would differ in silence."""
     batch = batch_of()
