@@ -161,7 +161,7 @@ def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shared_references(monkeypatch: pytest.MonkeyPatch, reference_folder: Path) -> None:
     """One cache of the reference's log-probs for all runs, which otherwise spend a third of their time on it."""
-    monkeypatch.setattr("spo_kernels.train.splits.CACHE_FOLDER", str(reference_folder))
+    monkeypatch.setattr("spo_kernels.train.reference.CACHE_FOLDER", str(reference_folder))
 
 
 Train = Callable[..., int]
