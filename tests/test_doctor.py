@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,21 @@ def test_healthy(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"  {name:<7}{'yes' if state.available else 'no':<5}{state.detail}" in text
     tested = [line for line in text.splitlines() if line.endswith("right")]
     assert [line.split()[:2] for line in tested[:2]] == [["cpu", "float32"], ["cpu", "bfloat16"]]
+
+
+def test_a_source_folder_that_hides_the_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    installed = tmp_path / "spo_kernels" / "__init__.py"
+    installed.parent.mkdir()
+    installed.touch()
+    checkout = Path(doctor.__file__).parents[2]
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path)])
+    monkeypatch.chdir(checkout)
+    assert doctor._hidden_package() == installed.parent
+    monkeypatch.setattr(sys, "path", ["", str(checkout)])
+    assert doctor._hidden_package() is None
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    assert doctor._hidden_package() is None
 
 
 def test_which_product_is_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +136,7 @@ def test_advice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert advice(well, trl) == ""
     absent = BackendStatus(False, "no C++ compiler on PATH")
-    assert "pip install 'spo_kernels[jit]'" in advice({**well, "cpp": absent}, trl)
+    assert "pip install ninja pybind11" in advice({**well, "cpp": absent}, trl)
     slow = BackendStatus(True, "prebuilt, AVX2, one thread")
     assert "-fopenmp" in advice({**well, "cpp": slow}, trl)
     assert "TRL 0.9 was not tested" in advice(well, {"trl": "0.9"})

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -113,10 +115,22 @@ def _table(tested: list[Found]) -> Iterator[str]:
     yield "times: linear_logprob takes four products, torch three with all logits kept; a loss takes three here too"
 
 
+def _hidden_package() -> Path | None:
+    """The package that is installed, where it is another than the one that runs, which was found in this folder."""
+    running = Path(__file__).resolve().parents[1]
+    if running.parent != Path.cwd().resolve():
+        return None
+    elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != running.parent]
+    found = PathFinder.find_spec("spo_kernels", elsewhere)
+    return None if found is None or found.origin is None else Path(found.origin).parent
+
+
 def _advice(found: dict[str, BackendStatus], versions: dict[str, str | None], tested: list[Found]) -> Iterator[str]:
     """What could be better, and how; nothing here is wrong."""
-    if not found["cpp"].available:
-        yield "cpp is missing, so the CPU runs plain torch: a C++ compiler and pip install 'spo_kernels[jit]'"
+    if (hidden := _hidden_package()) is not None:
+        yield f"the source folder here hides the installed package, {hidden}: run from another folder"
+    elif not found["cpp"].available:
+        yield "cpp is missing, so the CPU runs plain torch: a C++ compiler and pip install ninja pybind11"
     elif "one thread" in found["cpp"].detail:
         yield "the extension was built without OpenMP and uses one thread: build it with a compiler that has -fopenmp"
     if torch.cuda.is_available() and not (found["triton"].available or found["cuda"].available):

@@ -17,7 +17,8 @@ from spo_kernels.train.metric_lines import read_lines
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss",)),
     ("reward margin", ("rewards/margins",)),
-    ("share of pairs ranked right", ("logps/accuracies",)),
+    ("share of pairs with the larger reward chosen", ("rewards/accuracies",)),
+    ("share of pairs whose chosen is the likelier", ("logps/accuracies",)),
     ("token accuracy", ("mean_token_accuracy",)),
     ("log-prob of the chosen response, nats", ("logps/chosen",)),
     ("log-prob of the rejected response, nats", ("logps/rejected",)),
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise TrainError("plotting needs matplotlib: pip install 'spo_kernels[plot]'") from error
+        raise TrainError("plotting needs matplotlib: pip install matplotlib") from error
     runs = {path: _records(path, arguments.split) for path in arguments.metrics}
     names = _labels(list(runs))
     panels = [(title, keys) for title, keys in PANELS if any(keys[0] in r for rows in runs.values() for r in rows)]
@@ -60,9 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
     for axes, (title, keys) in zip(grid, panels, strict=False):
         for index, (path, records) in enumerate(runs.items()):
             for number, key in enumerate(keys):
-                points = [(r["step"], r[key]) for r in records if key in r]
+                steps = [r["step"] for r in records if key in r]
+                values = [r[key] for r in records if key in r]
                 label = names[path] if number == 0 else None
-                axes.plot(*zip(*points, strict=True), ":" if number else ".-", color=f"C{index}", label=label)
+                axes.plot(steps, values, ":" if number else ".-", color=f"C{index}", label=label)
         axes.set(title=title, xlabel="step")
     if bucketed:
         _draw_buckets(grid[len(panels)], runs, names)
@@ -82,14 +84,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _draw_buckets(axes: Any, runs: dict[Path, list[dict[str, Any]]], names: dict[Path, str]) -> None:
     """The last record's change of the chosen log-prob by length of the chosen response."""
-    last = [
-        {k.removeprefix(BUCKETS): v for k, v in rows[-1].items() if k.startswith(BUCKETS)} for rows in runs.values()
-    ]
-    buckets = sorted({b for each in last for b in each}, key=lambda b: int(b.partition("-")[0]))
-    width = 0.8 / len(runs)
-    for index, (path, each) in enumerate(zip(runs, last, strict=True)):
-        places = [buckets.index(b) + (index - (len(runs) - 1) / 2) * width for b in each]
-        axes.bar(places, list(each.values()), width, color=f"C{index}", label=names[path])
+    last = {
+        (path, f"C{index}"): {k.removeprefix(BUCKETS): v for k, v in rows[-1].items() if k.startswith(BUCKETS)}
+        for index, (path, rows) in enumerate(runs.items())
+    }
+    last = {run: each for run, each in last.items() if each}
+    buckets = sorted({b for each in last.values() for b in each}, key=lambda b: int(b.partition("-")[0]))
+    width = 0.8 / len(last)
+    for number, ((path, color), each) in enumerate(last.items()):
+        places = [buckets.index(b) + (number - (len(last) - 1) / 2) * width for b in each]
+        axes.bar(places, list(each.values()), width, color=color, label=names[path])
     axes.axhline(0, color="#606060", lw=1)
     axes.set_xticks(range(len(buckets)), buckets)
     axes.set(title="change of the chosen log-prob, last, nats", xlabel="tokens of the chosen response")

@@ -90,7 +90,8 @@ def encode(
     Raises:
         DataError: the first record that can't be used, by file and line.
     """
-    repeated = repeats_prompt((row for _, row in islice(records, _LOOK_AT)), encoding.stage)
+    first = [row for _, row in islice(records, _LOOK_AT)]
+    repeated = repeats_prompt(first, encoding.stage)
     dated = "strftime_now" in json.dumps(tokenizer.chat_template or "")
     key = _key(records, tokenizer, encoding, encoding.date if dated else None, repeated)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "spo_kernels"
@@ -109,6 +110,9 @@ def encode(
         )
     except OSError as error:
         raise DataError(f"{folder}: encoded data can't be cached ({error}); HF_DATASETS_CACHE names another") from error
+    said = _forms_said(first, templated=tokenizer.chat_template is not None)
+    if said is not None:
+        warn(f"{records.source}: {said}")
     _report(records, table, encoding, repeated, warn)
     return Examples(table, np.flatnonzero(~_column(table, "dropped")), tuple(encoding.inputs))
 
@@ -262,6 +266,16 @@ def _key(records: Records, tokenizer: Any, encoding: Encoding, date: datetime.da
 
 def _column(table: datasets.Dataset, name: str) -> np.ndarray:
     return table.data.column(name).to_numpy()
+
+
+def _forms_said(rows: Sequence[Mapping[str, Any]], *, templated: bool) -> str | None:
+    """What a user may not have meant: texts where the model has a chat template, or texts and messages together."""
+    has_messages = [any(isinstance(v, list) and v and isinstance(v[0], dict) for v in row.values()) for row in rows]
+    if any(has_messages) and not all(has_messages):
+        return "some records are texts, which are encoded as they are, and some messages"
+    if templated and not any(has_messages):
+        return "records are texts, encoded as they are; the model's chat template is for messages"
+    return None
 
 
 def _report(

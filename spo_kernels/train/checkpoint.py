@@ -83,6 +83,12 @@ def save_checkpoint(
             remove(old)
 
 
+def remove_checkpoints(output: Path) -> None:
+    """Those of a run that has ended and keeps none."""
+    for _, path in _numbered(output):
+        remove(path)
+
+
 def newest_checkpoint(output: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest complete checkpoint, verified; a damaged one is an error, never skipped silently.
 

@@ -71,7 +71,9 @@ def _runner() -> Callable[[TrainConfig, StopSignals], None]:
     try:
         from spo_kernels.train.run import run
     except ModuleNotFoundError as error:
-        raise TrainError(f"{error}; training needs more packages: pip install 'spo_kernels[train]'") from error
+        raise TrainError(
+            f"{error}; training needs more packages: pip install transformers datasets accelerate peft"
+        ) from error
     return run
 
 

@@ -69,6 +69,8 @@ class Trainer:
         """Train from the start or from a checkpoint up to max_steps; a signal raises Stopped after the step."""
         with together(self.accelerator):
             due = self.step == 0 if checkpoint is None else self._restore(checkpoint)
+            if checkpoint is not None:
+                self.warn(f"going on from step {self.step} of {self.max_steps}")
             self.stop.finish_first = True
             log = MetricsLog(self.output, self.warn, -1 if checkpoint is None else self.step) if self._is_main else None
         if due and not self._evaluate(log):

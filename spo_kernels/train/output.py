@@ -22,6 +22,8 @@ from spo_kernels.train.errors import StorageError, TrainError
 from spo_kernels.train.files import sweep, whole, whole_files
 from spo_kernels.train.together import together
 
+# one of them is there once a run has ended
+MODELS = ("config.json", "adapter_config.json")
 CACHE_FOLDER, LOCK, SETTINGS = "reference-cache", ".lock", "args.json"
 
 
@@ -60,6 +62,11 @@ def _claim(output: Path, lock: FileLock, resume: bool, warn: Callable[[str], Non
     sweep(output / CACHE_FOLDER)
     checkpoint = newest_checkpoint(output, warn) if resume else None
     if resume and checkpoint is None:
+        if any((output / name).exists() for name in MODELS):
+            raise TrainError(
+                f"--resume: {output} holds the model of a run that has ended, and no checkpoint to go on from "
+                f"(--save-steps 0); --model {output} trains on from it, in another folder"
+            )
         warn(f"{output} holds no complete checkpoint yet: starting again from step 0")
     return checkpoint
 

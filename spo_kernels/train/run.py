@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from spo_kernels import backend_info
 from spo_kernels.data import Example
 from spo_kernels.losses import Objective
-from spo_kernels.train.checkpoint import Checkpoint
+from spo_kernels.train.checkpoint import Checkpoint, remove_checkpoints
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.data import check_model_name, dated, load_examples
 from spo_kernels.train.errors import StorageError, TrainError
@@ -72,6 +72,9 @@ def run(config: TrainConfig, stop: StopSignals | None = None) -> None:
             with together(accelerator):
                 if accelerator.is_main_process:
                     save_model(model, tokenizer, output, weights)
+                    if not config.save_steps:
+                        remove_checkpoints(output)
+            warn(f"model and tokenizer are in {output}")
         except StorageError as error:
             weights = model_weights(model, keep=accelerator.is_main_process)
             with together(accelerator):

@@ -282,7 +282,7 @@ def test_missing_option(capsys: pytest.CaptureFixture[str]) -> None:
 def test_missing_packages(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "spo_kernels.train.run", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert "training needs more packages: pip install 'spo_kernels[train]'" in fails()
+    assert "training needs more packages: pip install transformers datasets accelerate peft" in fails()
 
 
 def test_backend_of_the_environment(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,26 @@ def test_plot(two_runs: list[Path], tmp_path: Path, ending: str) -> None:
     assert plot(first, "--split", "train", "--output", output) == 0
 
 
+def test_plot_of_runs_of_which_one_has_no_such_metric(
+    two_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its panels have the other run's numbers alone, its bars stand over their ticks."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    assert plot(*two_runs, "--output", tmp_path / "figure.png") == 0
+    titles = {axes.get_title(): axes for axes in drawn[0].axes if axes.get_visible()}
+    for title, axes in titles.items():
+        lines = [line for line in axes.get_lines() if len(line.get_xdata()) > 0]
+        assert lines and all(isinstance(y, float | int) for line in lines for y in line.get_ydata()), title
+    (lost,) = [axes for title, axes in titles.items() if title.startswith("mass that left")]
+    assert [len(line.get_xdata()) > 0 for line in lost.get_lines()] == [True, False]
+    (bars,) = [axes for title, axes in titles.items() if title.startswith("change of the chosen")]
+    for bar in bars.patches:
+        centre = bar.get_x() + bar.get_width() / 2
+        assert centre == pytest.approx(round(centre))
+
+
 BAD_METRICS = {
     "not JSON": ("{", "metrics.jsonl:1: not a line of metrics: '{'"),
     "no step": ('{"loss": 1}', "metrics.jsonl:1: not a line of metrics"),
@@ -142,4 +162,4 @@ def test_plot_without_matplotlib(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot(two_runs[0], "--output", tmp_path / "o.png") == 2
-    assert "plotting needs matplotlib: pip install 'spo_kernels[plot]'" in capsys.readouterr().err
+    assert "plotting needs matplotlib: pip install matplotlib" in capsys.readouterr().err

@@ -23,7 +23,13 @@ def config(**settings: Any) -> TrainConfig:
 
 
 def encode_rows(rows: list[Any], tokenizer: Any, warn: Any = lambda message: None, **settings: Any) -> Examples:
-    return encode(as_records(rows, "f"), tokenizer, Encoding(**settings), warn)
+    """What is said of texts, which most records here are, is left out."""
+    said: list[str] = []
+    examples = encode(as_records(rows, "f"), tokenizer, Encoding(**settings), said.append)
+    for message in said:
+        if not message.endswith("the model's chat template is for messages"):
+            warn(message)
+    return examples
 
 
 def encode_one(prompt: Any, *responses: Any, tokenizer: Any, warn: Any = lambda message: None, **more: Any) -> Example:
@@ -146,6 +152,25 @@ def test_long_responses_are_cut_and_counted(tokenizer: Any) -> None:
     assert len(example.prompt) + len(example.responses[0]) == 12 and EOS not in example.responses[0]
     assert example.responses[1][-1] == EOS
     assert said == ["1 responses cut to --max-length 12"]
+
+
+def test_texts_beside_a_chat_template_and_beside_messages_are_said(tokenizer: Any) -> None:
+    texts = {"prompt": "say\n", "chosen": "cat", "rejected": "no"}
+    messages = {"prompt": [user("say")], "chosen": [assistant("cat")], "rejected": [assistant("no")]}
+    plain = build_tokenizer()
+    plain.chat_template = None
+    said: list[str] = []
+
+    def look(rows: list[Any], tokenizer: Any) -> None:
+        encode(as_records(rows, "f"), tokenizer, Encoding(), said.append)
+
+    look([texts], plain)
+    look([messages], tokenizer)
+    assert said == []
+    look([texts], tokenizer)
+    assert said.pop() == "f: records are texts, encoded as they are; the model's chat template is for messages"
+    look([texts, messages], tokenizer)
+    assert said == ["f: some records are texts, which are encoded as they are, and some messages"]
 
 
 def test_pairs_that_differ_only_beyond_the_cut_are_equal(tokenizer: Any) -> None:

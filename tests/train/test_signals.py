@@ -83,9 +83,16 @@ def test_signal_finishes_the_step_and_saves(
     assert not (tmp_path / "out" / "model.safetensors").exists()
     monkeypatch.undo()
     assert train(*options, "--resume") == 0
+    said = capfd.readouterr().err
+    assert "going on from step 5 of 9" in said and f"model and tokenizer are in {tmp_path / 'out'}" in said
     assert_same_weights(tmp_path / "out", tmp_path / "whole")
     assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    # the signal's checkpoint does not outlive a run that keeps none, from which it would begin anew
+    assert bool(list((tmp_path / "out").glob("checkpoint-*"))) == bool(save_steps)
+    assert train(*options, "--resume") == (0 if save_steps else 2)
+    refused = "holds the model of a run that has ended, and no checkpoint to go on from (--save-steps 0)"
+    assert (refused in capfd.readouterr().err) == (not save_steps)
 
 
 @pytest.mark.parametrize("step", [0, 3, 9])
