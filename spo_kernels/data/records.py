@@ -92,6 +92,24 @@ class Records:
         return {name: value for name, value in row.items() if name not in taken} | named
 
 
+def check_source(source: str, config: str | None = None) -> None:
+    """Raise DataError for a file that is not there, or not of a kind that is read; data sets are not looked for."""
+    path = Path(source).expanduser()
+    if not _is_file(path):
+        return
+    if path.suffix.lower() not in FILE_TYPES:
+        raise DataError(f"{source}: unknown file type {path.suffix.lower()!r}; expected one of {', '.join(FILE_TYPES)}")
+    if not path.is_file():
+        raise DataError(f"{source}: no such file")
+    if config is not None:
+        raise DataError(f"{source}: a file has no configurations; leave --dataset-config out")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it names a file, which need not be there; other names are those of data sets."""
+    return not path.is_dir() and (path.exists() or path.suffix.lower() in (*FILE_TYPES, *OTHER_FILE_TYPES))
+
+
 def read_records(
     source: str,
     split: str = "train",
@@ -112,17 +130,12 @@ def read_records(
         DataError: it does not exist, is damaged, or holds no record.
     """
     columns = dict(columns or {})
+    check_source(source, config)
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     wanted = None if needed is None else {columns.get(name, name) for name in needed}
-    if path.is_dir() or (not path.exists() and suffix not in FILE_TYPES and suffix not in OTHER_FILE_TYPES):
+    if not _is_file(path):
         records = _select(f"{source}[{split}]", _load(source, split, config), wanted, columns)
-    elif suffix not in FILE_TYPES:
-        raise DataError(f"{source}: unknown file type {suffix!r}; expected one of {', '.join(FILE_TYPES)}")
-    elif not path.is_file():
-        raise DataError(f"{source}: no such file")
-    elif config is not None:
-        raise DataError(f"{source}: a file has no configurations; leave --dataset-config out")
     elif suffix == ".parquet":
         records = _load_parquet(path, wanted, columns)
     elif suffix == ".json" and _first_byte(path) == b"[":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spo_kernels.data import Encoding, Example, Examples, encode, read_records
+from spo_kernels.data.records import check_source
 from spo_kernels.train.checkpoint import MANIFEST, Checkpoint
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.errors import TrainError
@@ -40,6 +41,13 @@ def check_model_name(name: str) -> None:
             f"{name} is a checkpoint, not a model: to go on with its run, give the run's options with --output-dir "
             f"{folder.parent} --resume; the model is in {folder.parent} once that run has ended"
         )
+
+
+def check_files(config: TrainConfig) -> None:
+    """Refuse data files that are not there, before a model's tokenizer is looked for; raises DataError."""
+    check_source(config.dataset, config.dataset_config)
+    if config.eval_dataset is not None:
+        check_source(config.eval_dataset)
 
 
 def load_examples(

@@ -22,7 +22,7 @@ from spo_kernels.data import Example
 from spo_kernels.losses import Objective
 from spo_kernels.train.checkpoint import Checkpoint, remove_checkpoints
 from spo_kernels.train.config import TrainConfig
-from spo_kernels.train.data import check_model_name, dated, load_examples
+from spo_kernels.train.data import check_files, check_model_name, dated, load_examples
 from spo_kernels.train.errors import StorageError, TrainError
 from spo_kernels.train.files import whole
 from spo_kernels.train.forwards import Forwards, forwards_of, may_split
@@ -143,6 +143,7 @@ def _load_data(
                 for name in filter(None, (config.model, config.ref_model)):
                     check_model_name(name)
                 check_dtype(config)
+                check_files(config)
                 tokenizer = load_tokenizer(config.model, config)
                 examples = load_examples(config, input_columns(config, objective), tokenizer, warn)
     return tokenizer, examples

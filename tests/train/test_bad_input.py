@@ -135,6 +135,8 @@ def test_damaged_parquet(fails: Fails, tmp_path: Path) -> None:
 
 def test_missing_file(fails: Fails, tmp_path: Path) -> None:
     assert f"{tmp_path}/none.jsonl: no such file" in fails(dataset=tmp_path / "none.jsonl")
+    # before the hub is asked for the model
+    assert f"{tmp_path}/none.jsonl: no such file" in fails(model="nobody/nowhere", dataset=tmp_path / "none.jsonl")
 
 
 def test_unknown_file_type(fails: Fails, tmp_path: Path) -> None:
