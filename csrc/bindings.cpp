@@ -34,7 +34,7 @@ using TransformTuple = std::tuple<std::uintptr_t, float, float>;
 // The addresses of TokenStats in their order, then block_lse's row stride
 using StatsTuple = std::array<std::int64_t, 8>;
 // The addresses of TokenGrads in their order
-using GradsTuple = std::array<std::int64_t, 7>;
+using GradsTuple = std::array<std::int64_t, 8>;
 // (address, row stride, scalar, rows, columns)
 using MatrixTuple = std::array<std::int64_t, 5>;
 
@@ -60,7 +60,7 @@ void tile_stats(const TileTuple& tile, const TransformTuple& transform, const St
 void tile_grad(const TileTuple& tile, const TransformTuple& transform, const GradsTuple& grads, int threads) {
   spo::tile_grad(tile_of(tile, transform), out_of(tile),
                  {at<float>(grads[0]), at<float>(grads[1]), at<float>(grads[2]), at<float>(grads[3]),
-                  at<float>(grads[4]), at<float>(grads[5]), at<float>(grads[6])},
+                  at<float>(grads[4]), at<float>(grads[5]), at<float>(grads[6]), at<float>(grads[7])},
                  threads);
 }
 

@@ -49,10 +49,10 @@ void tile_stats(const MatrixTuple& products, const MatrixTuple& out, int64_t row
 
 void tile_grad(const MatrixTuple& products, const MatrixTuple& out, int64_t rows, int64_t columns, Address labels,
                const TransformTuple& transform, Address lse, Address grad_logp, Address grad_lse, Address grad_entropy,
-               Address entropy, Address grad_log_sum_p2, Address log_sum_p2, const QueueTuple& queue) {
+               Address entropy, Address grad_log_sum_p2, Address log_sum_p2, Address lse_rest, const QueueTuple& queue) {
   spo::tile_grad(tile_of(products, out, rows, columns, labels, transform),
                  {at<float>(lse), at<float>(grad_logp), at<float>(grad_lse), at<float>(grad_entropy),
-                  at<float>(entropy), at<float>(grad_log_sum_p2), at<float>(log_sum_p2)},
+                  at<float>(entropy), at<float>(grad_log_sum_p2), at<float>(log_sum_p2), at<float>(lse_rest)},
                  queue_of(queue));
 }
 
@@ -85,7 +85,7 @@ PYBIND11_MODULE(_C_cuda, module) {
              "block_lse"_a, "block_lse_stride"_a, "queue"_a);
   module.def("tile_grad", &tile_grad, Released(), py::kw_only(), "products"_a, "out"_a, "rows"_a, "columns"_a,
              "labels"_a, "transform"_a, "lse"_a, "grad_logp"_a, "grad_lse"_a, "grad_entropy"_a, "entropy"_a,
-             "grad_log_sum_p2"_a, "log_sum_p2"_a, "queue"_a);
+             "grad_log_sum_p2"_a, "log_sum_p2"_a, "lse_rest"_a, "queue"_a);
   module.def("scale_rows", &scale_rows, Released(), "x"_a, py::kw_only(), "rows"_a, "columns"_a, "factors"_a,
              "queue"_a);
   module.def("pair_loss", &pair_loss, Released(), py::kw_only(), "logp"_a, "labels"_a, "bounds"_a, "wide_bounds"_a,

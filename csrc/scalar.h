@@ -76,6 +76,7 @@ SPO_HOST_DEVICE Sums<Real> operator+(const Sums<Real>& a, const Sums<Real>& b) {
 // One row of TokenGrads: what flows into its logp, entropy and log Σ p², and `weight`, the factor of p.
 struct RowGrads {
   float lse;
+  float lse_rest;
   float weight;
   float logp;
   float to_entropy;
@@ -89,6 +90,7 @@ SPO_HOST_DEVICE float value_or_zero(const float* values, int64_t row) { return v
 SPO_HOST_DEVICE RowGrads row_grads(const TokenGrads& grads, int64_t row) {
   RowGrads g{};
   g.lse = grads.lse[row];
+  g.lse_rest = value_or_zero(grads.lse_rest, row);
   g.logp = value_or_zero(grads.grad_logp, row);
   g.to_entropy = value_or_zero(grads.grad_entropy, row);
   g.entropy = value_or_zero(grads.entropy, row);
@@ -101,7 +103,7 @@ SPO_HOST_DEVICE RowGrads row_grads(const TokenGrads& grads, int64_t row) {
 // d loss / d logit, but for logp's part at the label; kMoments: something flows into entropy or log Σ p².
 template <typename Math, bool kMoments>
 SPO_HOST_DEVICE float logit_grad(float logit, const RowGrads& g) {
-  const float log_p = logit - g.lse;
+  const float log_p = (logit - g.lse) - g.lse_rest;
   const float p = Math::exp(log_p);
   float grad = p * g.weight;
   if (kMoments) {

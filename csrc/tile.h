@@ -39,6 +39,7 @@ struct TokenGrads {
   const float* entropy;
   const float* grad_log_sum_p2;
   const float* log_sum_p2;
+  const float* lse_rest;
 };
 
 }  // namespace spo

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spo_kernels import linear_logprob, sequence_logps
-from spo_kernels.testing import eager_logprob, evaluate, peaked_batch
+from spo_kernels.testing import Batch, eager_logprob, evaluate, peaked_batch
 
 SEQUENCES, TOKENS, HIDDEN, VOCAB = 4, 512, 256, 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -94,11 +94,17 @@ def test_the_distribution_is_peaked():
     assert logits.softmax(-1).max(-1).values.mean() > 0.1
 
 
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids=["trained", "frozen"])
 @pytest.mark.parametrize(("top", "gap"), [(30.0, 13.0), (1000.0, 10.0), (10000.0, 9.0)], ids=str)
-def test_near_certain_tokens(backend, top, gap):
+def test_near_certain_tokens(backend, top, gap, trained):
     """Large logits, a log-probability near 0: off by roundings of the sum, which is near 1, not of a logit."""
     weight = torch.tensor([[top]] + [[top - gap]] * 20)
-    hidden, labels = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
-    exact = linear_logprob(hidden.double(), weight.double(), labels, backend="torch")
-    found = linear_logprob(hidden, weight, labels, backend=backend)
-    assert (found - exact).abs() <= 8 * torch.finfo(torch.float32).eps
+    batch = Batch(torch.ones(1, 1), weight, torch.zeros(1, dtype=torch.int64))
+    exact = evaluate(linear_logprob, batch.to(torch.float64), {"logp": torch.ones(1).double()}, trained=trained)
+    found = evaluate(linear_logprob, batch, {"logp": torch.ones(1)}, trained=trained, backend=backend)
+    roundings = 8 * torch.finfo(torch.float32).eps
+    assert worst(found, exact, "logp") <= roundings
+    for name in trained:
+        # hidden's gradient is a difference of numbers near `top`
+        scale = top if name == "hidden" else 1.0
+        assert worst(found, exact, f"{name}.grad") <= roundings * scale

@@ -116,7 +116,7 @@ def test_grad(tiles, columns, moments, dtype, out_dtype):
     tile, bias, labels = made(rows, columns, dtype)
     stats, _ = reference_stats(tile, bias, labels, CAPPED)
     lse = stats.max + stats.sum.log()
-    flows = {"lse_value": lse, "logp": torch.linspace(-1.0, 2.0, rows)}
+    flows = {"lse_value": lse - 0.5, "lse_rest": torch.full_like(lse, 0.5), "logp": torch.linspace(-1.0, 2.0, rows)}
     if moments:
         flows |= {name: torch.linspace(0.5, -2.0, rows) for name in ("lse", "entropy", "log_sum_p2")}
         flows["entropy_value"] = stats.sum.log() - stats.shifted_sum / stats.sum

@@ -133,6 +133,21 @@ def test_classes_that_cannot_occur():
     assert (fused_kl(inputs, labels)[labels != -100] == torch.inf).all()
 
 
+def test_near_certain_tokens():
+    """Large logits, both models almost sure: off by roundings of a probability, not of a logit."""
+    inputs = {"hidden": torch.ones(1, 1), "weight": torch.tensor([[4000.0]] + [[3991.0]] * 20)}
+    inputs |= {"ref_hidden": torch.ones(1, 1), "ref_weight": torch.tensor([[4000.0]] + [[3990.0]] * 20)}
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        of = {name: values.to(dtype).requires_grad_(name == "weight") for name, values in inputs.items()}
+        kl = linear_kl(of["hidden"], of["weight"], of["ref_hidden"], of["ref_weight"], torch.zeros(1).long())
+        kl.sum().backward()
+        found.append((kl.detach(), of["weight"].grad))
+    roundings = 8 * torch.finfo(torch.float32).eps
+    assert (found[1][0] - found[0][0]).abs() <= roundings
+    assert (found[1][1] - found[0][1]).abs().max() <= roundings
+
+
 def test_extreme_logits():
     inputs, labels = make_inputs(torch.float32, spread=1.0)
     inputs["hidden"] *= 3000

@@ -114,7 +114,7 @@ def test_operands(tiles, columns, transform, out_dtype):
     TorchBackend().tile_grad(Tile(gradient, labels, transform, bias.double()), TokenGrads(lse, **flows))
 
     found, found_rescale = TokenStats.start(ROWS, values, True), torch.empty(ROWS)
-    grads = TokenGrads(lse.float(), **upstream)
+    grads = TokenGrads(lse.float(), lse_rest=(lse - lse.float()).float(), **upstream)
     for expected, run in (
         (wide, lambda tile: tiles.tile_stats(tile, found, rescale=found_rescale)),
         (gradient, lambda tile: tiles.tile_grad(tile, grads)),

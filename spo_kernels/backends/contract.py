@@ -110,6 +110,11 @@ class TokenStats:
         return self.max + self.sum.log()
 
     @property
+    def lse_rest(self) -> Tensor:
+        """What rounding took from `lse`, which at a logit of 1000 is 3e-5."""
+        return (self.max - self.lse) + self.sum.log()
+
+    @property
     def logp(self) -> Tensor:
         """Log-probability of the label: from the maximum, since near 0 a rounded log-sum-exp would be all of it."""
         return (self.label_logit - self.base) - self.sum.log()
@@ -197,7 +202,8 @@ class TokenGrads:
     """What the backward knows about each token: upstream gradients, and the statistics they need.
 
     `logp`, `lse`, `entropy` and `log_sum_p2` are upstream gradients `[R]`, or None where nothing flows.
-    `entropy_value` and `log_sum_p2_value` accompany the gradients of the same name.
+    `entropy_value` and `log_sum_p2_value` accompany the gradients of the same name. A probability is
+    `exp((logit - lse_value) - lse_rest)`; without `lse_rest` nothing was lost.
     """
 
     lse_value: Tensor
@@ -207,6 +213,7 @@ class TokenGrads:
     entropy_value: Tensor | None = None
     log_sum_p2: Tensor | None = None
     log_sum_p2_value: Tensor | None = None
+    lse_rest: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TokenGrads":
         """The same record with every tensor replaced by `function(tensor)`."""

@@ -117,6 +117,7 @@ class CppBackend(Backend):
             grads.entropy_value,
             grads.log_sum_p2,
             grads.log_sum_p2_value,
+            grads.lse_rest,
         )
         self._native.tile_grad(numbers, transform, addresses, torch.get_num_threads())
 

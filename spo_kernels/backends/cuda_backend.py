@@ -105,6 +105,7 @@ class CudaBackend(Backend):
                 entropy=_address(grads.entropy_value),
                 grad_log_sum_p2=_address(grads.log_sum_p2),
                 log_sum_p2=_address(grads.log_sum_p2_value),
+                lse_rest=_address(grads.lse_rest),
             )
 
     def scale_rows(self, matrix: Tensor, factors: Tensor) -> None:

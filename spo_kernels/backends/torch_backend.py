@@ -118,6 +118,8 @@ def _grad_piece(tile: Tile, grads: TokenGrads) -> None:
     logits = to_logits(tile.products, tile.bias, tile.transform)
     slope = logit_slope(logits, tile.transform)
     log_p = logits.sub_(grads.lse_value[:, None])
+    if grads.lse_rest is not None:
+        log_p -= grads.lse_rest[:, None]
     if grads.only_logp:
         assert grads.logp is not None
         grad = log_p.exp_().mul_(-grads.logp[:, None])

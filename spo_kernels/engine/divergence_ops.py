@@ -11,6 +11,7 @@ from torch import Tensor
 from spo_kernels.backends.products import accumulator_dtype
 from spo_kernels.engine import divergence
 from spo_kernels.engine.checks import is_traced, refuse_double_backward, without_autocast
+from spo_kernels.engine.divergence import Normalisers
 from spo_kernels.engine.head_slices import Shard
 from spo_kernels.engine.inputs import Execution, ModelInputs
 from spo_kernels.engine.op_arguments import CallOptions, Gradients, ModelTensors, Needs, schema, split
@@ -18,19 +19,19 @@ from spo_kernels.engine.ops import gradients_fake, gradients_of, like_hidden, pl
 from spo_kernels.engine.tokens import UNGRAPHED, Tokens
 
 
-class KLKept(NamedTuple):
-    """What a backward reads of the forward, and the upstream gradient."""
+class UpstreamKL(NamedTuple):
+    """The gradient that flows into the divergences."""
 
-    ref_lse: Tensor
-    lse: Tensor
     grad: Tensor
 
 
 _FORWARD = (ModelTensors, ModelTensors, Tokens, CallOptions)
 _BOTH = f"{schema(ModelTensors)}, {schema(ModelTensors, prefix='ref_')}, {schema(Tokens, CallOptions)}"
 _library = torch.library.Library("spo_kernels", "FRAGMENT")
-_library.define(f"linear_kl_fwd({_BOTH}) -> (Tensor kl, Tensor ref_lse, Tensor lse)", tags=UNGRAPHED)
-_library.define(f"linear_kl_bwd({_BOTH}, {schema(KLKept, Needs)}) -> ({schema(Gradients)})", tags=UNGRAPHED)
+_library.define(f"linear_kl_fwd({_BOTH}) -> (Tensor kl, {schema(Normalisers)})", tags=UNGRAPHED)
+_library.define(
+    f"linear_kl_bwd({_BOTH}, {schema(Normalisers, UpstreamKL, Needs)}) -> ({schema(Gradients)})", tags=UNGRAPHED
+)
 
 
 def _models(
@@ -42,30 +43,32 @@ def _models(
 
 
 @torch.no_grad()
-def linear_kl_fwd(*arguments: Any, shard: Shard | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergences and both models' log-sum-exps, labels' shape; see the schema and `linear_kl`.
+def linear_kl_fwd(*arguments: Any, shard: Shard | None = None) -> tuple[Tensor, ...]:
+    """Divergences and both models' `Normalisers`, labels' shape; see the schema and `linear_kl`.
 
     `shard`, which the op does not have, is of both heads.
     """
     policy, reference, tokens, options = split(arguments, *_FORWARD)
     models, shape = _models(policy, reference, tokens, options, shard), tokens.labels.shape
     with without_autocast(policy.hidden.device):
-        kl, ref_lse, lse = (models.policy.tokens.spread(values, shape) for values in divergence.forward(models))
-    return kl, ref_lse, lse
+        kl, found = divergence.forward(models)
+    return tuple(models.policy.tokens.spread(values, shape) for values in (kl, *found))
 
 
 @torch.no_grad()
 def linear_kl_bwd(*arguments: Any, shard: Shard | None = None) -> Gradients:
     """Gradients of hidden, weight and bias, empty where they are not needed."""
-    model, reference, tokens, options, kept, needs = split(arguments, *_FORWARD, KLKept, Needs)
+    model, reference, tokens, options, found, upstream, needs = split(
+        arguments, *_FORWARD, Normalisers, UpstreamKL, Needs
+    )
     models = _models(model, reference, tokens, options, shard)
     policy, hidden = models.policy, model.hidden
     grad_hidden = like_hidden(hidden, policy.tokens, hidden.dtype) if needs.need_hidden else hidden.new_empty(0)
     head_out = policy.head.gradient(policy.wide, weight=needs.need_weight, bias=needs.need_bias)
     hidden_out = grad_hidden.view(policy.hidden.shape) if needs.need_hidden else None
     with without_autocast(hidden.device):
-        ref_lse, lse, grad = map(policy.tokens.gather, kept)
-        divergence.backward(models, ref_lse, lse, grad, hidden_out, head_out)
+        found = Normalisers(*map(policy.tokens.gather, found))
+        divergence.backward(models, found, policy.tokens.gather(upstream.grad), hidden_out, head_out)
     return Gradients(grad_hidden, *gradients_of(head_out, model.weight))
 
 
@@ -74,16 +77,16 @@ for _op in (linear_kl_fwd, linear_kl_bwd):
 
 
 @torch.library.register_fake("spo_kernels::linear_kl_fwd", lib=_library)
-def _fwd_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
     model, _, tokens, _ = split(arguments, *_FORWARD)
     hidden, dtype = model.hidden, accumulator_dtype(model.hidden.dtype)
-    kl, ref_lse, lse = (torch.empty(tokens.labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
-    return kl, ref_lse, lse
+    made = 1 + len(Normalisers._fields)
+    return tuple(torch.empty(tokens.labels.shape, dtype=dtype, device=hidden.device) for _ in range(made))
 
 
 @torch.library.register_fake("spo_kernels::linear_kl_bwd", lib=_library)
 def _bwd_fake(*arguments: Any) -> Gradients:
-    model, *_, needs = split(arguments, *_FORWARD, KLKept, Needs)
+    model, *_, needs = split(arguments, *_FORWARD, Normalisers, UpstreamKL, Needs)
     return gradients_fake(model, needs)
 
 
@@ -109,18 +112,18 @@ class LinearKLFunction(torch.autograd.Function):
         """Arguments: the ops', and the shard of both heads. Returns the divergences, shaped like labels."""
         *tensors, ctx.options, ctx.shard = arguments
         run: Any = _fwd if is_traced(tensors[0]) else partial(linear_kl_fwd, shard=ctx.shard)
-        kl, ref_lse, lse = run(*tensors, *ctx.options)
-        ctx.save_for_backward(*tensors, ref_lse, lse)
-        result: Tensor = kl
+        result: Tensor
+        result, *found = run(*tensors, *ctx.options)
+        ctx.save_for_backward(*tensors, *found)
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight and bias."""
         refuse_double_backward("linear_kl")
-        *tensors, ref_lse, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         run: Any = _bwd if is_traced(upstream) else partial(linear_kl_bwd, shard=ctx.shard)
-        found = run(*tensors, *ctx.options, ref_lse, lse, upstream, *needs)
+        policy, reference, tokens, made = split(ctx.saved_tensors, ModelTensors, ModelTensors, Tokens, Normalisers)
+        found = run(*policy, *reference, *tokens, *ctx.options, *made, upstream, *needs)
         rest = [None] * (len(ctx.needs_input_grad) - 3)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), *rest

@@ -62,6 +62,7 @@ class ForBackward(NamedTuple):
     """What it returns for the backward alone."""
 
     logp_grad: Tensor  # d logp / d hidden, if it was finished
+    lse_rest: Tensor  # see `TokenGrads`
     codes: Tensor  # see `KeptBlocks`
     code_counts: Tensor  # [blocks] int64 on the CPU: tokens of each
     sparse: Tensor  # 0-d bool on the CPU: whether the backward is sparse, and codes are filled

@@ -117,7 +117,9 @@ def linear_logprob_fwd(*arguments: Any, shard: Shard | None = None) -> tuple[Ten
         "mean_logit": mean_logit,
     }
     outputs = {k: lse.new_empty(0) if v is None else rows.spread(v, labels.shape) for k, v in values.items()}
-    return *ForLabels(**outputs), *ForBackward(logp_grad, codes, code_counts, torch.tensor(chosen is not None))
+    lse_rest = rows.spread(stats.lse_rest, labels.shape)
+    made = ForBackward(logp_grad, lse_rest, codes, code_counts, torch.tensor(chosen is not None))
+    return *ForLabels(**outputs), *made
 
 
 def _walk(
@@ -158,7 +160,7 @@ def linear_logprob_bwd(
     model, tokens, statistics, made, upstream, options, needs = split(arguments, *_BACKWARD)
     plane = plane_of(model, tokens, options, shard)
     rows, hidden = plane.tokens, model.hidden
-    grads = _token_grads(statistics, upstream, rows)
+    grads = _token_grads(statistics, made, upstream, rows)
 
     grad_hidden = like_hidden(hidden, rows, hidden.dtype) if needs.need_hidden else hidden.new_empty(0)
     hidden_out = grad_hidden.view(plane.hidden.shape) if needs.need_hidden else None
@@ -183,7 +185,7 @@ def linear_logprob_bwd(
     return Gradients(grad_hidden, *gradients_of(head_out, model.weight))
 
 
-def _token_grads(statistics: Statistics, upstream: Upstream, rows: TokenRows) -> TokenGrads:
+def _token_grads(statistics: Statistics, made: ForBackward, upstream: Upstream, rows: TokenRows) -> TokenGrads:
     """The upstream gradients of the tokens that count, and the values that their factors are made of."""
     grads = TokenGrads(
         lse_value=statistics.lse,
@@ -193,6 +195,7 @@ def _token_grads(statistics: Statistics, upstream: Upstream, rows: TokenRows) ->
         entropy_value=statistics.entropy if upstream.grad_entropy is not None else None,
         log_sum_p2=upstream.grad_log_sum_p2,
         log_sum_p2_value=statistics.log_sum_p2 if upstream.grad_log_sum_p2 is not None else None,
+        lse_rest=made.lse_rest,
     ).map(rows.gather)
     if rows.mask is None:
         return grads
@@ -241,6 +244,7 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
     )
     return *values, *ForBackward(
         logp_grad=torch.empty(grad_shape, dtype=logp_grad_dtype(hidden), device=hidden.device),
+        lse_rest=per_label(True),
         codes=torch.empty(codes, dtype=torch.uint8, device=hidden.device),
         code_counts=torch.empty(codes[:1], dtype=torch.int64, device="cpu"),
         sparse=torch.empty((), dtype=torch.bool, device="cpu"),

@@ -31,6 +31,7 @@ def _tile_grad_kernel(
     entropy_ptr,
     grad_log_sum_p2_ptr,
     log_sum_p2_ptr,
+    lse_rest_ptr,
     out_ptr,
     columns,
     tile_stride,
@@ -47,6 +48,8 @@ def _tile_grad_kernel(
 
     logits = load_logits(tile_ptr + row * tile_stride, bias_ptr, offs, columns, scale, softcap)
     log_p = logits - tl.load(lse_ptr + row)
+    if lse_rest_ptr is not None:
+        log_p -= tl.load(lse_rest_ptr + row)
     p = tl.exp(log_p)
     weight = 0.0
     if grad_logp_ptr is not None:
@@ -88,6 +91,7 @@ def tile_grad(tile: Tile, grads: TokenGrads, *, launch: Launch | None = None) ->
             entropy_ptr=grads.entropy_value,
             grad_log_sum_p2_ptr=grads.log_sum_p2,
             log_sum_p2_ptr=grads.log_sum_p2_value,
+            lse_rest_ptr=grads.lse_rest,
             out_ptr=out,
             columns=columns,
             tile_stride=products.stride(0),
