@@ -50,10 +50,9 @@ def test_linear_logprob_with_symbolic_sizes(backend: str, compiler: str) -> None
     assert counter.frame_count == 1 + (TORCH_2_11 and compiler == "aot_eager")
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_the_loss_with_symbolic_sizes(backend: str, compiler: str) -> None:
-    """One graph for every number of tokens and pairs, which aot_eager may begin anew once for the loss's numbers."""
-    counter = CompileCounterWithBackend(compiler)
+def test_the_loss_with_symbolic_sizes(backend: str) -> None:
+    """One graph for every number of tokens and pairs, which may begin anew once for the loss's numbers."""
+    counter = CompileCounterWithBackend("aot_eager")
 
     def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
         return fused_spo_loss(hidden, weight, labels, loss="dpo", ref_logps=reference, backend=backend)[0]

@@ -71,7 +71,8 @@ def test_a_loss_goes_through_its_operator(monkeypatch):
     with Recorder() as recorder:
         options = {"loss": "dpo", "ref_logps": torch.zeros(4), "path": "two_pass", "backend": "cpp"}
         fused_spo_loss(batch.hidden, batch.weight, batch.labels, **options)
-    assert "pair_loss" in {func.overloadpacket.__name__ for func, _, _ in recorder.calls}
+    (call,) = [call for call in recorder.calls if call[0].overloadpacket.__name__ == "pair_loss"]
+    torch.library.opcheck(call[0], *call[1:])
 
 
 OPERATORS = {

@@ -106,7 +106,7 @@ def _stats_cases(architecture: str) -> Iterator[Case]:
 
 
 def _grad_cases(architecture: str) -> Iterator[Case]:
-    base = {"tile_ptr": FLOAT, "labels_ptr": "*i64", "lse_ptr": FLOAT, "out_ptr": HALF}
+    base = {"tile_ptr": FLOAT, "labels_ptr": "*i64", "lse_ptr": FLOAT, "lse_rest_ptr": FLOAT, "out_ptr": HALF}
     base |= dict.fromkeys(("columns", "tile_stride", "out_stride"), "i32") | {"scale": "fp32"}
     names = ("logp", "lse", "entropy", "log_sum_p2")
     gradients = [f"grad_{name}_ptr" for name in names]

@@ -36,7 +36,7 @@ from spo_kernels.losses import DPO
 from tests.integrations.test_transformers import PAIRS, REFERENCE, build, lora
 
 WATCHDOG = 240
-PROCESSES, STEPS = 2, 10
+PROCESSES, STEPS = 2, 4
 RECORDS = [PAIRS[i % 3] for i in (0, 1, 2, 1)]
 
 

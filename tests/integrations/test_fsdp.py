@@ -20,7 +20,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(found: dict[str, Any], name: str) -> None:
-    """Loss, gradients, and weights after ten steps of AdamW, relative to how far they moved."""
+    """Loss, gradients, and weights after four steps of AdamW, relative to how far they moved."""
     kind, make, _, _ = CASES[name]
     ours, policy = found[name], make(kind, None)
     start = {key: p.detach().clone() for key, p in policy.named_parameters()}

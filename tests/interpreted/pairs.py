@@ -172,10 +172,3 @@ def test_fused_spo_loss(backend, monkeypatch, loss, packed, path, weighted):
     for name, expected in results["torch"].items():
         assert results[backend][name].shape == expected.shape, name
         close(results[backend][name], expected, 2e-5)
-
-
-def test_opcheck(backend):
-    logp, labels, cu_seqlens = given_pairs("int64")
-    pairs = PairTensors(logp, labels, cu_seqlens, torch.zeros(6), None, -100)
-    form = PairForm(0.3, penalty="nll", weight=1.0)
-    torch.library.opcheck(torch.ops.spo_kernels.pair_loss.default, (*pairs, *form, 0.5, backend))

@@ -101,8 +101,11 @@ def test_changed_input_is_other_data(train: Train, fails: Fails, numbered: Path)
     assert "data content was" in fails(*options, "--resume", dataset=numbered)
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "inside spo"])
-@pytest.mark.parametrize("loss", STATEFUL)
+@pytest.mark.parametrize(
+    ("loss", "wrapped"),
+    [*((name, False) for name in STATEFUL), (STATEFUL[0], True)],
+    ids=[*STATEFUL, f"{STATEFUL[0]} inside spo"],
+)
 def test_running_statistics_resume(
     train: Train, tmp_path: Path, stop_after: Any, numbered: Path, loss: str, wrapped: bool
 ) -> None:
