@@ -104,15 +104,11 @@ class TokenStats:
             square_sum=zeros[1],
         )
 
-    @property
-    def lse(self) -> Tensor:
-        """Log-sum-exp of the logits."""
-        return self.max + self.sum.log()
-
-    @property
-    def lse_rest(self) -> Tensor:
-        """What rounding took from `lse`, which at a logit of 1000 is 3e-5."""
-        return (self.max - self.lse) + self.sum.log()
+    def lse(self) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp of the logits, and what rounding took from it, which at a logit of 1000 is 3e-5."""
+        log_sum = self.sum.log()
+        lse = self.max + log_sum
+        return lse, (self.max - lse) + log_sum
 
     @property
     def logp(self) -> Tensor:

@@ -99,7 +99,7 @@ def linear_logprob_fwd(*arguments: Any, shard: Shard | None = None) -> tuple[Ten
     codes = labels.new_empty(_codes_shape(labels, model.weight, asked.choice), dtype=torch.uint8)
     with without_autocast(model.hidden.device):
         stats, chosen, mean_logit = _walk(plane, options.workspace_bytes, asked, logp_grad, codes)
-    lse = stats.lse
+    lse, lse_rest = stats.lse()
     dropped_mass = kept_share = None
     code_counts = torch.zeros(codes.shape[:1], dtype=torch.int64)
     if chosen is not None:
@@ -117,7 +117,7 @@ def linear_logprob_fwd(*arguments: Any, shard: Shard | None = None) -> tuple[Ten
         "mean_logit": mean_logit,
     }
     outputs = {k: lse.new_empty(0) if v is None else rows.spread(v, labels.shape) for k, v in values.items()}
-    lse_rest = rows.spread(stats.lse_rest, labels.shape)
+    lse_rest = rows.spread(lse_rest, labels.shape)
     made = ForBackward(logp_grad, lse_rest, codes, code_counts, torch.tensor(chosen is not None))
     return *ForLabels(**outputs), *made
 
