@@ -184,6 +184,8 @@ def test_where_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         made = torch.zeros(V, H)
     weight.grad = made
     refused(head, "its .grad is sparse, or was made under inference_mode")
+    weight.grad = torch.zeros(H, V).t()
+    refused(head, "its .grad is not laid out row by row")
     weight.grad = None
     linear_logprob(hidden, replace(head, weight=weight.detach()), labels)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

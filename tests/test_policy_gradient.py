@@ -13,6 +13,7 @@ from spo_kernels.extras.policy_gradient import (
     leave_one_out_advantages,
     reduce_tokens,
 )
+from spo_kernels.extras.token_weights import pilots
 from spo_kernels.testing import TensorMeter, eager_logprob, random_batch
 
 SEQUENCES, TOKENS, VOCAB, HIDDEN = 6, 5, 29, 8
@@ -202,6 +203,31 @@ WRONG = {
     "mask-shape": (lambda: reduce_tokens(torch.ones(1, 3), ONES > 0), ValueError, r"mask must be bool, \[1, 3\]"),
     "losses-1d": (lambda: reduce_tokens(ONES, ONES > 0), ValueError, r"losses must be \[S, T\], or \[N\] with"),
 }
+
+BOUNDS = {
+    "far": (
+        torch.tensor([0, 3, 10_000_000]),
+        ValueError,
+        r"at N = 6, got 0 and 10000000 \(losses have shape \[6\]\)",
+    ),
+    "one more": (torch.tensor([0, 3, 7]), ValueError, "end at N = 6, got 0 and 7"),
+    "short": (torch.tensor([0, 3, 5]), ValueError, "end at N = 6, got 0 and 5"),
+    "late": (torch.tensor([1, 3, 6]), ValueError, "start at 0 and end at N = 6, got 1 and 6"),
+    "back": (torch.tensor([0, 4, 2, 6]), ValueError, r"must not decrease, got cu_seqlens\[2\] = 2 after 4"),
+    "none": (torch.tensor([]).long(), ValueError, r"must have shape \[S \+ 1\], got \[0\]"),
+    "2-d": (torch.tensor([[0, 3, 6]]), ValueError, r"must have shape \[S \+ 1\], got \[1, 3\]"),
+    "floats": (torch.tensor([0.0, 3.0, 6.0]), TypeError, "must be int32 or int64"),
+    "list": ([0, 3, 6], TypeError, "must be a torch.Tensor"),
+}
+
+
+@pytest.mark.parametrize(("bounds", "error", "message"), BOUNDS.values(), ids=BOUNDS)
+def test_bad_bounds(bounds, error, message):
+    """Some of them were read out of bounds, or gave a plausible mean."""
+    with pytest.raises(error, match=f"^cu_seqlens .*{message}"):
+        reduce_tokens(torch.ones(6), torch.ones(6) > 0, cu_seqlens=bounds)
+    with pytest.raises(error, match=r"^cu_seqlens must"):
+        pilots(torch.ones(6), torch.ones(6), torch.ones(6), cu_seqlens=bounds)
 
 
 @pytest.mark.parametrize(("call", "error", "message"), WRONG.values(), ids=WRONG)

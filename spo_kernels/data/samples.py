@@ -160,7 +160,17 @@ def _without_prompt(prompt: Text, texts: tuple[Text, ...], repeated: bool) -> tu
         whole = n == len(prompt) or prompt[-n]["role"] != "assistant"
         if whole and all(text[:n] == prompt[-n:] for text in texts):
             return prompt, tuple(text[n:] for text in texts)
-    return prompt, texts
+    return prompt, tuple(text[_repeated_turns(prompt, text) :] for text in texts)
+
+
+def _repeated_turns(prompt: Text, text: Text) -> int:
+    """With how many of the prompt's last turns a response begins, of which the first is no reply."""
+    longest = min(len(prompt), len(text) - 1)
+    for n in range(longest, 0, -1):
+        turn: Any = prompt[-n]
+        if turn["role"] != "assistant" and text[:n] == prompt[-n:]:
+            return n
+    return 0
 
 
 def _implicit_prompt(where: str, chosen: Text, rejected: Text) -> int:

@@ -147,8 +147,8 @@ def _first(name: str, values: Tensor, wrong: Tensor) -> tuple[str, float]:
     return f"{name}[{index}]" if where else name, values[where].item()
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
-    """`cu_seqlens` describes packed labels, `[N]`, completely."""
+def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor, name: str = "labels") -> None:
+    """`cu_seqlens` describes packed labels (or what has this name), `[N]`, completely."""
     tokens, device = labels.shape, labels.device
     check_tensor("cu_seqlens", cu_seqlens, labels)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -156,16 +156,16 @@ def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
     if cu_seqlens.device != device and not cu_seqlens.is_cpu:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but labels is on {device}")
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but {name} is on {device}")
     if len(tokens) != 1:
-        raise ValueError(f"labels must be packed, [N], where cu_seqlens is given; got {list(tokens)}")
+        raise ValueError(f"{name} must be packed, [N], where cu_seqlens is given; got {list(tokens)}")
     if not can_look(cu_seqlens):
         good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens[0]) & (cu_seqlens.diff() >= 0).all()
-        torch._assert_async(good, "cu_seqlens must start at 0, end at N, the number of labels, and not decrease")
+        torch._assert_async(good, f"cu_seqlens must start at 0, end at N, the number of {name}, and not decrease")
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens[0]:
-        came = f"{bounds[0]} and {bounds[-1]} (labels have shape {list(tokens)})"
+        came = f"{bounds[0]} and {bounds[-1]} ({name} have shape {list(tokens)})"
         raise ValueError(f"cu_seqlens must start at 0 and end at N = {tokens[0]}, got {came}")
     for i, (start, stop) in enumerate(pairwise(bounds)):
         if stop < start:

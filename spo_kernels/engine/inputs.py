@@ -247,6 +247,8 @@ def why_not_accumulate(weight: Tensor) -> str | None:
         return "autocast casts it"
     if weight.grad is not None and (weight.grad.layout != torch.strided or weight.grad.is_inference()):
         return "its .grad is sparse, or was made under inference_mode"
+    if weight.grad is not None and weight.grad.stride(1) != 1:
+        return f"its .grad is not laid out row by row (strides {list(weight.grad.stride())})"
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
         return "there are several processes, whose sum of gradients would miss it"

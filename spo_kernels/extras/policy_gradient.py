@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.arguments import check_choice, check_positive
-from spo_kernels.engine.checks import check_tensor
+from spo_kernels.engine.checks import check_cu_seqlens, check_tensor
 from spo_kernels.engine.label_layout import sum_sequences
 
 
@@ -126,7 +126,10 @@ def reduce_tokens(losses: Tensor, mask: Tensor, *, per: str = "token", cu_seqlen
     check_choice("per", per, ("token", "sequence"))
     for name, value in (("losses", losses), ("mask", mask)):
         check_tensor(name, value)
-    if losses.ndim != (2 if cu_seqlens is None else 1):
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, losses, "losses")
+        cu_seqlens = cu_seqlens.to(losses.device)
+    elif losses.ndim != 2:
         raise ValueError(f"losses must be [S, T], or [N] with cu_seqlens; got {list(losses.shape)}")
     if mask.shape != losses.shape or mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, {list(losses.shape)} like losses; got {mask.dtype} {list(mask.shape)}")

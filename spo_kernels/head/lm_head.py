@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,14 @@ from spo_kernels.head.gathered import ShardedHead, gathered, kept_rows
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# Names in configurations; logits are multiplied by each factor
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # Model types whose configuration multiplies by `logits_scaling`; the others (Granite) divide.
 _MULTIPLIES_LOGITS_SCALING = frozenset({"hyperclovax"})
+# What a model type's configuration names and its logits do not have: MiniCPM3 divides hidden states by it, before the
+# head, and transformers' MPT does not read it.
+_NOT_OF_LOGITS = {"minicpm3": "logits_scaling", "mpt": "logit_scale"}
 # what wrappers call the module inside: DDP and DeepSpeed, torch.compile
 _WRAPPED = ("module", "_orig_mod")
 # logits are multiplied by the scale and divided by the cap in float32
@@ -105,7 +112,9 @@ class LMHead:
         """
         reduced = [lora.reduced(hidden).to(hidden.dtype) for lora in self.lora]
         steps = [lora.b.to(hidden.dtype) for lora in self.lora]
-        return torch.cat([hidden, *reduced], -1), steps[0] if len(steps) == 1 else torch.cat(steps, 1)
+        # autocast of the other half precision cannot join tensors of this one
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.cat([hidden, *reduced], -1), steps[0] if len(steps) == 1 else torch.cat(steps, 1)
 
     @classmethod
     def of(cls, model: nn.Module, *, tensor_parallel: str = "tp") -> LMHead:
@@ -250,14 +259,14 @@ def inner_model(model: Any) -> Any:
 def logit_transform(config: Any) -> tuple[float, float | None]:
     """What a transformers configuration says about its logits: scale and softcap, as in `LMHead`."""
     text = config.get_text_config()
-    scale = _number(text, "logit_scale", 1.0) * _number(text, "lm_head_multiplier", 1.0)
+    scale = math.prod(_number(text, name, 1.0) for name in _FACTORS)
     scaling = _number(text, "logits_scaling", 1.0)
     scale = scale * scaling if text.model_type in _MULTIPLIES_LOGITS_SCALING else scale / scaling
-    return scale, _number(text, "final_logit_softcapping", 0.0) or None
+    return scale, sum(_number(text, name, 0.0) for name in _SOFTCAPS) or None
 
 
 def _number(config: Any, name: str, default: float) -> float:
-    value = getattr(config, name, None)
+    value = None if _NOT_OF_LOGITS.get(config.model_type) == name else getattr(config, name, None)
     return float(value) if isinstance(value, int | float) else default
 
 

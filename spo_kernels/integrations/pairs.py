@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from spo_kernels.arguments import check_whole, is_whole
+from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.integrations.at_head import ResponseLogps
 from spo_kernels.integrations.hidden import device_of
+from spo_kernels.integrations.modes import evaluating
 
 SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -93,7 +95,14 @@ def _padded(rows: list[list[int]], value: int) -> Tensor:
 
 
 @torch.no_grad()
-def precompute_ref_logps(model: nn.Module, dataloader: Iterable[Mapping[str, Tensor]], **options: Any) -> Tensor:
+def precompute_ref_logps(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Tensor]],
+    *,
+    ld_alpha: float | None = None,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """The reference's log-probabilities of chosen and rejected responses, `[n, 2]` float32 on the CPU, in order.
 
     Args:
@@ -102,34 +111,32 @@ def precompute_ref_logps(model: nn.Module, dataloader: Iterable[Mapping[str, Ten
             torch.distributed is initialised, the processes share the batches among them and all get the whole. Each
             calls the model equally often, as a model in parts needs it: of a round that has no batch for a process, it
             computes the last one too.
-        options: Of `sequence_logps`: workspace_bytes, backend.
+        ld_alpha: That of the `FusedPreferenceModel` whose calls take the sums: they then have its token weights.
+        workspace_bytes, backend: As in `sequence_logps`.
 
     Raises:
         TypeError, ValueError: The model or a batch is wrong; the message names it.
     """
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
-    device, training = device_of(model), model.training
-    model.eval()
-    found = []
-    try:
-        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():  # type: ignore[operator]
-            batches = iter(dataloader)
-            while round_ := list(islice(batches, world)):
-                batch = round_[min(rank, len(round_) - 1)]
-                if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
-                    raise TypeError(
-                        "dataloader must give batches of PairCollator, with input_ids and labels, such as "
-                        "DataLoader(records, collate_fn=PairCollator(pad_token_id))"
-                    )
-                inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}
-                call = ResponseLogps(batch["labels"].to(device), layout="padded", options=options)
-                logps = call(model, model, inputs)["logps"].float()
-                for number, each in enumerate(round_):
-                    share = logps if number == rank else torch.zeros(len(each["labels"]), device=device)
-                    found.append(share.view(2, -1).T)
-    finally:
-        model.train(training)
+    device, options = device_of(model), {"workspace_bytes": workspace_bytes, "backend": backend}
+    adapters_off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()  # type: ignore[operator]
+    found, batches = [], iter(dataloader)
+    with evaluating(model), adapters_off:
+        while round_ := list(islice(batches, world)):
+            batch = round_[min(rank, len(round_) - 1)]
+            if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+                raise TypeError(
+                    "dataloader must give batches of PairCollator, with input_ids and labels, such as "
+                    "DataLoader(records, collate_fn=PairCollator(pad_token_id))"
+                )
+            inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}
+            labels = batch["labels"].to(device)
+            weights = None if ld_alpha is None else ld_dpo_weights(labels, ld_alpha, shift=True)
+            logps = ResponseLogps(labels, weights, "padded", options)(model, model, inputs)["logps"].float()
+            for number, each in enumerate(round_):
+                share = logps if number == rank else torch.zeros(len(each["labels"]), device=device)
+                found.append(share.view(2, -1).T)
     every = torch.cat(found) if found else torch.zeros(0, 2, device=device)
     if together:
         torch.distributed.all_reduce(every)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spo_kernels import LMHead
 from spo_kernels.extras.token_weights import ld_dpo_weights
 from spo_kernels.integrations.layout import LaidPairs, check_layout, lay_pairs
+from spo_kernels.integrations.modes import evaluating
 from spo_kernels.integrations.tied import one_gradient
 from spo_kernels.integrations.wrappers import ddp_around, inside_ddp, opened, sealed
 from spo_kernels.losses import Objective
@@ -49,7 +50,8 @@ class FusedPreferenceModel(nn.Module):
             finds the same hidden states, else padded, with one warning that says why. See docs/packing.md.
         accumulate: In one process: gradients of the head are added to the one that exists, see `LMHead`, and those of a
             tied embedding too. One `[V, H]` less with gradient accumulation, two where they are tied.
-        ld_alpha: The α of `ld_dpo_weights`, which are then the token weights of every call that brings none.
+        ld_alpha: The α of `ld_dpo_weights`, which are then the token weights of every call that brings none. Sums in
+            `ref_logps` are taken as they are: make them with the same α, as `precompute_ref_logps` can.
         sparsity: As in `fused_spo_loss`, for training; each forward of "unbiased" has a seed of its own, from torch's
             generator. In evaluation mode everything is exact.
         options: Further keyword arguments of `fused_spo_loss` that are the same for each call, see `OPTIONS`.
@@ -184,13 +186,8 @@ class FusedPreferenceModel(nn.Module):
         if reference is None:
             raise ValueError("the objective needs a reference: pass ref_logps, or make the module with reference=")
         model: Any = self.model if isinstance(reference, str) else reference
-        training = model.training
-        model.eval()
-        try:
-            with model.disable_adapter() if isinstance(reference, str) else nullcontext():
-                hidden, head = laid.hidden(model)[0], LMHead.of(model)
-        finally:
-            model.train(training)
+        with evaluating(model), model.disable_adapter() if isinstance(reference, str) else nullcontext():
+            hidden, head = laid.hidden(model)[0], LMHead.of(model)
         return {"ref_hidden": hidden, "ref_head": head}
 
     def _refuse_bypass(self) -> None:

@@ -18,6 +18,7 @@ from spo_kernels.data import Example
 from spo_kernels.head import inner_model
 from spo_kernels.integrations.hidden import hidden_states
 from spo_kernels.integrations.layout import layout_of
+from spo_kernels.integrations.modes import evaluating
 from spo_kernels.train.adapters import base_of_adapter, load_adapter
 from spo_kernels.train.config import TrainConfig
 from spo_kernels.train.dropout import switch_off
@@ -157,17 +158,22 @@ def check_against_own_logits(model: nn.Module, tokens: Tensor, backend: str | No
     Two things are checked: log-probs against the model's own logits (an unknown scale, cap, norm or
     projection between backbone and head), and that later tokens do not change earlier hidden states.
     """
-    kind, training = type(model).__name__, model.training
-    model.eval()
+    kind = type(model).__name__
     tokens, head = tokens[None, :16], LMHead.of(model)
-    hidden = hidden_states(model, input_ids=tokens)
+    half = tokens.shape[1] // 2
+    with evaluating(model):
+        logits = model(input_ids=tokens, use_cache=False).logits.float()
+        try:
+            hidden = hidden_states(model, input_ids=tokens)
+        except ValueError as error:
+            raise TrainError(str(error)) from error
+        prefix = hidden_states(model, input_ids=tokens[:, :half]) if half else hidden[:, :0]
     labels = tokens.roll(1, dims=1)
     try:
         ours = linear_logprob(hidden, head, labels, backend=backend)
     # A backend, or SPO_BACKEND, that can't serve this device and dtype; the message says why.
     except (ValueError, RuntimeError) as error:
         raise TrainError(f"the fused loss can't run: {error}") from error
-    logits = model(input_ids=tokens, use_cache=False).logits.float()
     theirs = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     # Relative to the spread of the logits: float32 agrees to 1e-6 of it, bfloat16 logits to 2e-2.
     spread = (logits - logits.mean(-1, keepdim=True)).abs().max().item()
@@ -179,9 +185,6 @@ def check_against_own_logits(model: nn.Module, tokens: Tensor, backend: str | No
             f"{kind}: log-probs from its hidden states and head differ from its own logits by {difference:.2g} "
             f"nat (allowed: {limit:.2g}); it changes its logits in a way its configuration does not tell"
         )
-    half = tokens.shape[1] // 2
-    prefix = hidden_states(model, input_ids=tokens[:, :half])
     drift = (hidden[:, :half] - prefix).abs().max().item() if half else 0.0
     if not drift <= (1e-3 if exact else 5e-2) * hidden.abs().max().item():
         raise TrainError(f"{kind}: later tokens change earlier hidden states; only causal attention is supported")
-    model.train(training)

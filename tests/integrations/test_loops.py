@@ -67,6 +67,31 @@ def test_reference_sums_in_the_order_of_the_records(adapted: bool) -> None:
         precompute_ref_logps(model, PAIRS)
 
 
+def test_reference_sums_with_token_weights() -> None:
+    """Those of LD-DPO: policy and reference are then equal."""
+    model = build("llama")
+    sums = precompute_ref_logps(model, [batch_of(PAIRS[:2]), batch_of(PAIRS[2:])], ld_alpha=0.3)
+    _, metrics = FusedPreferenceModel(model, "dpo", ld_alpha=0.3)(**batch_of(), ref_logps=sums.T.flatten())
+    torch.testing.assert_close(metrics["loss"], torch.tensor(2.0).log())
+    with pytest.raises(TypeError, match="token_weights"):
+        precompute_ref_logps(model, [], token_weights=torch.ones(4, 8))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("call", ["precompute", "adapters off"])
+def test_dropout_that_is_switched_off_stays_off(call: str) -> None:
+    """Module by module, as TRL's `disable_dropout_in_model` may be undone by `train()`."""
+    model = lora(build("llama"), lora_dropout=0.5).train()
+    dropouts = [module.eval() for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropouts and model.training
+    if call == "precompute":
+        precompute_ref_logps(model, [batch_of()])
+    else:
+        policy = FusedPreferenceModel(model, "dpo", reference="adapters_off")
+        losses = [policy(**batch_of())[0].item() for _ in range(2)]
+        assert losses[0] == losses[1]
+    assert model.training and not any(module.training for module in dropouts)
+
+
 def test_trainer_accumulates_the_mean(tmp_path: Path) -> None:
     """Two forwards of one pair each are one of two pairs, in loss and weights; not twice as much."""
     results = []

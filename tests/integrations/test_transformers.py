@@ -81,6 +81,30 @@ def test_with_the_head_they_give_the_models_own_logits(name: str, adapted: bool)
     torch.testing.assert_close(logp.sum(-1), full_logits(model, {**batch, "labels": labels}), rtol=1e-4, atol=1e-5)
 
 
+class Shifted(tf.LlamaForCausalLM):  # type: ignore[misc]
+    """Its logits are not what its configuration says."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = self.change(output.logits)
+        return output
+
+
+def test_logits_that_are_not_the_heads_are_refused() -> None:
+    """A scale in place, a cap, padding that is cut; what only their softmax does not feel is not."""
+    changes = {
+        "differ by": [lambda x: x.mul_(1.1), lambda x: 5 * torch.tanh(x / 5)],
+        "cuts its 61 logits to 60": [lambda x: x[..., :60]],
+    }
+    for said, some in changes.items():
+        for change in some:
+            torch.manual_seed(0)
+            model = Shifted(tf.LlamaConfig(**DEEP))
+            model.change = change
+            with pytest.raises(ValueError, match=f"^Shifted.*{said}"):
+                FusedPreferenceModel(model, "dpo")(**batch_of(), ref_logps=REFERENCE)
+
+
 def test_left_padding_and_positions() -> None:
     model = build("llama").eval()
     ids, mask = torch.tensor([[0, 0, 1, 5, 7]]), torch.tensor([[0, 0, 1, 1, 1]])

@@ -53,6 +53,17 @@ CONFIGS = {
     "cohere": (tf.CohereConfig, {"logit_scale": 0.25}, (0.25, None)),
     "cohere2": (tf.Cohere2Config, {"logit_scale": 0.25, "head_dim": 8}, (0.25, None)),
     "granite": (tf.GraniteConfig, {"logits_scaling": 4.0}, (0.25, None)),
+    "minicpm3": (
+        tf.MiniCPM3Config,
+        {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+        | {"v_head_dim": 8, "dim_model_base": 8},
+        (1.0, None),
+    ),
+    "recurrent gemma": (
+        tf.RecurrentGemmaConfig,
+        {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8, "head_dim": 8, "logits_soft_cap": 3.0},
+        (1.0, 3.0),
+    ),
     "phi (head bias)": (tf.PhiConfig, {}, (1.0, None)),
     "gpt2": (tf.GPT2Config, None, (1.0, None)),
 }
@@ -120,7 +131,9 @@ def test_lora_wrapped_model(name: str) -> None:
         ({"model_type": "granite", "logits_scaling": 8.0}, 0.125),
         ({"model_type": "hyperclovax", "logits_scaling": 8.0}, 8.0),
         ({"model_type": "falcon_h1", "lm_head_multiplier": 0.5}, 0.5),
-        ({"model_type": "mpt", "logit_scale": None}, 1.0),
+        ({"model_type": "muse_glimmer_text", "output_multiplier": 0.25}, 0.25),
+        ({"model_type": "minicpm3", "logits_scaling": 4.0}, 1.0),
+        ({"model_type": "mpt", "logit_scale": 0.25}, 1.0),
         ({"model_type": "mpt", "logit_scale": "inv_sqrt_d_model"}, 1.0),
     ],
 )
@@ -194,7 +207,7 @@ def test_unknown_logit_transform_is_refused() -> None:
 def test_ignored_softcap_is_refused() -> None:
     model = build("llama")
     model.config.final_logit_softcapping = 3.0
-    with pytest.raises(TrainError, match="differ from its own logits"):
+    with pytest.raises(TrainError, match="LlamaForCausalLM: its logits are not those of its head and configuration"):
         check_against_own_logits(model, tokens())
 
 

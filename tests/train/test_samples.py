@@ -58,13 +58,26 @@ def test_chat_rows_from_parquet(tmp_path: Path) -> None:
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "p", ("a", "b")),
         ({"prompt": [USER], "chosen": [YES], "rejected": [NO]}, [USER], ([YES], [NO])),
         ({"chosen": [USER, YES], "rejected": [USER, NO]}, [USER], ([YES], [NO])),
+        ({"prompt": [USER], "chosen": [USER, YES], "rejected": [NO]}, [USER], ([YES], [NO])),
+        ({"prompt": [USER, NO], "chosen": [NO, USER, YES], "rejected": [NO]}, [USER, NO], ([NO, USER, YES], [NO])),
         ({"prompt": "say cat", "chosen": [USER, YES], "rejected": [USER, NO]}, [USER], ([YES], [NO])),
         ({"prompt": None, "chosen": "Q: x\nA", "rejected": "Q: x\nB"}, "Q: x\n", ("A", "B")),
         ({"chosen": "2+2 = 14", "rejected": "2+2 = 15"}, "2+2 =", (" 14", " 15")),
         ({"chosen": "say cat", "rejected": "say dog"}, "say", (" cat", " dog")),
         ({"chosen": "say cat", "rejected": "say cat cat"}, "say", (" cat", " cat cat")),
     ],
-    ids=["strings", "chat", "implicit chat", "prompt twice", "line break", "whole words", "space", "prefix"],
+    ids=[
+        "strings",
+        "chat",
+        "implicit chat",
+        "one says the prompt",
+        "one says a reply",
+        "prompt twice",
+        "line break",
+        "whole words",
+        "space",
+        "prefix",
+    ],
 )
 def test_preference_forms(row: dict[str, Any], prompt: Any, responses: Any) -> None:
     assert preference_sample("x", row) == Sample("x", prompt, responses)

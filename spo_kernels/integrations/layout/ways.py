@@ -24,6 +24,7 @@ from spo_kernels.integrations.layout.masks import (
 )
 from spo_kernels.integrations.layout.rows import PairRow, lay_row
 from spo_kernels.integrations.layout.segments import attend_as_before, attend_by_segments, own_attention
+from spo_kernels.integrations.modes import evaluating
 
 # relative difference of a token's hidden states that counts as rounding
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -139,7 +140,7 @@ def _compare(model: nn.Module, inner: Any, run: Run | None) -> Masks | str:
     row = lay_row(ids, mask, labels, shared=True)
     assert row is not None
     why = []
-    with torch.no_grad(), without_autocast(ids.device), _without_dropout(model), _small_windows(inner.config):
+    with torch.no_grad(), without_autocast(ids.device), evaluating(model), _small_windows(inner.config):
         attend_as_before(inner.config)
         plain, _ = forward_without_logits(model, run, input_ids=ids, attention_mask=mask)
         expected = plain.flatten(0, 1)[row.places - 1].double()
@@ -184,18 +185,6 @@ def _small_batch(model: nn.Module, inner: Any) -> tuple[Tensor, Tensor, Tensor]:
     mask = (places < torch.tensor(lengths, device=device)[:, None]).long()
     labels = ids.masked_fill((places < prompt) | (mask == 0), -100)
     return ids, mask, labels
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
