@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from spo_kernels.backends.contract import LogitTransform
-from spo_kernels.backends.torch_backend import to_logits
-from spo_kernels.engine.checks import capturing, is_traced
 from spo_kernels.head import inner_model
 from spo_kernels.head.gathered import ShardedHead
-from spo_kernels.head.lm_head import logit_transform
+from spo_kernels.integrations.own_logits import check_own_logits, is_new
 from spo_kernels.integrations.wrappers import is_gathered_for_forward, is_one_group
 
 Result = TypeVar("Result")
 Run = Callable[..., Any]
-# models whose logits were compared with what is known of them
-_COMPARED: WeakSet[nn.Module] = WeakSet()
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -103,7 +97,7 @@ def forward_to_head(
         nonlocal own
         logits.append(output)
         # a copy, since the model may change them in place
-        own = None if inner in _COMPARED else output.detach().clone()
+        own = output.detach().clone() if is_new(inner) else None
         return at_head(seen[0])
 
     def put_back(_: nn.Module, __: Any, result: Result) -> Tensor:
@@ -124,39 +118,8 @@ def forward_to_head(
         raise RuntimeError(f"{type(inner).__name__}: its head did not run, so its hidden states were not seen")
     (result,) = found
     if own is not None:
-        _check_logits(inner, head, own, output)
+        check_own_logits(inner, head, own, output)
     return result, output
-
-
-def _check_logits(model: nn.Module, head: Any, products: Tensor, output: Any) -> None:
-    """Once for each model: its logits of the last position are what `LMHead.of` says of the head's output.
-
-    Raises:
-        ValueError: They are not; the model does something to them that `logit_transform` does not know.
-    """
-    logits = getattr(output, "logits", None)
-    # parts of a head, as tensor parallelism has them, are joined somewhere between
-    if type(logits) is not Tensor or type(products) is not Tensor or products.shape[-1] != len(head.weight):
-        return
-    if not products.numel() or is_traced(products) or capturing(products):
-        return
-    kind = type(model).__name__
-    if logits.shape[-1] != products.shape[-1]:
-        raise ValueError(
-            f"{kind} cuts its {products.shape[-1]} logits to {logits.shape[-1]}: the head has rows that are no "
-            "classes; cut its weight to them (resize_token_embeddings)"
-        )
-    scale, softcap = logit_transform(model.config)
-    expected = to_logits(products.float(), None, LogitTransform(scale, softcap))
-    rounding = 8 * max(torch.finfo(values.dtype).eps for values in (products, logits)) * expected.abs().max()
-    difference = (logits.detach().float() - expected).abs().max()
-    if difference > rounding:
-        raise ValueError(
-            f"{kind}: its logits are not those of its head and configuration (logit_scale {scale:g}, logit_softcap "
-            f"{softcap}), they differ by {difference.item():.2g}: it changes them in a way that is not known here; "
-            "pass hidden states and an LMHead of your own to fused_spo_loss"
-        )
-    _COMPARED.add(model)
 
 
 def _checked(model: nn.Module, hidden: Any, input_ids: Tensor | None) -> Tensor:
