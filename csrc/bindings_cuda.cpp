@@ -49,7 +49,8 @@ void tile_stats(const MatrixTuple& products, const MatrixTuple& out, int64_t row
 
 void tile_grad(const MatrixTuple& products, const MatrixTuple& out, int64_t rows, int64_t columns, Address labels,
                const TransformTuple& transform, Address lse, Address grad_logp, Address grad_lse, Address grad_entropy,
-               Address entropy, Address grad_log_sum_p2, Address log_sum_p2, Address lse_rest, const QueueTuple& queue) {
+               Address entropy, Address grad_log_sum_p2, Address log_sum_p2, Address lse_rest,
+               const QueueTuple& queue) {
   spo::tile_grad(tile_of(products, out, rows, columns, labels, transform),
                  {at<float>(lse), at<float>(grad_logp), at<float>(grad_lse), at<float>(grad_entropy),
                   at<float>(entropy), at<float>(grad_log_sum_p2), at<float>(log_sum_p2), at<float>(lse_rest)},
