@@ -289,7 +289,7 @@ ALL_TRANSFORMS = dict(logit_scale=0.5, logit_softcap=3.0)
     ids=str,
 )
 def test_gradcheck(trained, outputs, transform, shift):
-    batch = random_batch((2, 4), 7, 3, dtype=torch.float64, bias=True, ignored=0.3)
+    batch = random_batch((2, 3), 6, 2, dtype=torch.float64, bias=True, ignored=0.3)
     leaves = [getattr(batch, name).requires_grad_(name in trained) for name in ("hidden", "weight", "bias")]
 
     def function(hidden, weight, bias):

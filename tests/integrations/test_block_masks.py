@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention import flex_attention as torchs
+from transformers import masking_utils
 from transformers.integrations import flex_attention as transformers_s
 
 from spo_kernels.integrations.layout import hidden_of_pairs, masks, ways
@@ -40,7 +41,13 @@ def test_a_flex_attention_model_takes_rows(name: str, monkeypatch: pytest.Monkey
     def plain(*given: Any, training: bool = False, **options: Any) -> Any:
         return torchs.flex_attention(*given, **options)
 
+    def blocks(*given: Any, _compile: bool = False, **options: Any) -> Any:
+        return torchs.create_block_mask(*given, **options)
+
     monkeypatch.setattr(transformers_s, "compile_friendly_flex_attention", plain)
+    # else torch compiles both, which takes 15 s
+    monkeypatch.setattr(masking_utils, "create_block_mask", blocks)
+    monkeypatch.setattr(torchs, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     model, batch = build(name).eval(), batch_of()
     expected, *_ = hidden_of_pairs(model, **batch, layout="padded")
     model.set_attn_implementation("flex_attention")

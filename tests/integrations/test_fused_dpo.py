@@ -49,7 +49,7 @@ def test_row(tmp_path, monkeypatch, row):
         "precompute_ref_log_probs": precomputed,
         "gradient_accumulation_steps": accumulation,
     }
-    ours, trls = both("llama", tmp_path, steps=20 if ROWS is EVERYTHING else 4, **settings)
+    ours, trls = both("llama", tmp_path, steps=20 if ROWS is EVERYTHING else 2, **settings)
     assert len(ours.losses) == len(ours.logs) * accumulation
     assert_same(ours, trls)
 

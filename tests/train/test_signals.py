@@ -62,8 +62,7 @@ def signal_in(monkeypatch: pytest.MonkeyPatch, method: str, step: int, name: str
     monkeypatch.setattr(Trainer, method, wrapped)
 
 
-@pytest.mark.parametrize("save_steps", [2, 0])
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize(("name", "save_steps"), [*((name, 2) for name in SIGNALS), ("SIGTERM", 0)])
 def test_signal_finishes_the_step_and_saves(
     train: Train,
     tmp_path: Path,
