@@ -156,6 +156,16 @@ def sum_sequences(values: Tensor, cu_seqlens: Tensor | None, weights: Tensor | N
     return values.sum(-1, dtype=torch.float64).to(values.dtype)
 
 
+def checked_bounds(name: str, values: Tensor, cu_seqlens: Tensor | None, shape: str) -> Tensor | None:
+    """`cu_seqlens` of packed values of this name, where they are; None where the values are padded, `[shape]`."""
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, values, name)
+        return cu_seqlens.to(values.device)
+    if values.ndim != 2:
+        raise ValueError(f"{name} must be [{shape}], or [N] with cu_seqlens; got {list(values.shape)}")
+    return None
+
+
 def sum_segments(values: Tensor, lengths: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sums over consecutive segments of the given lengths, in float64 like `sum_sequences`."""
     wide = values.double() if weights is None else values.double() * weights

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from spo_kernels.arguments import check_choice, check_positive
-from spo_kernels.engine.checks import check_cu_seqlens, check_tensor
-from spo_kernels.engine.label_layout import sum_sequences
+from spo_kernels.engine.checks import check_tensor
+from spo_kernels.engine.label_layout import checked_bounds, sum_sequences
 
 
 def group_advantages(rewards: Tensor, *, scale: bool = True, epsilon: float = 1e-4) -> Tensor:
@@ -126,11 +126,7 @@ def reduce_tokens(losses: Tensor, mask: Tensor, *, per: str = "token", cu_seqlen
     check_choice("per", per, ("token", "sequence"))
     for name, value in (("losses", losses), ("mask", mask)):
         check_tensor(name, value)
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, losses, "losses")
-        cu_seqlens = cu_seqlens.to(losses.device)
-    elif losses.ndim != 2:
-        raise ValueError(f"losses must be [S, T], or [N] with cu_seqlens; got {list(losses.shape)}")
+    cu_seqlens = checked_bounds("losses", losses, cu_seqlens, "S, T")
     if mask.shape != losses.shape or mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, {list(losses.shape)} like losses; got {mask.dtype} {list(mask.shape)}")
     sums = sum_sequences(torch.where(mask, losses, 0.0), cu_seqlens)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from spo_kernels.arguments import check_in, check_not_negative
-from spo_kernels.engine.checks import check_cu_seqlens, check_tensor
-from spo_kernels.engine.label_layout import LabelLayout, sum_sequences
+from spo_kernels.engine.checks import check_tensor
+from spo_kernels.engine.label_layout import LabelLayout, checked_bounds, sum_sequences
 from spo_kernels.engine.subsets import PairTokens
 from spo_kernels.losses.pairs import by_side
 
@@ -131,10 +131,6 @@ def pilots(logp: Tensor, ref_logp: Tensor, subsets: Tensor, *, cu_seqlens: Tenso
             f"logp, ref_logp and subsets must have one shape, got {list(logp.shape)}, {list(ref_logp.shape)} and "
             f"{list(subsets.shape)}"
         )
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, logp, "logp")
-        cu_seqlens = cu_seqlens.to(logp.device)
-    elif logp.ndim != 2:
-        raise ValueError(f"logp must be [2B, T], or [N] with cu_seqlens; got {list(logp.shape)}")
+    cu_seqlens = checked_bounds("logp", logp, cu_seqlens, "2B, T")
     sums = sum_sequences(logp.detach() - ref_logp.detach(), cu_seqlens, subsets)
     return by_side({"pilot": sums})

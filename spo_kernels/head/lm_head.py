@@ -262,7 +262,7 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     scale = math.prod(_number(text, name, 1.0) for name in _FACTORS)
     scaling = _number(text, "logits_scaling", 1.0)
     scale = scale * scaling if text.model_type in _MULTIPLIES_LOGITS_SCALING else scale / scaling
-    return scale, sum(_number(text, name, 0.0) for name in _SOFTCAPS) or None
+    return scale, next(filter(None, (_number(text, name, 0.0) for name in _SOFTCAPS)), None)
 
 
 def _number(config: Any, name: str, default: float) -> float:

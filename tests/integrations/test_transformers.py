@@ -91,7 +91,7 @@ class Shifted(tf.LlamaForCausalLM):  # type: ignore[misc]
 
 
 def test_logits_that_are_not_the_heads_are_refused() -> None:
-    """A scale in place, a cap, padding that is cut; what only their softmax does not feel is not."""
+    """A scale in place, a cap, and padding that is cut."""
     changes = {
         "differ by": [lambda x: x.mul_(1.1), lambda x: 5 * torch.tanh(x / 5)],
         "cuts its 61 logits to 60": [lambda x: x[..., :60]],

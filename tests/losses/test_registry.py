@@ -283,7 +283,7 @@ def test_compiles_as_one_graph(name):
 
 
 # one of each coupling, without a reference, with one, of several objectives, over tokens, and with statistics
-THROUGH_THE_HEAD = ["aot", "dpo", "mpo", "simpo", "spo", sorted(STATEFUL)[0]]
+THROUGH_THE_HEAD = ["aot", "apo_zero", "dpo", "mpo", "simpo", "spo", sorted(STATEFUL)[0]]
 
 
 @pytest.mark.parametrize("name", THROUGH_THE_HEAD)
