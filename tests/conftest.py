@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import spo_kernels
+from tests.processes import start_server
 
 emulated_cuda = emulated.emulated_cuda
 
@@ -31,6 +32,7 @@ def pytest_collection_finish():
     """What the imports made stays: a collection of garbage, which trainers ask for, would walk through it each time."""
     gc.collect()
     gc.freeze()
+    start_server()
 
 
 @pytest.fixture(params=["torch", "cpp"], scope="session")

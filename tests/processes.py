@@ -1,17 +1,18 @@
-"""Processes forked from a server that has imported torch, transformers and TRL, each of which would take seconds.
+"""Processes forked from a server, itself a fork of the test process that holds what collected tests have imported.
 
-One server a test process. All that it forks have the same order of a set's elements, which ranks of torchrun have not.
+One server a test process, made before its first test: imports take 12 s, and threads of autograd are lost in a fork.
+All that it forks have the same order of a set's elements, which ranks of torchrun have not.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from unittest import mock
 import torch
 
 ROOT = Path(__file__).parents[1]
-# one thread: others would be lost in a fork. The loopback: a machine's own name may resolve to nothing, or slowly
+# the loopback: a machine's own name may resolve to nothing, or slowly
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")])),
     "OMP_NUM_THREADS": "1",
@@ -28,7 +29,27 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "GLOO_SOCKET_IFNAME": "lo",
 }
-multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preloaded"])
+
+
+def start_server() -> None:
+    """Called between the collection of tests and the first one."""
+    resource_tracker.ensure_running()  # a process of its own, started by the same function
+    with mock.patch("multiprocessing.util.spawnv_passfds", _fork):
+        forkserver.ensure_running()
+
+
+def _fork(path: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
+    """Instead of a new interpreter, whose arguments would be these. pytest's own descriptors are not kept open."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        kept = [0, 1, 2, *sorted(descriptors)]
+        for below, above in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
+            os.closerange(below + 1, above)
+        forkserver.main(*descriptors, preload=[])
+    finally:
+        os._exit(0)
 
 
 class Forked(ForkServerProcess):
@@ -43,9 +64,7 @@ class Forked(ForkServerProcess):
     def start(self) -> None:
         for path in self._files:
             path.touch()
-        # of the server, which starts with the first process
-        with mock.patch.dict(os.environ, ENVIRONMENT):
-            super().start()
+        super().start()
 
     def run(self) -> None:
         os.environ.clear()
@@ -53,6 +72,7 @@ class Forked(ForkServerProcess):
         for number, path in enumerate(self._files, 1):
             with path.open("w") as file:
                 os.dup2(file.fileno(), number)
+        torch.set_num_threads(1)
         self._run(*self._arguments)
 
     @property

@@ -166,6 +166,7 @@ def shared_references(monkeypatch: pytest.MonkeyPatch, reference_folder: Path) -
 
 Train = Callable[..., int]
 Fails = Callable[..., str]
+Whole = Callable[..., Path]
 
 
 def read_metrics(output: Path, split: str | None = None) -> list[dict[str, Any]]:
@@ -209,6 +210,26 @@ def train(model_dir: Path, pairs_file: Path, tmp_path: Path) -> Train:
                 *map(str, extra),
             ]
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole_runs() -> dict[tuple[str, ...], Path]:
+    return {}
+
+
+@pytest.fixture
+def whole(train: Train, whole_runs: dict[tuple[str, ...], Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """whole("--beta", 0.2): the folder of a run that nothing disturbs, made once for all tests; they only read it."""
+
+    def run(*options: Any, **inputs: Any) -> Path:
+        key = (*map(str, options), *(f"{name}={value}" for name, value in inputs.items()))
+        if key not in whole_runs:
+            folder = tmp_path_factory.mktemp("whole")
+            assert train(*options, output_dir=folder, **inputs) == 0
+            whole_runs[key] = folder
+        return whole_runs[key]
 
     return run
 

@@ -13,7 +13,7 @@ from spo_kernels.commands.plot import main
 from spo_kernels.extras.diagnostics import summarize
 from spo_kernels.losses import PairLogps
 
-from .conftest import Train, assert_same_weights, read_metrics
+from .conftest import Train, Whole, assert_same_weights, read_metrics
 from .test_resume import OPTIONS, interrupted, stop_after, without_times
 from .test_training import run
 
@@ -66,12 +66,12 @@ def test_diagnostics_change_nothing_else(train: Train, tmp_path: Path, pairs_fil
         assert a == {k: v for k, v in b.items() if not k.startswith("diagnostics/")}
 
 
-def test_resumed_run_logs_the_same(train: Train, tmp_path: Path, stop_after: Any) -> None:
+def test_resumed_run_logs_the_same(train: Train, whole: Whole, tmp_path: Path, stop_after: Any) -> None:
     """Step 5 dies between log lines: the pairs since the last one must survive too."""
-    assert train(*OPTIONS, "--diagnostics", output_dir=tmp_path / "whole") == 0
+    undisturbed = whole(*OPTIONS, "--diagnostics")
     interrupted(train, stop_after, 5, "--diagnostics")
     assert train(*OPTIONS, "--diagnostics", "--resume") == 0
-    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+    assert without_times(tmp_path / "out") == without_times(undisturbed)
 
 
 def plot(*arguments: Any) -> int:

@@ -18,7 +18,7 @@ from spo_kernels.train.inner import InnerSteps
 from spo_kernels.train.loop import Trainer
 from spo_kernels.train.policy import Policy
 
-from .conftest import Fails, Train, assert_close_weights, assert_same_weights, read_metrics
+from .conftest import Fails, Train, Whole, assert_close_weights, assert_same_weights, read_metrics
 from .test_resume import OPTIONS, interrupted, stop_after, without_times
 from .test_training import QUICK, run
 
@@ -184,14 +184,16 @@ def test_evaluation_does_not_touch_training(train: Train, tmp_path: Path, pairs_
 @pytest.mark.parametrize(
     "extra", [(), ("--lora-r", 4, "--lora-dropout", 0.2), ("--bf16",)], ids=["full", "lora", "bf16"]
 )
-def test_resumed_run_is_the_same(train: Train, tmp_path: Path, stop_after: Any, extra: tuple[Any, ...]) -> None:
+def test_resumed_run_is_the_same(
+    train: Train, whole: Whole, tmp_path: Path, stop_after: Any, extra: tuple[Any, ...]
+) -> None:
     if "--lora-r" in extra:
         pytest.importorskip("peft")
-    assert train(*OPTIONS, *INNER, *extra, output_dir=tmp_path / "whole") == 0
+    undisturbed = whole(*OPTIONS, *INNER, *extra)
     interrupted(train, stop_after, 5, *INNER, *extra)
     assert train(*OPTIONS, *INNER, *extra, "--resume") == 0
-    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
-    assert_same_weights(tmp_path / "out" / "checkpoint-9", tmp_path / "whole" / "checkpoint-9")
+    assert without_times(tmp_path / "out") == without_times(undisturbed)
+    assert_same_weights(tmp_path / "out" / "checkpoint-9", undisturbed / "checkpoint-9")
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -12,7 +12,7 @@ from spo_kernels.losses.needs import needs_inputs
 from spo_kernels.losses.pairs import token_outputs_of
 from spo_kernels.losses.state import has_state
 
-from .conftest import Fails, Train, assert_close_weights, assert_same_weights, read_metrics, write_jsonl
+from .conftest import Fails, Train, Whole, assert_close_weights, assert_same_weights, read_metrics, write_jsonl
 from .test_resume import OPTIONS, interrupted, stop_after, without_times
 from .test_training import run
 
@@ -107,16 +107,16 @@ def test_changed_input_is_other_data(train: Train, fails: Fails, numbered: Path)
     ids=[*STATEFUL, f"{STATEFUL[0]} inside spo"],
 )
 def test_running_statistics_resume(
-    train: Train, tmp_path: Path, stop_after: Any, numbered: Path, loss: str, wrapped: bool
+    train: Train, whole: Whole, tmp_path: Path, stop_after: Any, numbered: Path, loss: str, wrapped: bool
 ) -> None:
     options = ("--base-loss", loss) if wrapped else ("--loss", loss)
-    assert train(*OPTIONS, *options, output_dir=tmp_path / "whole", dataset=numbered) == 0
+    undisturbed = whole(*OPTIONS, *options, dataset=numbered)
     interrupted(train, stop_after, 5, *options, dataset=numbered)
     state = torch.load(tmp_path / "out" / "checkpoint-4" / "state.pt", weights_only=True)
     assert state["processes"][0]["objective"]
     assert train(*OPTIONS, *options, "--resume", dataset=numbered) == 0
-    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
-    assert_same_weights(tmp_path / "out" / "checkpoint-9", tmp_path / "whole" / "checkpoint-9")
+    assert without_times(tmp_path / "out") == without_times(undisturbed)
+    assert_same_weights(tmp_path / "out" / "checkpoint-9", undisturbed / "checkpoint-9")
 
 
 def test_there_are_objectives_with_state() -> None:

@@ -20,12 +20,14 @@ from .conftest import (
     CHAT_TEMPLATE,
     Fails,
     Train,
+    Whole,
     assert_same_weights,
     build_tokenizer,
     read_metrics,
     read_weights,
 )
 
+pytestmark = pytest.mark.usefixtures("shared_references")
 TIMES = {"tokens_per_second", "peak_memory_mib"}
 OPTIONS = (
     "--max-steps",
@@ -35,7 +37,7 @@ OPTIONS = (
     "--logging-steps",
     3,
     "--eval-fraction",
-    0.25,
+    0.1,
     "--eval-steps",
     3,
 )
@@ -85,18 +87,16 @@ def without_times(output: Path) -> list[dict[str, Any]]:
     ids=["full-5", "full-7", "lora with dropout", "online bf16", "cosine"],
 )
 def test_resumed_run_is_the_same(
-    train: Train, tmp_path: Path, stop_after: Any, steps: int, options: tuple[Any, ...]
+    train: Train, whole: Whole, tmp_path: Path, stop_after: Any, steps: int, options: tuple[Any, ...]
 ) -> None:
     """Step 5 dies between log lines: the window of the metrics must survive too."""
-    assert train(*OPTIONS, *options, output_dir=tmp_path / "whole") == 0
+    undisturbed = whole(*OPTIONS, *options)
     interrupted(train, stop_after, steps, *options)
     assert train(*OPTIONS, *options, "--resume") == 0
-    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+    assert without_times(tmp_path / "out") == without_times(undisturbed)
     name = "adapter_model" if "--lora-r" in options else "model"
-    assert (tmp_path / "out" / f"{name}.safetensors").read_bytes() == (
-        tmp_path / "whole" / f"{name}.safetensors"
-    ).read_bytes()
-    assert_same_weights(tmp_path / "out" / "checkpoint-9", tmp_path / "whole" / "checkpoint-9")
+    assert (tmp_path / "out" / f"{name}.safetensors").read_bytes() == (undisturbed / f"{name}.safetensors").read_bytes()
+    assert_same_weights(tmp_path / "out" / "checkpoint-9", undisturbed / "checkpoint-9")
 
 
 def test_sigkill_half_way(train: Train, tmp_path: Path, model_dir: Path, pairs_file: Path) -> None:
@@ -131,13 +131,13 @@ def test_resume_of_a_finished_run_changes_nothing(train: Train, tmp_path: Path) 
 
 
 def test_resume_before_the_first_checkpoint_starts_again(
-    train: Train, tmp_path: Path, stop_after: Any, capsys: pytest.CaptureFixture[str]
+    train: Train, whole: Whole, tmp_path: Path, stop_after: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
+    undisturbed = whole(*OPTIONS)
     interrupted(train, stop_after, 1)
     assert train(*OPTIONS, "--resume") == 0
     assert "holds no complete checkpoint yet: starting again from step 0" in capsys.readouterr().err
-    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+    assert without_times(tmp_path / "out") == without_times(undisturbed)
 
 
 def test_only_the_newest_checkpoints_are_kept(train: Train, tmp_path: Path) -> None:
@@ -197,12 +197,12 @@ def test_changed_data_and_model_are_noticed(
     assert "model content was" in fails(*OPTIONS, "--resume", dataset=data, model=model)
 
 
-def test_harmless_settings_may_change(train: Train, tmp_path: Path, stop_after: Any) -> None:
-    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
+def test_harmless_settings_may_change(train: Train, whole: Whole, tmp_path: Path, stop_after: Any) -> None:
+    undisturbed = whole(*OPTIONS)
     interrupted(train, stop_after, 5)
     changed = ("--save-steps", 4, "--keep-checkpoints", 1, "--logging-steps", 1, "--eval-steps", 0)
     assert train(*OPTIONS, "--resume", *changed) == 0
-    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert_same_weights(tmp_path / "out", undisturbed)
 
 
 def test_other_software_is_mentioned(
@@ -251,7 +251,8 @@ def test_tokenizer_with_a_folder_is_saved_again(train: Train, tmp_path: Path, mo
 
 
 def test_finished_run_goes_on_for_epochs(train: Train, tmp_path: Path, fails: Fails) -> None:
-    epochs = ("--max-steps", 0, "--batch-size", 9, "--grad-accum", 1, "--save-steps", 3)
+    # 36 of 48 records to train on
+    epochs = ("--max-steps", 0, "--batch-size", 9, "--grad-accum", 1, "--save-steps", 3, "--eval-fraction", 0.25)
     assert train(*OPTIONS, *epochs, "--epochs", 1) == 0
     assert train(*OPTIONS, *epochs, "--epochs", 2, "--resume") == 0
     lines = read_metrics(tmp_path / "out", "train")

@@ -19,7 +19,7 @@ from spo_kernels.train.loop import Trainer
 from spo_kernels.train.signals import StopSignals
 from tests.processes import Forked, exit_codes, torchrun
 
-from .conftest import ENVIRONMENT, Train, assert_same_weights, read_metrics
+from .conftest import ENVIRONMENT, Train, Whole, assert_same_weights, read_metrics
 from .test_resume import OPTIONS, without_times
 
 SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
@@ -65,6 +65,7 @@ def signal_in(monkeypatch: pytest.MonkeyPatch, method: str, step: int, name: str
 @pytest.mark.parametrize(("name", "save_steps"), [*((name, 2) for name in SIGNALS), ("SIGTERM", 0)])
 def test_signal_finishes_the_step_and_saves(
     train: Train,
+    whole: Whole,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -72,7 +73,7 @@ def test_signal_finishes_the_step_and_saves(
     save_steps: int,
 ) -> None:
     options = (*OPTIONS, "--save-steps", save_steps)
-    assert train(*options, output_dir=tmp_path / "whole") == 0
+    undisturbed = whole(*options)
     # Into a step between those that are logged and saved.
     signal_in(monkeypatch, "_optimizer_step", 4, name)
     assert train(*options) == SIGNALS[name]
@@ -84,8 +85,8 @@ def test_signal_finishes_the_step_and_saves(
     assert train(*options, "--resume") == 0
     said = capfd.readouterr().err
     assert "going on from step 5 of 9" in said and f"model and tokenizer are in {tmp_path / 'out'}" in said
-    assert_same_weights(tmp_path / "out", tmp_path / "whole")
-    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+    assert_same_weights(tmp_path / "out", undisturbed)
+    assert without_times(tmp_path / "out") == without_times(undisturbed)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     # the signal's checkpoint does not outlive a run that keeps none, from which it would begin anew
     assert bool(list((tmp_path / "out").glob("checkpoint-*"))) == bool(save_steps)
@@ -96,10 +97,15 @@ def test_signal_finishes_the_step_and_saves(
 
 @pytest.mark.parametrize("step", [0, 3, 9])
 def test_signal_in_an_evaluation(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int
+    train: Train,
+    whole: Whole,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
 ) -> None:
     """It is broken off and done again by the resumed run, whose checkpoint says so."""
-    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
+    undisturbed = whole(*OPTIONS)
     signal_in(monkeypatch, "_evaluate", step)
     assert train(*OPTIONS) == 143
     expected = f"stopped after step {step} of 9" if step else "stopped before the first step of this run"
@@ -107,8 +113,8 @@ def test_signal_in_an_evaluation(
     assert step not in [r["step"] for r in (read_metrics(tmp_path / "out", "eval") if step else [])]
     monkeypatch.undo()
     assert train(*OPTIONS, "--resume") == 0
-    assert_same_weights(tmp_path / "out", tmp_path / "whole")
-    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+    assert_same_weights(tmp_path / "out", undisturbed)
+    assert without_times(tmp_path / "out") == without_times(undisturbed)
 
 
 def test_signal_in_the_final_save(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from spo_kernels.train.loop import Trainer
 from tests.processes import Forked, exit_codes, run_module
 
-from .conftest import Fails, Train, assert_same_weights, read_weights
+from .conftest import Fails, Train, Whole, assert_same_weights, read_weights
 from .test_resume import OPTIONS
 
+pytestmark = pytest.mark.usefixtures("shared_references")
 FINAL = (*OPTIONS, "--save-steps", 0)
 
 
@@ -81,23 +82,23 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
 
 
 def test_full_disk_in_the_final_save(
-    train: Train, fails: Fails, tmp_path: Path, disk: Disk, spare: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Whole, fails: Fails, disk: Disk, spare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a checkpoint: the model is kept where there is room."""
-    assert train(*FINAL, output_dir=tmp_path / "whole") == 0
+    undisturbed = whole(*FINAL)
     at_step(monkeypatch, 8, lambda: disk.leave(64))
     message = fails(*FINAL, output_dir=disk.path / "out")
     (kept,) = spare.iterdir()
     assert "final: can't be written (" in message and f"step 9 is kept in {kept} (model)" in message
     assert {p.name for p in (disk.path / "out").glob(".*")} == {".lock"}
-    assert_same_weights(kept, tmp_path / "whole")
+    assert_same_weights(kept, undisturbed)
     assert tf.AutoTokenizer.from_pretrained(kept).eos_token == "</s>"
 
 
 def test_full_disk_in_the_final_save_after_a_checkpoint(
-    train: Train, fails: Fails, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+    train: Train, whole: Whole, fails: Fails, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
+    undisturbed = whole(*OPTIONS)
     original = Trainer._save
 
     def save(self: Trainer, due: bool) -> None:
@@ -113,13 +114,13 @@ def test_full_disk_in_the_final_save_after_a_checkpoint(
     monkeypatch.undo()
     disk.empty()
     assert train(*OPTIONS, "--resume", output_dir=output) == 0
-    assert_same_weights(output, tmp_path / "whole")
+    assert_same_weights(output, undisturbed)
 
 
 def test_full_disk_in_a_checkpoint(
-    train: Train, fails: Fails, tmp_path: Path, disk: Disk, spare: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, whole: Whole, fails: Fails, disk: Disk, spare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train(*OPTIONS, output_dir=tmp_path / "whole") == 0
+    undisturbed = whole(*OPTIONS)
     at_step(monkeypatch, 5, lambda: disk.leave(48))
     output = disk.path / "out"
     message = fails(*OPTIONS, output_dir=output)
@@ -127,7 +128,7 @@ def test_full_disk_in_a_checkpoint(
     monkeypatch.undo()
     disk.empty()
     assert train(*OPTIONS, "--resume", output_dir=output) == 0
-    assert_same_weights(output, tmp_path / "whole")
+    assert_same_weights(output, undisturbed)
 
 
 def test_full_disk_in_metrics(fails: Fails, disk: Disk, spare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,13 +173,13 @@ def test_read_only_disk(fails: Fails, disk: Disk) -> None:
 
 
 def test_folder_that_is_removed_during_the_run(
-    fails: Fails, train: Train, tmp_path: Path, spare: Path, monkeypatch: pytest.MonkeyPatch
+    fails: Fails, whole: Whole, tmp_path: Path, spare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train(*FINAL, output_dir=tmp_path / "whole") == 0
+    undisturbed = whole(*FINAL)
     at_step(monkeypatch, 8, lambda: shutil.rmtree(tmp_path / "out"))
     message = fails(*FINAL)
     assert "metrics.jsonl: can't be written (" in message and "step 9 is kept in" in message
-    assert_same_weights(next(spare.iterdir()), tmp_path / "whole")
+    assert_same_weights(next(spare.iterdir()), undisturbed)
 
 
 def test_reference_cache_that_cannot_be_written(fails: Fails, tmp_path: Path, disk: Disk) -> None:
