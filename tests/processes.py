@@ -39,14 +39,11 @@ def start_server() -> None:
 
 
 def _fork(path: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
-    """Instead of a new interpreter, whose arguments would be these. pytest's own descriptors are not kept open."""
+    """Instead of a new interpreter, whose arguments would be these."""
     pid = os.fork()
     if pid:
         return pid
     try:
-        kept = [0, 1, 2, *sorted(descriptors)]
-        for below, above in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
-            os.closerange(below + 1, above)
         forkserver.main(*descriptors, preload=[])
     finally:
         os._exit(0)

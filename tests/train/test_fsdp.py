@@ -1,19 +1,20 @@
-"""spo-train on two processes that FSDP2 gives a part of the model each, as accelerate launches them."""
+"""spo-train on two processes that FSDP2 gives a part of the model each, as accelerate's launcher tells them to."""
 
 import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.processes import Forked, exit_codes, run_module, torchrun
 
-from .conftest import ENVIRONMENT, Fails, Train, assert_close_weights, assert_same_weights, read_metrics, read_weights
+from .conftest import Fails, Train, assert_close_weights, assert_same_weights, read_metrics, read_weights
 from .ranks import WATCHDOG
 
 # what `accelerate config` writes
@@ -41,14 +42,19 @@ RUNS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def launch(folder: Path, jobs: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, jobs: list[dict[str, Any]]) -> tuple[list[int | None], str]:
+    """Exit codes of two processes with the variables of accelerate's launcher, and what they said."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "settings.yaml").write_text(SETTINGS)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "settings.yaml")]
-    command += ["--main_process_port", "0", "-m", "tests.train.ranks", str(folder / "jobs.json")]
-    # the loopback: a machine's own name may resolve to nothing, or slowly
-    environment = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WATCHDOG + 60)
+    command = ["--config_file", str(folder / "settings.yaml"), "--main_process_port", "0", "a_script"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    variables = prepare_multi_gpu_env(arguments)
+    ours = {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    ranks = [
+        Forked(folder, run_module, "tests.train.ranks", folder / "jobs.json", **rank, **ours) for rank in torchrun(2)
+    ]
+    codes = exit_codes(ranks, WATCHDOG + 60)
+    return codes, "".join(rank.written[1] for rank in ranks)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +76,9 @@ def two(tmp_path_factory: pytest.TempPathFactory, job: Any) -> tuple[Path, str]:
     jobs.append(job("adapters", folder / "adapters-again", "--resume", continues=str(folder / "adapters")))
     jobs.append(job("sft", folder / "sft-ddp", "--resume", continues=str(folder / "sft"), sharded=False))
     jobs.append(job("dpo", folder / "dpo-again", killed=6))
-    done = launch(folder, jobs)
-    assert done.returncode == 1 and (folder / "dpo-again").exists(), done.stderr
-    return folder, done.stderr
+    codes, said = launch(folder, jobs)
+    assert codes == [2, -signal.SIGKILL] and (folder / "dpo-again").exists(), said
+    return folder, said
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -124,14 +130,8 @@ def test_killed_and_resumed(two: tuple[Path, str], job: Any) -> None:
     assert "spo-train: error: another process of this run has ended or cannot be reached; the same command with" in said
     assert not (folder / "dpo-again" / "model.safetensors").exists()
     assert read_metrics(folder / "dpo-again")[-1]["step"] == 5
-    (folder / "again.json").write_text(json.dumps([job("dpo", folder / "dpo-again", "--resume")]))
-    # as accelerate's launcher says it, which takes longer than the run
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
-    again = [
-        Forked(folder, run_module, "tests.train.ranks", folder / "again.json", **variables, **fsdp)
-        for variables in torchrun(2)
-    ]
-    assert exit_codes(again, WATCHDOG + 60) == [0, 0], [process.written for process in again]
+    codes, said = launch(folder, [job("dpo", folder / "dpo-again", "--resume")])
+    assert codes == [0, 0], said
     assert_same_weights(folder / "dpo", folder / "dpo-again")
     assert len(read_metrics(folder / "dpo")) == len(read_metrics(folder / "dpo-again"))
 
