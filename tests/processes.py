@@ -12,11 +12,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -32,21 +31,24 @@ ENVIRONMENT = {
 
 
 def start_server() -> None:
-    """Called between the collection of tests and the first one."""
-    resource_tracker.ensure_running()  # a process of its own, started by the same function
-    with mock.patch("multiprocessing.util.spawnv_passfds", _fork):
-        forkserver.ensure_running()
-
-
-def _fork(path: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
-    """Instead of a new interpreter, whose arguments would be these."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        forkserver.main(*descriptors, preload=[])
-    finally:
-        os._exit(0)
+    """Called between the collection of tests and the first one. `multiprocessing` would start an interpreter anew."""
+    resource_tracker.ensure_running()
+    address = connection.arbitrary_address("AF_UNIX")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        # the server ends when nobody holds the second end any more
+        ended, alive = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(alive)
+                forkserver.main(listener.detach(), ended, preload=[])
+            finally:
+                os._exit(0)
+    os.close(ended)
+    server = forkserver._forkserver
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, alive, pid
 
 
 class Forked(ForkServerProcess):
