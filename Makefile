@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # processes that the tests run in; each uses one thread for torch
 TEST_PROCESSES ?= 2
 DOCS_VENV ?= .venv-docs
+# without bytecode, which 45 s would be spent on: what is imported is compiled then
+PIP = $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
 # Bytecode beside the environment, also where PYTHONDONTWRITEBYTECODE says none: a process that imports TRL starts in 11 s
@@ -12,7 +14,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 export PYTHONDONTWRITEBYTECODE =
 export PYTHONPYCACHEPREFIX = $(abspath $(VENV))/bytecode
 
-.PHONY: test test-trl versions demo lint lint-types lint-cpp docs bench mutation clean
+.PHONY: test test-trl versions demo lint lint-python lint-cpp docs bench mutation clean
 
 # worksteal: a module's tests, and what is made once for them, mostly stay in one process
 test: lint
@@ -21,15 +23,16 @@ test: lint
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.demo --output-dir demo-output
 
-lint: $(VENV)/ready
+# C++ is read while pip, on one core, brings what Python's part needs
+lint:
+	@$(MAKE) --no-print-directory --jobs=2 lint-cpp lint-python
+
+lint-python: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@$(MAKE) --no-print-directory --jobs=2 lint-types lint-cpp
-
-lint-types: $(VENV)/ready
 	$(BIN)/mypy
 
-lint-cpp: $(VENV)/ready
+lint-cpp: $(VENV)/torch
 	PYTHONPATH=. $(BIN)/python tests/lint_cpp.py
 
 # the documentation as web pages, docs/_build/index.html; a warning is an error
@@ -52,14 +55,16 @@ bench: $(VENV)/ready
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt cut-cross-entropy liger-kernel triton trl
 	$(BIN)/python -m benchmarks.run
 
-# torch alone first, pinned: without the pin pip would take the newest build and its CUDA packages; the tests compile
-# the CUDA extension themselves, where there is nvcc. Without bytecode, which 45 s would be spent on: what is imported is
-# compiled then
-$(VENV)/ready: pyproject.toml setup.py constraints.txt spo_kernels/backends/build.py $(SOURCES)
+# the tests compile the CUDA extension themselves, where there is nvcc
+$(VENV)/ready: $(VENV)/torch pyproject.toml setup.py spo_kernels/backends/build.py $(SOURCES)
+	SPO_SKIP_CUDA_BUILD=1 $(PIP) -c constraints.txt -e ".[test,lint]"
+	touch $@
+
+# torch first, pinned: without the pin pip would take the newest build and its CUDA packages; and what reads C++
+$(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	SPO_SKIP_CUDA_BUILD=1 $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check \
-		-c constraints.txt -e ".[test,lint]"
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -c constraints.txt numpy pybind11 clang-format clang-tidy
 	touch $@
 
 # what docstrings are read with: torch, and no extension, which would have to be compiled; the rest is the extra "docs"
