@@ -28,7 +28,7 @@ from spo_kernels.data.tokens import Tokens
 from spo_kernels.data.turns import Rendered, render
 
 # Part of the cache's key: raise it when the same records become other ids.
-ENCODING = 3
+ENCODING = 4
 # So many records decide whether responses say the prompt once more.
 _LOOK_AT = 100
 

@@ -70,7 +70,7 @@ def _chat(
     """`opened` is the rendering of the prompt, `whole` that of each conversation."""
     full = tuple(text for text, _ in whole)
     unused = template.unused(sample, conversations)
-    prompt = _prompt(template, sample, opened, full)
+    prompt = _beginning(template, sample, _messages(sample.prompt), opened, full)
     scored: list[list[Span] | None] = []
     lost = 0
     for messages, (text, marked) in zip(conversations, whole, strict=True):
@@ -86,14 +86,26 @@ def _chat(
     return Rendered(full[0][:end], full, tuple(scored), unused, lost, moved=True)
 
 
-def _prompt(template: ChatTemplate, sample: Sample, opened: str, full: Sequence[str]) -> str | None:
-    """How all of `full` begin; None where the prompt is not rendered so once a response follows."""
+def _beginning(
+    template: ChatTemplate, sample: Sample, messages: Messages, opened: str, full: Sequence[str]
+) -> str | None:
+    """How all of `full` begin before a reply to `messages`; None where these are not rendered so once it follows.
+
+    Some templates open a reply with text that they leave out of a finished turn (a thinking tag): then the header of
+    the reply, which comes before that text, is the end.
+    """
     if all(text.startswith(opened) for text in full):
         return opened
-    # Some templates open the reply with text that they leave out of a finished turn (a thinking tag): then the reply's
-    # header counts as part of the response.
-    closed = template.text(sample, _messages(sample.prompt))
-    return closed if all(text.startswith(closed) for text in full) else None
+    closed = template.text(sample, messages)
+    if not all(text.startswith(closed) for text in full):
+        return None
+    # of words that no opening shares, so that none of the reply's own are taken for its header
+    try:
+        reply = template.text(sample, [*messages, {"role": "assistant", "content": _MARK}])
+    except DataError:
+        return closed
+    header = opened[: common(opened, reply)]
+    return header if len(header) > len(closed) and all(text.startswith(header) for text in full) else closed
 
 
 @dataclass(frozen=True)
@@ -140,15 +152,18 @@ class _Conversation:
             )
         return found, len(found) == len(own)
 
-    def _text(self, n: int, opened: bool = False) -> str:
+    def _text(self, n: int) -> str:
         """The first n messages as a conversation of their own."""
-        return self.template.text(self.sample, self.messages[:n], opened)
+        return self.template.text(self.sample, self.messages[:n])
 
     def _span(self, i: int, after: int) -> Span | None:
         """Message i in the whole, after `after`: rendered turn by turn where each is how the next begins."""
-        start = next((len(t) for t in (self._text(i, o) for o in (True, False)) if self.full.startswith(t)), None)
-        if start is None:
+        before = self.messages[:i]
+        opened = self.template.text(self.sample, before, opened=True)
+        begins = _beginning(self.template, self.sample, before, opened, [self.full])
+        if begins is None:
             return self._by_mark(i, after)
+        start = len(begins)
         if i + 1 == len(self.messages):
             return start, len(self.full)
         end = self._text(i + 1)

@@ -123,10 +123,29 @@ def test_white_space_after_the_end_of_a_turn_is_not_scored() -> None:
     assert tokenizer.decode(scored_ids(example, 0)) == "cat<|end|>"
 
 
-def test_template_that_opens_replies_differently_falls_back_to_the_header() -> None:
+@pytest.mark.parametrize("reply", ["cat", "think", "thinking of red", "<think>"])
+def test_header_of_a_reply_that_the_template_opens_differently(reply: str) -> None:
+    """As DeepSeek-R1's: a thinking tag of which a finished turn says nothing. The header's tokens are no reply's."""
     tokenizer = build_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|>think"
+    )
+    asked = [user("say cat"), assistant("red"), user("say two")]
+    turns = [assistant(reply), user("again"), assistant("two")]
+    for prompt, response in ((asked[:1], turns[:1]), (asked, turns[:1]), (asked, turns)):
+        example = encode_one(prompt, response, tokenizer=tokenizer)
+        # a reply that begins as the tag does has it in its prompt, as the model would
+        tag = "think" if reply.startswith("think") else ""
+        assert tokenizer.decode(example.prompt).endswith(f"<|end|><|assistant|>{tag}")
+        said = [tokenizer.decode(example.responses[0][start:end]) for start, end in example.spans(0)]
+        rest = ["two<|end|>"] if len(response) > 1 else []
+        assert said == [f"{reply.removeprefix(tag)}<|end|>", *rest]
+
+
+def test_template_that_gives_a_finished_turn_another_header() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|user|>"
     )
     example = encode_one([user("say cat")], [assistant("cat")], tokenizer=tokenizer)
     assert tokenizer.decode(example.prompt) == "<|user|>say cat<|end|>"
