@@ -1,12 +1,10 @@
 """The DPO script of TRL's documentation, on local data and a local model: as it is; and with one import changed and
-with one line added, in this order in one new process.
+with one line added, in this order in one process of their own.
 """
 
 import json
 import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import pytest
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 or newer is not installed")
 
 from tests.integrations.tiny import make_model, make_rows, make_tokenizer
-from tests.tree import ROOT
+from tests.processes import Forked, exit_codes
 
 STEPS = 3
 IMPORT = "from trl import DPOConfig, DPOTrainer\n"
@@ -64,24 +62,15 @@ def printed(folder: Path) -> str:
     """By both scripts."""
     (folder / "changed.py").write_text(SCRIPT.replace(IMPORT, CHANGED))
     (folder / "added.py").write_text(SCRIPT.replace(IMPORT, IMPORT + ADDED))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", "import changed, added"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    process = Forked(folder, run_both, folder)
+    assert exit_codes([process], 300) == [0], process.written[1]
+    return process.written[0]
+
+
+def run_both(folder: Path) -> None:
+    os.chdir(folder)
+    for name in ("changed", "added"):
+        runpy.run_path(f"{name}.py", run_name=name)
 
 
 def test_one_line_added(expected: list[float], printed: str, folder: Path) -> None:
