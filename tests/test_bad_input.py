@@ -93,7 +93,7 @@ LOGPROB = {
         [r"labels\[1, 2\] = 12 is outside \[0, 11\)"],
     ),
     "ignore-index-float": (dict(ignore_index=0.5), TypeError, ["ignore_index", r"float|0\.5"]),
-    "outputs-unknown": (dict(outputs=("perplexity",)), ValueError, ["outputs", "perplexity", "entropy", "log_sum_p2"]),
+    "outputs-unknown": (dict(outputs=("lse", "top1")), ValueError, ["outputs", "log_sum_p2", r"got \['top1'\]"]),
     "ignore-index-huge": (dict(ignore_index=2**70), ValueError, ["ignore_index", "64 bits"]),
     "hidden-negated": (dict(hidden=torch._neg_view(zeros(2, 3, 8))), TypeError, ["hidden", "resolve_neg"]),
     "bias-negated": (dict(head=head(bias=torch._neg_view(zeros(11)))), TypeError, [r"head\.bias", "resolve_neg"]),

@@ -21,7 +21,7 @@ _MOST = 1 << 24
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = parser.add_mutually_exclusive_group(required=True)
-    lengths.add_argument("--tokens", type=_positive, help="of each response, prompts not counted")
+    lengths.add_argument("--tokens", type=_positive, help="of each of the two responses of a pair, prompts not counted")
     lengths.add_argument("--lengths", type=_lengths, help="of all responses, such as 500,80,310,95: chosen ones first")
     parser.add_argument("--pairs", type=_positive, default=1, help="with --tokens (default: 1)")
     parser.add_argument("--vocab", type=_positive, required=True, help="V, rows of the head's weight")

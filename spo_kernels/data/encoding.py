@@ -161,6 +161,8 @@ class _Encoder:
             "merged": n < len(prompt) and not text.moved,
             "moved": text.moved,
             "lost": text.lost,
+            "reopened": text.reopened,
+            "changed": text.changed,
             "cut": 0,
         }
         row["key"] = int.from_bytes(hashlib.blake2b(sample.key.encode(), digest_size=8).digest(), "little", signed=True)
@@ -229,8 +231,8 @@ def _schema(encoding: Encoding) -> pyarrow.Schema:
     fields = {"prompt_ids": ids}
     fields |= {f"{name}_{kind}": ids for name in encoding.responses for kind in ("ids", "scored")}
     fields |= {f"input:{name}": pyarrow.float64() for name in encoding.inputs}
-    fields |= {"key": pyarrow.int64(), "cut": pyarrow.int8(), "lost": pyarrow.int8()}
-    fields |= dict.fromkeys(("merged", "moved", "same", "dropped"), pyarrow.bool_())
+    fields |= {"key": pyarrow.int64(), **dict.fromkeys(("cut", "lost", "changed"), pyarrow.int8())}
+    fields |= dict.fromkeys(("merged", "moved", "reopened", "same", "dropped"), pyarrow.bool_())
     return pyarrow.schema(fields | {"unused": pyarrow.list_(pyarrow.string())})
 
 
@@ -281,7 +283,8 @@ def _forms_said(rows: Sequence[Mapping[str, Any]], *, templated: bool) -> str | 
 def _report(
     records: Records, table: datasets.Dataset, encoding: Encoding, repeated: bool, warn: Callable[[str], None]
 ) -> None:
-    counts = {name: int(_column(table, name).sum()) for name in ("dropped", "cut", "lost", "merged", "moved", "same")}
+    names = ("dropped", "cut", "lost", "changed", "merged", "moved", "reopened", "same")
+    counts = {name: int(_column(table, name).sum()) for name in names}
     listed = pyarrow.compute.list_flatten(table.data.column("unused"))
     unused = sorted({*records.unread, *pyarrow.compute.unique(listed).to_pylist()})
     if unused:
@@ -301,6 +304,16 @@ def _report(
         warn(
             f"{counts['moved']} records: the chat template renders the prompt differently once a response follows; it "
             "is read as it stands in the whole conversation"
+        )
+    if counts["reopened"]:
+        warn(
+            f"{counts['reopened']} records: the chat template opens a reply with text that a finished turn has not (a "
+            "thinking tag): what is trained on begins without it, generation with it"
+        )
+    if counts["changed"]:
+        warn(
+            f"{counts['changed']} responses: the chat template leaves out or changes part of what the assistant says; "
+            "what it renders is trained on"
         )
     if counts["lost"]:
         warn(

@@ -32,6 +32,8 @@ class Rendered:
         unused: what the sample holds and nothing can be done with.
         lost: responses with earlier turns that can't be told apart, so only the others are scored.
         moved: the template renders the prompt differently once a response follows.
+        reopened: it opens a reply with more than a finished turn begins with.
+        changed: responses of which it leaves out or changes what the assistant says.
     """
 
     prompt: str
@@ -40,6 +42,8 @@ class Rendered:
     unused: tuple[str, ...] = ()
     lost: int = 0
     moved: bool = False
+    reopened: bool = False
+    changed: int = 0
 
 
 def render(template: ChatTemplate, samples: Sequence[Sample]) -> list[Rendered]:
@@ -72,18 +76,20 @@ def _chat(
     unused = template.unused(sample, conversations)
     prompt = _beginning(template, sample, _messages(sample.prompt), opened, full)
     scored: list[list[Span] | None] = []
-    lost = 0
+    lost = changed = 0
     for messages, (text, marked) in zip(conversations, whole, strict=True):
         conversation = _Conversation(template, sample, messages, text)
         own = conversation.marked(marked, prompt)
         if not own and (prompt is None or conversation.speakers != ["assistant"]):
             own, known = conversation.turns(prompt)
             lost += not known
+        changed += not conversation.says_all
         scored.append(own or None)
     if prompt is not None:
-        return Rendered(prompt, full, tuple(scored), unused, lost)
+        reopened = len(prompt) < len(opened)
+        return Rendered(prompt, full, tuple(scored), unused, lost, reopened=reopened, changed=changed)
     end = min(*(common(full[0], text) for text in full), *(spans[0][0] for spans in scored if spans))
-    return Rendered(full[0][:end], full, tuple(scored), unused, lost, moved=True)
+    return Rendered(full[0][:end], full, tuple(scored), unused, lost, moved=True, changed=changed)
 
 
 def _beginning(
@@ -121,6 +127,12 @@ class _Conversation:
     def speakers(self) -> list[str]:
         """Roles of the response's messages."""
         return [message["role"] for message in self.messages[len(self.sample.prompt) :]]
+
+    @property
+    def says_all(self) -> bool:
+        """Whether all that the assistant says in the response stands in the whole, but for white space around it."""
+        said = [m.get("content") for m in self.messages[len(self.sample.prompt) :] if m["role"] == "assistant"]
+        return all(text.strip() in self.full for text in said if isinstance(text, str))
 
     def marked(self, spans: list[Span], prompt: str | None) -> list[Span]:
         """Those of the template's own marks that are the response's."""

@@ -75,8 +75,10 @@ class LogprobCall:
             ValueError: They are not.
         """
         named = isinstance(outputs, Collection) and not isinstance(outputs, str)
-        if not named or any(name not in OUTPUTS for name in outputs):
-            raise ValueError(f"outputs = {outputs!r}: expected a sequence of names from {', '.join(OUTPUTS)}")
+        unknown = [name for name in outputs if name not in OUTPUTS] if named else []
+        if not named or unknown:
+            expected = f"outputs must be a sequence of names from {', '.join(OUTPUTS)}"
+            raise ValueError(f"{expected}, got {unknown if named else outputs!r}")
         options = LogprobOptions(
             call=CallOptions(shift, execution.workspace_bytes, execution.backend),
             sparsity=execution.sparsity,

@@ -128,7 +128,7 @@ class FusedPreferenceModel(nn.Module):
             labels: `[2B, T]`, not shifted, as transformers and TRL have them: `input_ids` where a token counts, -100 on
                 prompt and padding.
             attention_mask: `[2B, T]`, as the model takes it.
-            ref_logps: `[2B]` sums, or of tokens in labels' shape; see `fused_spo_loss`.
+            ref_logps: `[2B]` sums, or of tokens in labels' shape; see `fused_spo_loss`. Not beside `reference`.
             pair_inputs, token_weights: As in `fused_spo_loss`.
             inputs: Further arguments of the model's forward.
 
@@ -140,6 +140,8 @@ class FusedPreferenceModel(nn.Module):
         self._look_at(labels, input_ids, attention_mask)
         ref_logps, pair_inputs, token_weights = opened(ref_logps), opened(pair_inputs), opened(token_weights)
         if ref_logps is not None:
+            if self._reference != (None,):
+                raise ValueError("pass either ref_logps or, where the module is made, reference=, not both")
             _check_ref_logps(ref_logps, labels)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         laid = lay_pairs(self.model, labels, self._layout, ignore_index=self._options["ignore_index"], **inputs)

@@ -152,9 +152,10 @@ def _check_not_both(args: DPOConfig) -> None:
         default = setting.default if setting.default_factory is MISSING else setting.default_factory()
         value = getattr(args, setting.name)
         if value != default:
+            what = "names TRL's losses" if setting.name == "loss_type" else "belongs to loss_type"
             raise ValueError(
-                f"{setting.name} = {value!r} belongs to loss_type, which objective takes the place of; give the "
-                "objective its hyperparameters in objective_args, or make it: DPO(beta=0.2)"
+                f"{setting.name} = {value!r} {what}, which objective takes the place of: leave it out, or objective; "
+                'hyperparameters of an objective go into objective_args, such as {"beta": 0.2}'
             )
 
 

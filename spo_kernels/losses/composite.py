@@ -77,4 +77,5 @@ def widest_coupling(parts: tuple[Objective, ...]) -> Coupling:
 def check_objective(name: str, value: object) -> None:
     """Raise TypeError unless `value` can be called on `PairLogps`."""
     if not callable(value) or isinstance(value, type):
-        raise TypeError(f"{name} must be an objective (a callable), got {value!r}")
+        made = f"; build_loss({value!r}) makes one" if isinstance(value, str) else ""
+        raise TypeError(f"{name} must be an objective (a callable), got {value!r}{made}")

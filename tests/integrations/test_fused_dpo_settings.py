@@ -235,7 +235,7 @@ REFUSED = {
     "arguments without objective": ({"objective_args": {"beta": 1}}, "without objective"),
     "arguments beside an instance": ({"objective": DPO(), "objective_args": {"beta": 1}}, "has its own"),
     "both": ({"objective": "spo", "beta": 0.3}, "beta = 0.3 belongs to loss_type"),
-    "both losses": ({"objective": "spo", "loss_type": ["ipo"]}, "loss_type"),
+    "both losses": ({"objective": "spo", "loss_type": ["ipo"]}, r"loss_type = \['ipo'\] names TRL's losses"),
     "unknown loss type": ({"loss_type": ["simpo"]}, "loss_type must be of"),
     "inner steps of no hinge": ({"objective": "spo", "spo_inner_steps": 1, "spo_inner_lr": 0.1}, "penalty=.hinge"),
     "inner steps without a rate": (

@@ -194,6 +194,9 @@ def test_where_the_reference_comes_from() -> None:
         FusedPreferenceModel(adapted, "dpo", reference=base)(**batch)[0],
     ]
     assert not torch.isclose(losses[0], torch.tensor(2.0).log(), atol=1e-3)
+    for reference in ("adapters_off", base):
+        with pytest.raises(ValueError, match="either ref_logps or, where the module is made, reference=, not both"):
+            FusedPreferenceModel(adapted, "dpo", reference=reference)(**batch, ref_logps=sums)
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=1e-4, atol=1e-6)
     module = FusedPreferenceModel(adapted, "dpo", reference=base)

@@ -59,6 +59,10 @@ RECORDS: dict[str, tuple[Any, str]] = {
         {"prompt": "x", "completion": "y"},
         "no column 'chosen'; the record has 'prompt', 'completion'; records with these are for --stage sft",
     ),
+    "conversations": (
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+        "no column 'chosen'; the record has 'messages'; records with these are for --stage sft",
+    ),
     "nothing shared": (
         {"chosen": "cat", "rejected": "dog"},
         "no column 'prompt', and chosen and rejected do not begin",

@@ -142,6 +142,28 @@ def test_header_of_a_reply_that_the_template_opens_differently(reply: str) -> No
         assert said == [f"{reply.removeprefix(tag)}<|end|>", *rest]
 
 
+def test_replies_that_a_template_shortens_are_counted() -> None:
+    """DeepSeek-R1's: what stands before the end of the thought is gone, and only a reply that is begun has the tag."""
+    said: list[str] = []
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}"
+    )
+    rows = [
+        {"prompt": [user("say cat")], "chosen": [assistant(chosen)], "rejected": [assistant(" no\n")]}
+        for chosen in ("<think>one</think>cat", "cat", "<think>one</think>")
+    ]
+    examples = encode_rows(rows, tokenizer, said.append)
+    assert [tokenizer.decode(scored_ids(example, 0)) for example in examples] == ["cat<|end|>", "cat<|end|>", "<|end|>"]
+    assert [line.split(";")[0] for line in said] == [
+        "2 responses: the chat template leaves out or changes part of what the assistant says"
+    ]
+    said.clear()
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    encode_rows(rows[1:2], tokenizer, said.append)
+    assert len(said) == 1 and said[0].startswith("1 records: the chat template opens a reply with text that a finished")
+
+
 def test_template_that_gives_a_finished_turn_another_header() -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace(

@@ -139,7 +139,9 @@ def test_turns_that_cannot_be_told_apart_are_said(tokenizer: Any) -> None:
     (example,) = encode_rows(rows, shortened, said.append)
     assert shortened.decode(scored_ids(example, 0)) == "cat dog<|end|>"
     assert said == [
-        "1 responses: the chat template renders some turns differently once others follow; they are not scored"
+        "1 responses: the chat template leaves out or changes part of what the assistant says; what it renders is "
+        "trained on",
+        "1 responses: the chat template renders some turns differently once others follow; they are not scored",
     ]
 
 
