@@ -34,7 +34,7 @@ def test_every_kernel_for_every_architecture(tmp_path):
     assert "code=sm_80" in recipe.compile[".cu"]
     device = recipe.compile[".cu"].replace("code=sm_80", f"code='[{','.join(ARCHITECTURES)}]'")
     recipe = replace(recipe, compile={**recipe.compile, ".cu": device})
-    strict = {".cpp": " -Wall -Wextra -Werror", ".cu": " -Werror=all-warnings -Xptxas -v -Xcompiler=-O0"}
+    strict = {".cpp": " -Wall -Wextra -Werror -O0", ".cu": " -Werror=all-warnings -Xptxas -v -Xcompiler=-O0"}
     recipe = replace(recipe, compile={suffix: command + strict[suffix] for suffix, command in recipe.compile.items()})
     library = tmp_path / "_C_cuda.so"
     report = build.run_ninja(recipe, tmp_path, library)

@@ -71,7 +71,8 @@ def describe(arguments: argparse.Namespace) -> str:
         None if mib is None else mib << 20,
         adds_to_grad=arguments.accumulate,
     )
-    return "\n".join(_lines(found, lengths, head))
+    call = f"loss: {arguments.loss} with a trained head, {arguments.dtype}, {arguments.device}"
+    return "\n".join([call, *_lines(found, lengths, head)])
 
 
 def _lines(found: Forecast, lengths: list[int], head: Head) -> list[str]:

@@ -21,13 +21,14 @@ pytestmark = pytest.mark.usefixtures("shared_references")
 STATEFUL = [name for name in LOSSES if has_state(build_loss(name))]
 
 
-@pytest.fixture
-def numbered(tmp_path: Path, pairs_file: Path) -> Path:
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
     """The pairs with every input that an objective reads, and a score margin."""
     rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
     names = {name for loss in LOSSES for name in needs_inputs(build_loss(loss))}
     numbers = [{**dict.fromkeys(names, 0.25), "score_margin": i / 10} for i in range(len(rows))]
-    return write_jsonl(tmp_path / "numbered.jsonl", [{**r, **n} for r, n in zip(rows, numbers, strict=True)])
+    folder = tmp_path_factory.mktemp("numbered")
+    return write_jsonl(folder / "numbered.jsonl", [{**r, **n} for r, n in zip(rows, numbers, strict=True)])
 
 
 def reference_of(loss: str) -> tuple[str, ...]:
@@ -93,12 +94,13 @@ def test_bad_input_or_hyperparameter(fails: Fails, name: str) -> None:
     assert message in fails(*options)
 
 
-def test_changed_input_is_other_data(train: Train, fails: Fails, numbered: Path) -> None:
+def test_changed_input_is_other_data(train: Train, fails: Fails, numbered: Path, tmp_path: Path) -> None:
     options = ("--loss", "odpo", "--max-steps", 1, "--save-steps", 1)
-    assert train(*options, dataset=numbered) == 0
     rows = [json.loads(line) for line in numbered.read_text().splitlines()]
-    write_jsonl(numbered, [{**row, "offset": 1.0} for row in rows])
-    assert "data content was" in fails(*options, "--resume", dataset=numbered)
+    changing = write_jsonl(tmp_path / "changing.jsonl", rows)
+    assert train(*options, dataset=changing) == 0
+    write_jsonl(changing, [{**row, "offset": 1.0} for row in rows])
+    assert "data content was" in fails(*options, "--resume", dataset=changing)
 
 
 @pytest.mark.parametrize(
