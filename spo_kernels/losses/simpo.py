@@ -72,7 +72,7 @@ class AlphaPO:
 
     Attributes:
         beta, gamma: As in `SimPO`; 2.5 and 0.1, the paper's.
-        alpha: α > 0, or below 0, 1e-6 <= |α| <= 10; 0.25 in the paper; near 0 the reward is log p̄, which is SimPO's.
+        alpha: α > 0, or below 0, `1e-6 <= |α| <= 10`; 0.25 in the paper; near 0 the reward is log p̄, which is SimPO's.
     """
 
     coupling: ClassVar[Coupling] = "pair"
