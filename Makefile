@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 DOCS_VENV ?= .venv-docs
 # without bytecode, which 45 s would be spent on: what is imported is compiled then
-PIP = $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check
+PIP = -m pip install -q --no-compile --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
 # Bytecode beside the environment, also where PYTHONDONTWRITEBYTECODE says none: a process that imports TRL starts in 11 s
@@ -57,20 +57,20 @@ bench: $(VENV)/ready
 
 # the tests compile the CUDA extension themselves, where there is nvcc
 $(VENV)/ready: $(VENV)/torch pyproject.toml setup.py spo_kernels/backends/build.py $(SOURCES)
-	SPO_SKIP_CUDA_BUILD=1 $(PIP) -c constraints.txt -e ".[test,lint]"
+	SPO_SKIP_CUDA_BUILD=1 $(BIN)/python $(PIP) -c constraints.txt -e ".[test,lint]"
 	touch $@
 
 # torch first, pinned: without the pin pip would take the newest build and its CUDA packages; and what reads C++
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) -c constraints.txt numpy pybind11 clang-format clang-tidy
+	$(BIN)/python $(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python $(PIP) -c constraints.txt numpy pybind11 clang-format clang-tidy
 	touch $@
 
 # what docstrings are read with: torch, and no extension, which would have to be compiled; the rest is the extra "docs"
 $(DOCS_VENV)/ready: Makefile constraints.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt \
+	$(DOCS_VENV)/bin/python $(PIP) -c constraints.txt \
 		"$$(grep '^torch==' constraints.txt)" numpy filelock furo latex2mathml myst-parser sphinx
 	touch $@
 

@@ -9,6 +9,8 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 # left free, the choice would send most products of the tests' sizes to the vendor's library
 os.environ.setdefault("SPO_CPU_PRODUCT", "native")
+# DeepSpeed looks for a device when it is imported
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="spo-tests-")
 
 import emulated
@@ -29,7 +31,10 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_finish():
-    """What the imports made stays: a collection of garbage, which trainers ask for, would walk through it each time."""
+    """What the imports made stays: a collection of garbage, which trainers ask for, would walk through it each time.
+
+    Forked processes begin with it.
+    """
     gc.collect()
     gc.freeze()
     start_server()

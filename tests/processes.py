@@ -24,8 +24,6 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")])),
     "OMP_NUM_THREADS": "1",
-    # DeepSpeed looks for a device when it is imported
-    "DS_ACCELERATOR": "cpu",
     "GLOO_SOCKET_IFNAME": "lo",
 }
 

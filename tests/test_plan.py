@@ -257,7 +257,13 @@ def test_the_command(capsys):
     assert main(given.split()) == 0
     text = capsys.readouterr().out
     made = forecast(DPO(), [1024] * 2, dataclasses.replace(LLAMA, memory=80 * GIB))
-    for part in ("products: 3 of [2048, 4096] x [4096, 128256]", "path: packed", f"{made.workspace} bytes"):
+    for part in (
+        "loss: ",
+        "with a trained head, bfloat16",
+        "products: 3 of [2048, 4096] x [4096, 128256]",
+        "path: packed",
+        f"{made.workspace} bytes",
+    ):
         assert part in text
 
 

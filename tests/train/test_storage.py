@@ -150,7 +150,9 @@ def test_disk_that_is_nearly_full_from_the_start(
     train: Train, tmp_path: Path, disk: Disk, spare: Path, capsys: pytest.CaptureFixture[str], kib: int
 ) -> None:
     disk.leave(kib)
-    status = train(*OPTIONS, output_dir=disk.path / "out")
+    # where it is without an option: on the disk, not shared
+    cache = ("--cache-dir", disk.path / "out" / "reference-cache")
+    status = train(*OPTIONS, *cache, output_dir=disk.path / "out")
     error = capsys.readouterr().err
     assert status == 2 and "Traceback" not in error and "can't be" in error
     left = {p.name for p in (disk.path / "out").rglob(".*")} if (disk.path / "out").exists() else set()
