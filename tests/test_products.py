@@ -12,6 +12,8 @@ NATIVE, WHY_NOT = cpp_extension.load()
 NAMES = NATIVE.product_names() if NATIVE else []
 SHAPES = [(1, 1, 1), (5, 63, 2), (6, 64, 512), (7, 65, 513), (13, 130, 1025), (130, 17, 1), (97, 1, 700), (1, 200, 31)]
 SHAPES += [(3, 70, 2049), (0, 5, 3), (5, 0, 3), (5, 3, 0)]
+# several panels of columns at a time, rows packed by several tasks, two blocks of rows
+SHAPES += [(103, 700, 33), (7, 2100, 19), (2100, 40, 9)]
 
 pytestmark = pytest.mark.skipif(not NAMES, reason=f"no native products here: {WHY_NOT}")
 
@@ -240,25 +242,27 @@ class AMD:
         return NATIVE.product(NATIVE.product_names()[0], *arguments)
 
 
-@pytest.mark.parametrize("name, own", [("avx512", "avx512"), ("avx2", None)])
-def test_float32_is_the_vendors_without_avx512(monkeypatch, name, own):
+@pytest.mark.parametrize("amd, own", [(True, "avx2"), (False, None)])
+def test_float32_is_the_vendors_where_amd_did_not_make_the_processor(monkeypatch, amd, own):
     monkeypatch.setenv("SPO_CPU_PRODUCT", "auto")
-    products = NativeProducts(AMD(name))
+    monkeypatch.setattr(AMD, "made_by_amd", lambda self: amd)
+    products = NativeProducts(AMD("avx2"))
     assert products.own_product(torch.float32) == own
-    assert products.own_product(torch.bfloat16) == name
+    assert products.own_product(torch.bfloat16) == "avx2"
 
 
 @pytest.mark.parametrize(
-    "choice, columns, listed, dtype, own",
+    "choice, rows, columns, listed, dtype, own",
     [
-        ("auto", 256, False, torch.float32, False),
-        ("auto", 257, False, torch.float32, True),  # larger
-        ("auto", 256, True, torch.float32, True),  # the vendor's library reads no lists
-        ("auto", 256, False, torch.float16, True),  # nor half precision beside float32
-        ("native", 256, False, torch.float32, True),
+        ("auto", 2, 64, False, torch.float32, False),
+        ("auto", 64, 1, False, torch.float32, False),
+        ("auto", 3, 3, False, torch.float32, True),  # larger
+        ("auto", 2, 64, True, torch.float32, True),  # the vendor's library reads no lists
+        ("auto", 2, 64, False, torch.float16, True),  # nor half precision beside float32
+        ("native", 2, 64, False, torch.float32, True),
     ],
 )
-def test_small_products_are_the_vendors(monkeypatch, choice, columns, listed, dtype, own):
+def test_narrow_products_are_the_vendors(monkeypatch, choice, rows, columns, listed, dtype, own):
     monkeypatch.setenv("SPO_CPU_PRODUCT", choice)
     asked = []
 
@@ -267,9 +271,9 @@ def test_small_products_are_the_vendors(monkeypatch, choice, columns, listed, dt
             asked.append(arguments)
             return super().product(*arguments)
 
-    a, b = torch.randn(64, 64), torch.randn(64, columns).to(dtype)
-    out = torch.empty(64, columns)
-    NativeProducts(Counted("avx512")).matmul(a, b, out, a_rows=torch.arange(64) if listed else None)
+    a, b = torch.randn(rows, 64), torch.randn(64, columns).to(dtype)
+    out = torch.empty(rows, columns)
+    NativeProducts(Counted("avx512")).matmul(a, b, out, a_rows=torch.arange(rows) if listed else None)
     torch.testing.assert_close(out, a @ b.float())
     assert bool(asked) == own
 

@@ -47,6 +47,8 @@ struct Kernel512 : Scalars {
   using Units = __m512i;
   static constexpr int kRows = 6, kColumns = 64, kLanes = kVectorLanes, kStep = 4 / sizeof(Packed);
   static constexpr int kDepth = Scalars::kSteps * kStep, kVectors = kColumns / kLanes;
+  static constexpr bool kRowPanels = false;
+  static constexpr int kGroup = 1;
 
   static inline Units load_units(const Packed* from) { return _mm512_loadu_si512(from); }
   static inline void store_units(Packed* to, Units units) { _mm512_store_si512(to, units); }

@@ -1,9 +1,10 @@
 // Blocking and packing of a product, as templates over a micro-kernel; included by one file per instruction set.
 //
-// Rows and K are cut into blocks, each a step. In it rows of A are packed with K side by side (shared, read from L3 or
-// L2) where they do not lie like that already, then every thread takes panels of kColumns columns of B, packs each into
-// its own buffer (L2) and multiplies it by kRows rows of A at a time, accumulated in registers over the K block. Where
-// B has too few columns for that, its panels are packed before, for all threads, which then take parts of A's rows.
+// Rows and K are cut into blocks, each a step. In it A is packed (shared, read from L3 or L2): each row by itself, with
+// K side by side, where it does not lie like that already, or, with kRowPanels, kRows rows at a time, which are then
+// side by side. Every thread takes kGroup panels of kColumns columns of B, packs them into its own buffer (L2) and
+// multiplies them by kRows rows of A at a time, accumulated in registers over the K block. Where B has too few columns
+// for that, its panels are packed before, for all threads, which then take parts of A's rows.
 //
 // What is packed consists of units of 4 bytes: kStep values of k of one row of A or column of B ("lane"). A vector of
 // units is loaded along k of one lane, or along lanes at one step of k, whichever lie side by side in the operand;
@@ -27,12 +28,11 @@ namespace {
 constexpr int64_t kBlockRows = 2048;
 // multiply-adds that make another thread worth waking: about 4 us of work
 constexpr int64_t kThreadWork = 1 << 19;
-// what a thread packs of A at a time: 4 cache lines of lanes, or a page along k, whichever lie side by side
-constexpr int64_t kPackLanes = 64, kPackDepth = 256;
 // lanes side by side are a cache line or two per k, far apart: no machine prefetches that by itself
 constexpr int64_t kPrefetch = 16;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t pieces(int64_t value, int64_t step) { return (value + step - 1) / step; }
 inline int64_t rounded_up(int64_t value, int64_t step) { return pieces(value, step) * step; }
 
@@ -146,6 +146,39 @@ struct Source {
       }
   }
 
+  // out[lane / kRows * panel_size + k * kRows + lane % kRows] of the first `count` lanes. kLanes are written at once:
+  // what is too much at one k is written over by the next, and beyond the last k there is room.
+  void pack_row_panels(Packed* out, int64_t panel_size, int64_t count) const {
+    constexpr int64_t kRows = Kernel::kRows;
+    if (k_axis.side_by_side()) {
+      for (int64_t lane = 0; lane < count; lane += kRows, out += panel_size)
+        for (int64_t k = 0; k < depth; k += kSquare) {
+          Units units[kLanes];
+          square(lane, k, units);
+          Kernel::transpose(units);
+          for (int64_t i = 0; i < smaller(kSquare, depth - k); ++i)
+            Kernel::store_units(out + (k + i) * kRows, units[i]);
+        }
+      return;
+    }
+    for (int64_t k = 0; k < depth; ++k, out += kRows) {
+      if (lane_axis.side_by_side() && k + kPrefetch < depth)
+        prefetch<kScalar>(data, lane_axis(0) + k_axis(k + kPrefetch), count);
+      for (int64_t lane = 0; lane < count; lane += kRows)
+        Kernel::store_units(out + lane / kRows * panel_size, some_lanes(lane, k));
+    }
+  }
+
+  // kLanes lanes of one k, where a unit is one
+  Units some_lanes(int64_t lane, int64_t k) const {
+    if (lane + kLanes <= lanes && lane_axis.side_by_side())
+      return Kernel::template load_along_k<kScalar>(data, lane_axis(lane) + k_axis(k));
+    Packed values[kLanes] = {};
+    for (int64_t i = 0; i < smaller(kLanes, lanes - lane); ++i)
+      values[i] = Kernel::template load<kScalar>(data, lane_axis(lane + i) + k_axis(k));
+    return Kernel::load_units(values);
+  }
+
   // out[(k / kStep) * kColumns * kStep + lane * kStep + k % kStep]
   void pack_panel(Packed* out) const {
     constexpr int64_t kStepSize = Kernel::kColumns * kStep;
@@ -187,11 +220,18 @@ inline void with_source(const Operand& from, const Axis& lane_axis, const Axis& 
 template <typename Kernel>
 struct Cut {
   static constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepth = Kernel::kDepth;
+  static constexpr int64_t kLeftRows = Kernel::kRowPanels ? kRows : 1;  // of A that are packed together
   static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(typename Kernel::Packed));
+  // what a thread packs of A at a time: 4 cache lines of lanes, or a page along k, whichever lie side by side; of
+  // panels 6 cache lines of lanes, and all of k, as a store reaches into the next one
+  static constexpr int64_t kPackLanes = Kernel::kRowPanels ? 16 * kRows : 64;
+  static constexpr int64_t kPackDepth = Kernel::kRowPanels ? kDepth : 256;
 
   int threads;
   int64_t column_panels, block, k_steps, steps;
-  bool share, in_place;  // whether panels of B are packed for all threads, and rows of A not at all
+  bool share;     // whether panels of B are packed for all threads
+  int64_t group;  // panels of B that are packed and multiplied together
+  bool in_place;  // whether A is not packed
   int64_t chunks, chunk;
   int64_t a_size, b_size, a_block, b_block;
 
@@ -202,18 +242,20 @@ struct Cut {
         k_steps(pieces(shape.k, kDepth)),
         steps(pieces(shape.m, block) * k_steps),
         share(threads > 1 && column_panels < 4 * threads),
-        in_place(a.scalar == Kernel::kScalar && a.column_stride == 1 && shape.k % Kernel::kStep == 0),
+        group(share ? 1 : larger(1, smaller(Kernel::kGroup, column_panels / (8 * threads)))),
+        in_place(!Kernel::kRowPanels && a.scalar == Kernel::kScalar && a.column_stride == 1 &&
+                 shape.k % Kernel::kStep == 0),
         // fewer column panels than threads could share: cut the rows too, so that every thread has work
         chunks(share ? smaller(pieces(4 * threads, column_panels), block / kRows) : 1),
         chunk(rounded_up(pieces(block, chunks), kRows)),
         // one line more than needed, so that rows do not fall on the same sets of L1
-        a_size(rounded_up(smaller(kDepth, shape.k), kLine) + kLine),
-        b_size(kColumns * (a_size - kLine)),
-        a_block(in_place ? 0 : block * a_size),
+        a_size(rounded_up(smaller(kDepth, shape.k) * kLeftRows, kLine) + kLine),
+        b_size(kColumns * rounded_up(smaller(kDepth, shape.k), kLine)),
+        a_block(in_place ? 0 : block / kLeftRows * a_size),
         b_block(share ? column_panels * b_size : 0) {}
 
   int64_t buffers() const { return smaller(2, steps); }
-  int64_t packed() const { return buffers() * (a_block + b_block) + (share ? 0 : threads * b_size); }
+  int64_t packed() const { return buffers() * (a_block + b_block) + (share ? 0 : threads * group * b_size); }
 };
 
 template <typename Kernel, typename Out>
@@ -230,7 +272,8 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
     return;
   }
   const Cut<Kernel> cut(a, shape, threads);
-  const int64_t reads = cut.column_panels * cut.chunks, state = Steps::bytes(cut.steps, reads, cut.threads);
+  const int64_t reads = pieces(cut.column_panels, cut.group) * cut.chunks;
+  const int64_t state = Steps::bytes(cut.steps, reads, cut.threads);
   auto* scratch = static_cast<char*>(product_scratch(state + cut.packed() * static_cast<int64_t>(sizeof(Packed))));
   const Steps steps(scratch, cut.steps, reads, cut.threads);
   Packed* a_blocks = reinterpret_cast<Packed*>(scratch + state);
@@ -246,8 +289,8 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
     for (int64_t step = 0; step < cut.steps; ++step) {
       const int64_t first = step / cut.k_steps * cut.block, rows = smaller(cut.block, shape.m - first);
       const int64_t k = step % cut.k_steps * kDepth, depth = smaller(kDepth, shape.k - k);
-      const int64_t panels = cut.share ? cut.column_panels : 0, across = pieces(depth, kPackDepth);
-      const int64_t packs = panels + (cut.in_place ? 0 : pieces(rows, kPackLanes) * across);
+      const int64_t panels = cut.share ? cut.column_panels : 0, across = pieces(depth, cut.kPackDepth);
+      const int64_t packs = panels + (cut.in_place ? 0 : pieces(rows, cut.kPackLanes) * across);
       Packed* a_rows = a_blocks + step % 2 * cut.a_block;
       Packed* b_panels = b_blocks + step % 2 * cut.b_block;
       const auto pack_panel = [&](int64_t panel, Packed* to) {
@@ -257,27 +300,38 @@ void product(const Operand& a, const Operand& b, const Result& c, const ProductS
       };
       const auto pack = [&](int64_t task) {
         if (task < panels) return pack_panel(task, b_panels + task * cut.b_size);
-        const int64_t row = (task - panels) / across * kPackLanes, inner = (task - panels) % across * kPackDepth;
+        const int64_t row = (task - panels) / across * cut.kPackLanes;
+        const int64_t inner = (task - panels) % across * cut.kPackDepth;
+        const int64_t count = smaller(cut.kPackLanes, rows - row);
         with_source<Kernel>(a, {a.row_stride, a.rows, first + row}, {a.column_stride, nullptr, k + inner},
-                            smaller(kPackLanes, rows - row), smaller(kPackDepth, depth - inner),
-                            [&](const auto& part) { part.pack_rows(a_rows + row * cut.a_size + inner, cut.a_size); });
+                            Kernel::kRowPanels ? rows - row : count, smaller(cut.kPackDepth, depth - inner),
+                            [&](const auto& part) {
+                              if constexpr (Kernel::kRowPanels)
+                                part.pack_row_panels(a_rows + row / kRows * cut.a_size, cut.a_size, count);
+                              else
+                                part.pack_rows(a_rows + row * cut.a_size + inner, cut.a_size);
+                            });
       };
       const auto multiply = [&](int64_t task) {
-        const int64_t panel = task / cut.chunks, column = panel * kColumns, begin = task % cut.chunks * cut.chunk;
-        Packed* b_panel = cut.share ? b_panels + panel * cut.b_size : b_blocks + thread * cut.b_size;
-        if (!cut.share) pack_panel(panel, b_panel);
+        const int64_t panel = task / cut.chunks * cut.group, begin = task % cut.chunks * cut.chunk;
+        const int64_t group = smaller(cut.group, cut.column_panels - panel);
+        Packed* group_panels = cut.share ? b_panels + panel * cut.b_size : b_blocks + thread * cut.group * cut.b_size;
+        for (int64_t i = 0; i < group && !cut.share; ++i) pack_panel(panel + i, group_panels + i * cut.b_size);
         for (int64_t row = begin; row < smaller(begin + cut.chunk, rows); row += kRows) {
           const int64_t count = smaller(kRows, rows - row);
           const Packed* a_at[kRows];
           Out* c_at[kRows];
           for (int64_t i = 0; i < kRows; ++i) {
             const int64_t at = row + smaller(i, count - 1);
-            a_at[i] =
-                cut.in_place ? static_cast<const Packed*>(a.data) + a_axis(first + at) + k : a_rows + at * cut.a_size;
-            c_at[i] = out + c_axis(first + at) + column;
+            a_at[i] = cut.in_place ? static_cast<const Packed*>(a.data) + a_axis(first + at) + k
+                                   : a_rows + at / cut.kLeftRows * cut.a_size;
+            c_at[i] = out + c_axis(first + at) + panel * kColumns;
           }
-          Kernel::multiply(a_at, b_panel, pieces(depth, kStep), c_at, count, smaller(kColumns, shape.n - column),
-                           accumulate || k > 0);
+          for (int64_t i = 0; i < group; ++i) {
+            Kernel::multiply(a_at, group_panels + i * cut.b_size, pieces(depth, kStep), c_at, count,
+                             smaller(kColumns, shape.n - (panel + i) * kColumns), accumulate || k > 0);
+            for (Out*& at : c_at) at += kColumns;
+          }
         }
       };
       steps.run(step, packs, thread, team, pack, multiply);

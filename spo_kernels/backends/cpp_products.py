@@ -9,9 +9,9 @@ from spo_kernels.backends import environment
 from spo_kernels.backends.contract import SCALARS
 from spo_kernels.backends.products import VendorProducts, accumulator_dtype, check_row_lists
 
-# float32 products of at most so many terms are the vendor's where the choice is free: one of 2^19 takes it 21 us and
-# ours 31 (AMD Zen 3, one thread), which packs its operands first; at 2^23 both take the same
-SMALL_PRODUCT = 1 << 20
+# float32 products with at most so many rows or columns are the vendor's where the choice is free: a matrix times one or
+# two vectors takes it half the time (AMD Zen 3, two threads) of ours, which packs the matrix first
+NARROW = 2
 
 
 # the product that takes and writes narrow tiles
@@ -21,9 +21,8 @@ _ROUNDING = "avx512_bf16"
 class NativeProducts(VendorProducts):
     """The extension's own products on a CPU, for any strides and half precision in, float32 out.
 
-    Used where they are the faster ones. float32: on AMD with AVX-512, which the vendor library leaves unused there.
-    With AVX2 alone the vendor is the faster (Zen 3, one thread: 91 GFLOP/s against 77 to 85, a whole call 0.83 to 0.99
-    of the time); not measured elsewhere. Half precision: wherever the vendor would need an upcast.
+    Used where they are the faster ones. float32: on AMD, where the vendor library leaves AVX-512 unused, and with AVX2
+    alone takes 1.0 to 1.3 times as long (Zen 3). Half precision: wherever the vendor would need an upcast.
     """
 
     row_bytes = 4096  # the panels of `a`: twice 512 floats or once 2048 bfloat16 a row
@@ -33,9 +32,9 @@ class NativeProducts(VendorProducts):
         names = set(native.product_names())
         choice = environment.cpu_product()
         full = next((name for name in ("avx512", "avx2") if name in names), None)
-        own_float = choice == "native" or (choice == "auto" and full == "avx512" and native.made_by_amd())
+        own_float = choice == "native" or (choice == "auto" and native.made_by_amd())
         own_half = None if choice == "vendor" else full
-        self._small = SMALL_PRODUCT if choice == "auto" else 0
+        self._narrow = NARROW if choice == "auto" else 0
         has_bf16 = choice != "vendor" and _ROUNDING in names
         # which product serves a dtype of `b`; None: the vendor's
         self._names: dict[torch.dtype, str | None] = {
@@ -81,8 +80,8 @@ class NativeProducts(VendorProducts):
         """See `Products`; listed rows are read while an operand is packed, and written where they belong."""
         name = self._names.get(b.dtype)
         whole = a_rows is b_rows is out_rows is None
-        small = whole and out.dtype == a.dtype == b.dtype == torch.float32 and a.numel() * b.shape[1] <= self._small
-        if name is None or small:
+        narrow = whole and out.dtype == a.dtype == b.dtype == torch.float32 and min(out.shape) <= self._narrow
+        if name is None or narrow:
             super().matmul(a, b, out, accumulate=accumulate, a_rows=a_rows, b_rows=b_rows, out_rows=out_rows)
             return
         if not whole:
