@@ -64,9 +64,9 @@ struct FloatKernel {
     for (int i = 0; i < 8; ++i) x[i] = y[i];
   }
 
-  // A processor that runs two threads on a core gives each of them three instructions a cycle while both are busy. Four
-  // k take 83 here in 24 cycles, and 108 as a compiler made them of intrinsics: 0.75 of the speed (Zen 3). A k is 24
-  // bytes of `a` and 64 of `b`.
+  // Four k take 83 instructions here, and 108 as a compiler made them of intrinsics. In a virtual machine on Zen 3
+  // those fell at times to 0.75 of the speed, these to 0.85: probably while another thread took its half of the core's
+  // six instructions a cycle. A k is 24 bytes of `a` and 64 of `b`.
   // clang-format off
 #define SPO_ZERO(r) "vxorps %%xmm" #r ", %%xmm" #r ", %%xmm" #r "\n\t"
 #define SPO_ROW(k, row, left, sum0, sum1)                             \
